@@ -1,0 +1,38 @@
+# `make test` needs python3 (3.10 or newer) and nothing else: it makes .venv and installs there.
+# `make test PYTHON=/path/to/python` runs in an environment of your own instead, and installs nothing.
+
+VENV := .venv
+DEMO_WORK ?= demo_work
+
+ifndef PYTHON
+PYTHON := $(VENV)/bin/python
+TEST_INSTALL := $(VENV)/.installed-test
+LINT_INSTALL := $(VENV)/.installed-lint
+endif
+
+.PHONY: venv test test-slow demo bench lint
+
+venv: $(TEST_INSTALL)
+
+test: $(TEST_INSTALL)
+	$(PYTHON) -m pytest -q --durations=15
+
+test-slow: $(TEST_INSTALL)
+	$(PYTHON) -m pytest -q --durations=15 -m "slow and not gpu"
+
+demo: $(TEST_INSTALL)
+	$(PYTHON) examples/demo.py --work $(DEMO_WORK)
+
+bench: $(TEST_INSTALL)
+	$(PYTHON) benchmarks/startup.py
+
+lint: $(LINT_INSTALL)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+
+# The start-up files are copied at installation, so a change to them needs another one.
+# `venv` is repeated because it mends an environment whose creation was interrupted.
+$(VENV)/.installed-%: pyproject.toml $(wildcard startup/*)
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --editable '.[$*]'
+	touch $@

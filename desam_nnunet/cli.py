@@ -1,0 +1,108 @@
+"""The ``desam`` command. What it does lives elsewhere; here are its words."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from desam_nnunet import __version__
+from desam_nnunet._startup import trainers_folder
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; bad input ends in one sentence on stderr and exit code 1."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"desam: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="desam", description="Segment Anything inside nnU-Net.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    _add(commands, "doctor", _doctor, "say how trainers, weights, device and folders stand, and what to do")
+    _add(commands, "trainers", _trainers, "print the folder for the environment variable nnUNet_extTrainer")
+    weights = commands.add_parser("weights", help="SAM's weights files and published checkpoints")
+    _add_weights(weights.add_subparsers(required=True, metavar="action"))
+    return parser
+
+
+def _add(commands: argparse._SubParsersAction, name: str, run: object, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text)
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_weights(actions: argparse._SubParsersAction) -> None:
+    _add(actions, "list", _list, "the encoders, and which weights are here")
+    get = _add(actions, "get", _get, "download an encoder's published weights, continuing a partial download")
+    get.add_argument("encoder", help="vit_b, vit_l or vit_h")
+    verify = _add(actions, "verify", _verify, "say what a weights file holds, and whether it is a published one")
+    verify.add_argument("file", type=Path)
+    load = _add(actions, "import", _import, "turn a published DeSAM checkpoint into a model folder of nnU-Net's")
+    load.add_argument("file", type=Path, help="the published checkpoint")
+    load.add_argument("-d", required=True, help="data set, name or id: gives labels and geometry")
+    load.add_argument("-p", default="nnUNetPlans", help="plans (default: nnUNetPlans)")
+    load.add_argument("-c", default="2d", help="configuration (default: 2d)")
+    load.add_argument("-tr", default="DeSAMTrainer", choices=["DeSAMTrainer", "DeSAMTrainerWholeBox"],
+                      help="prompt mode of the checkpoint (default: DeSAMTrainer)")
+    load.add_argument("-o", type=Path, help="model folder to write (default: nnU-Net's own in nnUNet_results)")
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    from desam_nnunet.doctor import report
+
+    return 1 if report() else 0
+
+
+def _trainers(_: argparse.Namespace) -> int:
+    print(trainers_folder())
+    return 0
+
+
+def _list(_: argparse.Namespace) -> int:
+    from desam_nnunet.doctor import report_weights
+
+    report_weights()
+    return 0
+
+
+def _get(options: argparse.Namespace) -> int:
+    from desam_nnunet.sam.download import download
+
+    print(f"{download(options.encoder)}, verified")
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from desam_nnunet.sam.variants import VARIANTS
+    from desam_nnunet.sam.weights import file_md5, read_sam_file, variant_of
+
+    variant = variant_of(read_sam_file(options.file), options.file)
+    md5 = file_md5(options.file)
+    published = next((f"SAM's published {row.name}" for row in VARIANTS.values() if row.md5 == md5), "")
+    print(f"{options.file}: {variant.name}, MD5 {md5}, {published or 'not one of the published SAM files'}")
+    return 0
+
+
+def _import(options: argparse.Namespace) -> int:
+    from desam_nnunet.importing import PREPARATION, Target, import_official
+
+    target = Target(options.d, options.p, options.c, options.tr)
+    imported = import_official(options.file, target, options.o)
+    print(f"For nnUNetv2_train -pretrained_weights: {imported.pretrained}")
+    if imported.model is None:
+        print("The data set has other classes than the checkpoint's one, so there is no model folder: fine-tune first.")
+    else:
+        print(f"For prediction, with -f all: {imported.model}")
+    print(PREPARATION)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

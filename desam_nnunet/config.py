@@ -1,0 +1,186 @@
+"""The plans' sections ``sam`` and ``desam``: parsed, checked and resolved once, before anything else happens.
+
+Everything that we choose and that changes a result stands in these sections of the 2D configuration, and so
+in the ``plans.json`` of the model folder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any, TypeVar, get_type_hints
+
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from desam_nnunet.sam.tiles import INTENSITY_RULES, intensity_rule
+from desam_nnunet.sam.variants import PATCH, VARIANTS
+from desam_nnunet.sam.weights import check_identity, identify
+
+MAX_BATCH_SIZE = 8  # the published batch size; stock plans may ask for many more
+DEFAULT_ENCODER = "vit_b"
+
+
+@dataclass(frozen=True)
+class SamSection:
+    """What all trainers of this package share.
+
+    Attributes:
+        encoder: A variant's name or the path of a weights file.
+        identity: Names the encoder's weights; filled in from what is found, refused where it differs.
+        image_size: Side of SAM's input in pixels, a multiple of 16.
+        intensity: ``percentile``, ``window`` or ``unit``.
+        features: ``online``: tiles are encoded as they come.
+        regions: Whether the data set trains regions (no background output); filled in from it.
+        epochs, iterations_per_epoch, val_iterations_per_epoch: As nnU-Net counts them.
+    """
+
+    encoder: str
+    identity: str
+    image_size: int
+    intensity: str
+    regions: bool
+    features: str = "online"
+    epochs: int = 50
+    iterations_per_epoch: int = 250
+    val_iterations_per_epoch: int = 50
+
+    def __post_init__(self) -> None:
+        _require(self.image_size >= 4 * PATCH and self.image_size % PATCH == 0,
+                 "sam.image_size", self.image_size, f"a multiple of {PATCH}, at least {4 * PATCH}")
+        _require(self.intensity in INTENSITY_RULES, "sam.intensity", self.intensity, " or ".join(INTENSITY_RULES))
+        _require(self.features == "online", "sam.features", self.features, "online")
+        for name in ("epochs", "iterations_per_epoch", "val_iterations_per_epoch"):
+            _require(getattr(self, name) > 0, f"sam.{name}", getattr(self, name), "a positive number")
+
+
+@dataclass(frozen=True)
+class DesamSection:
+    """DeSAM's own settings.
+
+    Attributes:
+        grid: Points per side of the prompt grid at prediction.
+        iou_threshold: A class whose best score is not above it is absent from the tile.
+        lr: Adam's initial learning rate.
+    """
+
+    grid: int = 9
+    iou_threshold: float = 0.5
+    lr: float = 1e-4
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.grid <= 64, "desam.grid", self.grid, "between 1 and 64")
+        _require(0 <= self.iou_threshold <= 1, "desam.iou_threshold", self.iou_threshold, "between 0 and 1")
+        _require(self.lr > 0, "desam.lr", self.lr, "a positive number")
+
+
+Section = TypeVar("Section", SamSection, DesamSection)
+
+
+def parse_section(name: str, kind: type[Section], given: dict[str, Any]) -> Section:
+    """Checks every key and type of a fully resolved section.
+
+    Raises:
+        ValueError: An unknown, missing or ill-typed key; the message lists the valid ones.
+    """
+    hints = get_type_hints(kind)
+    valid = ", ".join(f"{key} ({hints[key].__name__})" for key in hints)
+    for key, value in given.items():
+        if key not in hints:
+            raise ValueError(f"The plans' section '{name}' has an unknown key '{key}'. Valid keys: {valid}.")
+        if not _has_type(value, hints[key]):
+            raise ValueError(
+                f"The plans' key {name}.{key} is {value!r}, but must be of type {hints[key].__name__}. "
+                f"Valid keys: {valid}."
+            )
+    missing = [row.name for row in fields(kind) if row.default is MISSING and row.name not in given]
+    if missing:
+        raise ValueError(
+            f"The plans' section '{name}' lacks {', '.join(missing)}: these plans were not resolved by training "
+            "with this package."
+        )
+    return kind(**given)
+
+
+def read_sections(configuration: dict[str, Any]) -> tuple[SamSection, DesamSection]:
+    """The resolved sections of a model's configuration."""
+    return (
+        parse_section("sam", SamSection, _section(configuration, "sam")),
+        parse_section("desam", DesamSection, _section(configuration, "desam")),
+    )
+
+
+def resolve_plans(plans: dict[str, Any], configuration_name: str, dataset_json: dict[str, Any]) -> None:
+    """Fills our sections of one configuration with everything that is not given, and writes them into `plans`.
+
+    On stock plans (no section ``sam``) the batch size is lowered to at most 8 as well.
+
+    Args:
+        plans: nnU-Net's plans, changed in place.
+
+    Raises:
+        ValueError: A 3D configuration, or a section that is not valid.
+        FileNotFoundError: The encoder's weights are not on this machine.
+    """
+    manager = PlansManager(plans)
+    configuration = manager.get_configuration(configuration_name).configuration
+    _refuse_3d(manager, configuration_name)
+    own = plans["configurations"][configuration_name]
+    if "sam" not in configuration:
+        own["batch_size"] = min(configuration["batch_size"], MAX_BATCH_SIZE)
+    regions = manager.get_label_manager(dataset_json).has_regions
+    schemes = configuration["normalization_schemes"]
+    sam = _resolve_sam(_section(configuration, "sam"), schemes, regions)
+    own["sam"] = asdict(sam)
+    own["desam"] = asdict(parse_section("desam", DesamSection, _section(configuration, "desam")))
+
+
+def _resolve_sam(given: dict[str, Any], normalization_schemes: list[str], regions: bool) -> SamSection:
+    encoder = given.get("encoder", DEFAULT_ENCODER)
+    known = VARIANTS.get(encoder) if isinstance(encoder, str) else None
+    defaults = {
+        "encoder": DEFAULT_ENCODER,
+        "identity": "",
+        "image_size": known.image_size if known else VARIANTS[DEFAULT_ENCODER].image_size,
+        "intensity": intensity_rule(normalization_schemes),
+        "regions": regions,
+    }
+    section = parse_section("sam", SamSection, defaults | given)
+    if section.intensity == "window" and intensity_rule(normalization_schemes) != "window":
+        raise ValueError(
+            f"sam.intensity is 'window', which needs CTNormalization in every channel, but the plans have "
+            f"{', '.join(normalization_schemes)}: use 'percentile'."
+        )
+    if section.regions != regions:
+        raise ValueError(f"sam.regions is {section.regions}, but the data set's labels say {regions}: leave it out.")
+    identity = identify(section.encoder)
+    if section.identity:
+        check_identity(section.encoder, identity, section.identity)
+    return parse_section("sam", SamSection, asdict(section) | {"identity": identity})
+
+
+def _refuse_3d(manager: PlansManager, name: str) -> None:
+    if len(manager.get_configuration(name).patch_size) == 2:
+        return
+    flat = [other for other in manager.available_configurations
+            if len(manager.get_configuration(other).patch_size) == 2]
+    raise ValueError(
+        f"The configuration '{name}' is 3D, but SAM works on slices: use "
+        f"{' or '.join(flat) or 'a 2D configuration (the plans have none)'}."
+    )
+
+
+def _section(configuration: dict[str, Any], name: str) -> dict[str, Any]:
+    section = configuration.get(name, {})
+    if not isinstance(section, dict):
+        raise ValueError(f"The plans' section '{name}' is {section!r}, but must be an object with keys.")
+    return section
+
+
+def _has_type(value: Any, kind: type) -> bool:
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _require(holds: bool, key: str, value: Any, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"The plans' key {key} is {value!r}, but must be {expected}.")

@@ -1,0 +1,1 @@
+"""The published decoders and adapters behind nnU-Net's network contract."""

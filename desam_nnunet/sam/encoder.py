@@ -1,0 +1,80 @@
+"""SAM's image encoder, frozen, with the intermediate outputs that DeSAM reads.
+
+Source: Gao et al., DeSAM, MICCAI 2024 (encoder outputs of the global-attention blocks); Kirillov et
+al., Segment Anything, ICCV 2023.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
+
+import torch
+from segment_anything.modeling import ImageEncoderViT
+from torch import Tensor, nn
+
+
+class Features(NamedTuple):
+    """What the frozen encoder says of a batch of tiles.
+
+    Attributes:
+        levels: Outputs of the global-attention blocks except the last, shallow to deep, each
+            (B, D, S/16, S/16) with D the embedding dimension and S the input side.
+        neck: (B, C, S/16, S/16), C the prompt dimension.
+    """
+
+    levels: tuple[Tensor, ...]
+    neck: Tensor
+
+
+class FrozenEncoder(nn.Module):
+    """Runs SAM's ``ImageEncoderViT`` without gradients and always in eval mode.
+
+    Args:
+        vit: SAM's encoder with its weights loaded.
+        level_blocks: Indexes of the blocks whose outputs are handed on as levels.
+        identity: Names the weights beyond doubt, see :func:`desam_nnunet.sam.weights.load_sam`.
+    """
+
+    def __init__(self, vit: ImageEncoderViT, level_blocks: tuple[int, ...], identity: str) -> None:
+        super().__init__()
+        self.vit = vit.requires_grad_(False).eval()
+        self.level_blocks = level_blocks
+        self.identity = identity
+
+    def train(self, mode: bool = True) -> FrozenEncoder:
+        """Stays in eval mode, whatever the network around it does."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Features:
+        """Encodes SAM images.
+
+        Args:
+            images: (B, 3, S, S), normalised and padded as SAM expects.
+        """
+        with _encoder_precision(images.device):
+            x = self.vit.patch_embed(images)
+            x = x + self.vit.pos_embed
+            levels = []
+            for index, block in enumerate(self.vit.blocks):
+                x = block(x)
+                if index in self.level_blocks:
+                    levels.append(x.permute(0, 3, 1, 2).contiguous())  # B H W D -> B D H W
+            return Features(tuple(levels), self.vit.neck(x.permute(0, 3, 1, 2)))
+
+    def checksum(self) -> str:
+        """SHA-256 over every weight's name and bytes: equal before and after training, or it was not frozen."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.vit.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _encoder_precision(device: torch.device) -> torch.autocast:
+    """bfloat16 on CUDA devices that have it, float16 on older ones, float32 elsewhere."""
+    if device.type != "cuda":
+        return torch.autocast("cpu", enabled=False)
+    dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.autocast("cuda", dtype=dtype)

@@ -1,0 +1,113 @@
+"""Prompts of the two modes, and how they become SAM's prompt tokens.
+
+Source: Gao et al., DeSAM, MICCAI 2024: one positive point (grid points) or one box around everything
+(whole box). Coordinates are (x, y) in pixels of SAM's input, pixel centres at whole numbers, as SAM's
+prompt encoder expects them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from segment_anything.modeling import PromptEncoder
+from torch import Tensor
+
+from desam_nnunet.sam.tiles import Geometry
+
+
+class Prompts(NamedTuple):
+    """One prompt per image: exactly one of the two is given.
+
+    Attributes:
+        points: (B, 1, 2), each a positive point.
+        boxes: (B, 4), x and y of the first and the last corner.
+    """
+
+    points: Tensor | None = None
+    boxes: Tensor | None = None
+
+
+class PointTargets(NamedTuple):
+    """What the IoU head should say of the points drawn.
+
+    Attributes:
+        inside: (B, K), 1 for every foreground class or region in which the point lies.
+        valid: (B,), False where a tile had no labelled pixel to draw from.
+    """
+
+    inside: Tensor
+    valid: Tensor
+
+
+def prompt_tokens(prompt_encoder: PromptEncoder, prompts: Prompts) -> tuple[Tensor, Tensor]:
+    """SAM's sparse (B, T, C) and dense (B, C, h, w) prompt embeddings, in float32.
+
+    The coordinates' frequencies need float32: under autocast SAM's encoder would round them.
+    """
+    with torch.autocast("cuda", enabled=False):
+        if prompts.boxes is not None:
+            return prompt_encoder(points=None, boxes=prompts.boxes, masks=None)
+        points = prompts.points
+        assert points is not None
+        labels = torch.ones(points.shape[:2], device=points.device)
+        return prompt_encoder(points=(points, labels), boxes=None, masks=None)
+
+
+def dense_positions(prompt_encoder: PromptEncoder) -> Tensor:
+    """SAM's dense positional encoding (1, C, h, w), in float32."""
+    with torch.autocast("cuda", enabled=False):
+        return prompt_encoder.get_dense_pe()
+
+
+def whole_box(geometry: Geometry, batch: int, device: torch.device) -> Prompts:
+    """A box around the whole tile, padding excluded."""
+    height, width = geometry.scaled
+    return Prompts(boxes=torch.tensor([[0.0, 0.0, width, height]], device=device).expand(batch, -1))
+
+
+def point_grid(geometry: Geometry, points_per_side: int, device: torch.device) -> Prompts:
+    """Centres of the cells of a grid over the tile, row by row: points (N, 1, 2), N its square."""
+    height, width = geometry.scaled
+    steps = (torch.arange(points_per_side, device=device) + 0.5) / points_per_side
+    y, x = torch.meshgrid(steps * height - 0.5, steps * width - 0.5, indexing="ij")
+    return Prompts(points=torch.stack([x, y], dim=-1).reshape(-1, 1, 2))
+
+
+def sample_points(target: Tensor, labelled: Tensor, geometry: Geometry) -> tuple[Prompts, PointTargets]:
+    """Draws one point per tile as DeSAM trains: half of them background where a tile has foreground.
+
+    The foreground class is drawn uniformly from those present, the pixel uniformly from the class; a
+    tile without foreground gets a background point, a tile without background a foreground point.
+
+    Args:
+        target: (B, K, H, W) bool, one channel per foreground class or region.
+        labelled: (B, H, W) bool, False on the ignore label: no point is drawn there.
+    """
+    target = target & labelled[:, None]
+    present = target.flatten(2).any(2)  # B K
+    background = labelled & ~target.any(1)
+    has_background = background.flatten(1).any(1)
+    rank = torch.where(present, torch.rand(present.shape, device=target.device), -1.0)
+    chosen = target[torch.arange(len(target), device=target.device), rank.argmax(1)]  # B H W
+    coin = torch.rand(len(target), device=target.device) < 0.5
+    foreground = present.any(1) & (coin | ~has_background)
+    candidates = torch.where(foreground[:, None, None], chosen, background)
+    index = _random_pixel(candidates)
+    inside = target.flatten(2).gather(2, index[:, None, None].expand(-1, target.shape[1], 1))[..., 0]
+    return _to_prompts(index, geometry), PointTargets(inside.float(), candidates.flatten(1).any(1))
+
+
+def _random_pixel(candidates: Tensor) -> Tensor:
+    """Flat index (B,) of a uniformly drawn True pixel of (B, H, W); any pixel where there is none."""
+    noise = torch.rand(candidates.shape, device=candidates.device)
+    return torch.where(candidates, noise, noise - 1).flatten(1).argmax(1)
+
+
+def _to_prompts(index: Tensor, geometry: Geometry) -> Prompts:
+    """Pixel centres of the tile as points of SAM's input."""
+    tile_height, tile_width = geometry.tile
+    height, width = geometry.scaled
+    x = (index % tile_width + 0.5) * (width / tile_width) - 0.5
+    y = (index // tile_width + 0.5) * (height / tile_height) - 0.5
+    return Prompts(points=torch.stack([x, y], dim=-1)[:, None])

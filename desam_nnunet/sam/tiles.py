@@ -1,0 +1,134 @@
+"""nnU-Net's tile to SAM's image, and mask logits back to the tile.
+
+Source of the geometry: Kirillov et al., Segment Anything, ICCV 2023 (longest side to the input size,
+padding at the bottom and right). Sides are rounded to whole mask pixels, so that the padding can be cut
+from the mask logits exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from desam_nnunet.sam.variants import MASK_STRIDE, PIXEL_MEAN, PIXEL_STD
+
+INTENSITY_RULES = ("percentile", "window", "unit")
+_PERCENTILES = (0.005, 0.995)
+_UNIT_SCHEMES = {"RescaleTo01Normalization", "RGBTo01Normalization"}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where a tile lies in SAM's square input.
+
+    Attributes:
+        tile: Height and width of the tile in its own pixels.
+        image_size: Side of SAM's input.
+    """
+
+    tile: tuple[int, int]
+    image_size: int
+
+    @property
+    def scaled(self) -> tuple[int, int]:
+        """Height and width of the tile inside SAM's input; the rest is padding."""
+        scale = self.image_size / max(self.tile)
+        height, width = (max(1, round(side * scale / MASK_STRIDE)) * MASK_STRIDE for side in self.tile)
+        return height, width
+
+    @property
+    def mask(self) -> tuple[int, int]:
+        """Height and width of the tile inside the mask logits."""
+        height, width = self.scaled
+        return height // MASK_STRIDE, width // MASK_STRIDE
+
+
+class TileToImage:
+    """Turns nnU-Net's preprocessed tiles into SAM images.
+
+    Args:
+        image_size: Side of SAM's input.
+        intensity: One of ``percentile`` (0.5 to 99.5 of each tile and channel), ``window`` (fixed) and
+            ``unit`` ([0, 1] data).
+        window: For ``window`` only: per channel the lower and upper bound in the data's own units.
+    """
+
+    def __init__(self, image_size: int, intensity: str, window: tuple[tuple[float, float], ...] = ()) -> None:
+        self.image_size = image_size
+        self.intensity = intensity
+        self.window = window
+
+    def __call__(self, tiles: Tensor) -> Tensor:
+        """Args: tiles: (B, C, H, W). Returns: (B, G, 3, S, S), G the number of channel groups."""
+        images = torch.stack(channel_groups(self._to_unit(tiles.float()) * 255), dim=1)
+        batch, groups = images.shape[:2]
+        geometry = Geometry((tiles.shape[-2], tiles.shape[-1]), self.image_size)
+        images = images.flatten(0, 1)  # B G 3 H W -> BG 3 H W
+        images = F.interpolate(images, size=geometry.scaled, mode="bilinear", align_corners=False, antialias=True)
+        mean, std = (images.new_tensor(values)[:, None, None] for values in (PIXEL_MEAN, PIXEL_STD))
+        height, width = geometry.scaled
+        padding = (0, self.image_size - width, 0, self.image_size - height)
+        return F.pad((images - mean) / std, padding).unflatten(0, (batch, groups))
+
+    def _to_unit(self, tiles: Tensor) -> Tensor:
+        """Maps intensities to [0, 1]; a constant channel maps to 0."""
+        if self.intensity == "unit":
+            return tiles.clamp(0, 1)
+        if self.intensity == "window":
+            bounds = tiles.new_tensor(self.window)  # C 2
+            low, high = bounds[:, 0, None, None], bounds[:, 1, None, None]
+        else:
+            quantiles = torch.quantile(tiles.flatten(2), tiles.new_tensor(_PERCENTILES), dim=2)  # 2 B C
+            low, high = quantiles[..., None, None]
+        spread = high - low
+        scaled = (tiles - low) / torch.where(spread > 0, spread, torch.ones_like(spread))
+        return torch.where(spread > 0, scaled.clamp(0, 1), torch.zeros_like(scaled))
+
+
+def channel_groups(tiles: Tensor) -> list[Tensor]:
+    """Splits (B, C, H, W) into RGB images of (B, 3, H, W), as few as the channels need.
+
+    One channel is repeated; two give both and their mean; three stay as they are; more are taken in
+    groups of up to three, which the encoder sees one by one.
+    """
+    return [_to_rgb(group) for group in tiles.split(3, dim=1)]
+
+
+def logits_to_tile(masks: Tensor, geometry: Geometry) -> Tensor:
+    """Mask logits (B, K, S/4, S/4) without their padding, bilinearly resized to the tile: (B, K, H, W)."""
+    height, width = geometry.mask
+    return F.interpolate(masks[..., :height, :width], size=geometry.tile, mode="bilinear", align_corners=False)
+
+
+def intensity_rule(normalization_schemes: list[str]) -> str:
+    """The intensity rule that fits nnU-Net's normalisation of all channels."""
+    schemes = set(normalization_schemes)
+    if schemes == {"CTNormalization"}:
+        return "window"
+    return "unit" if schemes <= _UNIT_SCHEMES else "percentile"
+
+
+def ct_window(intensity_properties: dict[str, dict[str, Any]], num_channels: int) -> tuple[tuple[float, float], ...]:
+    """Per channel, the range of data after nnU-Net's CT normalisation: the clipped percentiles, z-scored.
+
+    Args:
+        intensity_properties: The plans' ``foreground_intensity_properties_per_channel``.
+    """
+    window = []
+    for channel in range(num_channels):
+        row = intensity_properties[str(channel)]
+        std = max(row["std"], 1e-8)  # as nnU-Net's CTNormalization
+        window.append(((row["percentile_00_5"] - row["mean"]) / std, (row["percentile_99_5"] - row["mean"]) / std))
+    return tuple(window)
+
+
+def _to_rgb(group: Tensor) -> Tensor:
+    if group.shape[1] == 1:
+        return group.expand(-1, 3, -1, -1)
+    if group.shape[1] == 2:
+        return torch.cat([group, group.mean(1, keepdim=True)], dim=1)
+    return group

@@ -1,0 +1,1 @@
+"""What differs from nnU-Net's own trainer, and nothing else."""

@@ -1,0 +1,175 @@
+"""What every trainer with a frozen SAM encoder changes in nnU-Net's trainer."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from nnunetv2.training.loss.dice import get_tp_fp_fn_tn
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
+
+from desam_nnunet.config import read_sections, resolve_plans
+from desam_nnunet.training.checks import check_cases, check_other_folds, check_same_sections, missing_labels
+from desam_nnunet.training.losses import foreground_target
+
+Batch = dict[str, Any]
+_GRADIENT_NORM = 12  # nnU-Net's
+_MAX_SKIPPED = 50  # in a row; more than CUDA's loss scaling needs to settle
+
+
+class FrozenSamTrainer(nnUNetTrainer):
+    """Trains a decoder on SAM's frozen features inside nnU-Net. Subclasses give network and loss.
+
+    The plans' sections are resolved before nnU-Net's own ``__init__`` copies them, so that bad settings and
+    missing weights end the run at once, and checkpoint and model folder hold every setting.
+    """
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int | str,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's signature
+    ) -> None:
+        resolve_plans(plans, configuration, dataset_json)
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.sam, self.desam = read_sections(self.configuration_manager.configuration)
+        self.initial_lr = self.desam.lr
+        self.num_epochs = self.sam.epochs
+        self.num_iterations_per_epoch = self.sam.iterations_per_epoch
+        self.num_val_iterations_per_epoch = self.sam.val_iterations_per_epoch
+        self.enable_deep_supervision = False
+        self.save_every = 1
+        self._skipped = 0
+
+    def compute_loss(self, data: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of a batch, and logits at tile size for nnU-Net's pseudo Dice.
+
+        Args:
+            data: (B, C, H, W). target: (B, 1 or regions, H, W).
+        """
+        raise NotImplementedError
+
+    @property
+    def bare_network(self) -> nn.Module:
+        """The network itself, out of DDP and torch.compile."""
+        network = self.network
+        if isinstance(network, DistributedDataParallel):
+            network = network.module
+        return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
+        trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.Adam(trained, lr=self.initial_lr)
+        return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """There is no deep supervision to switch."""
+
+    def _do_i_compile(self) -> bool:
+        """Only where the user asks for it: nnU-Net's default would compile the data-dependent grid as well."""
+        return "nnUNet_compile" in os.environ and super()._do_i_compile()
+
+    def on_train_start(self) -> None:
+        if not self.was_initialized:
+            self.initialize()
+        check_other_folds(Path(self.output_folder), self.configuration_name, self.configuration_manager.configuration)
+        training, validation = self.get_tr_and_val_datasets()
+        missing = missing_labels(check_cases(training, self.num_input_channels), self.label_manager)
+        check_cases(validation, self.num_input_channels)
+        if missing:
+            self.print_to_log_file(f"WARNING: the labels {missing} occur in no training case of this fold.")
+        super().on_train_start()
+
+    def train_step(self, batch: Batch) -> dict[str, np.ndarray]:
+        data, target = self._to_device(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            loss, _ = self.compute_loss(data, target)
+        self._step(loss)
+        return {"loss": loss.detach().cpu().numpy()}
+
+    def on_train_epoch_end(self, train_outputs: list[dict[str, np.ndarray]]) -> None:
+        """Skipped iterations do not enter the epoch's mean loss."""
+        losses = np.array([float(output["loss"]) for output in train_outputs])
+        finite = np.isfinite(losses)
+        if not finite.all():
+            self.print_to_log_file(f"WARNING: skipped {(~finite).sum()} iteration(s) whose loss was not finite.")
+            mean = losses[finite].mean() if finite.any() else np.nan
+            train_outputs = [{"loss": np.float32(loss)} for loss in np.where(finite, losses, mean)]
+        super().on_train_epoch_end(train_outputs)
+
+    def validation_step(self, batch: Batch) -> dict[str, np.ndarray]:
+        data, target = self._to_device(batch)
+        with self._autocast():
+            loss, logits = self.compute_loss(data, target)
+        truth, labelled = foreground_target(target, self.label_manager)
+        predicted = self._foreground(logits)
+        mask = labelled[:, None].float()
+        tp, fp, fn, _ = get_tp_fp_fn_tn(predicted.float(), truth.float(), axes=[0, 2, 3], mask=mask)
+        counts = {"tp_hard": tp, "fp_hard": fp, "fn_hard": fn}
+        return {"loss": loss.cpu().numpy()} | {key: value.cpu().numpy() for key, value in counts.items()}
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Writes beside the file and renames, so that a kill never leaves half a checkpoint."""
+        temporary = f"{filename}.{os.getpid()}.tmp"
+        super().save_checkpoint(temporary)
+        if os.path.isfile(temporary):  # not on other ranks, nor with --disable_checkpointing
+            os.replace(temporary, filename)
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """Refuses a checkpoint that was trained with other sections than the plans give now."""
+        checkpoint = torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False)
+        theirs = checkpoint["init_args"]["plans"]["configurations"][self.configuration_name]
+        check_same_sections(self.configuration_manager.configuration, theirs, str(filename_or_checkpoint))
+        super().load_checkpoint(filename_or_checkpoint)
+
+    def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        if not torch.isfinite(batch["data"]).all():
+            raise ValueError(
+                f"A batch from the cases {', '.join(batch['keys'])} holds NaN or infinite values: repair or remove "
+                "the image and preprocess again."
+            )
+        return (batch[key].to(self.device, non_blocking=True) for key in ("data", "target"))  # type: ignore[return-value]
+
+    def _autocast(self) -> AbstractContextManager:
+        return torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()
+
+    def _step(self, loss: Tensor) -> None:
+        """One optimiser step, left out where the gradient is not finite.
+
+        The decision rests on the gradient after DDP has averaged it, so that all ranks decide alike.
+        """
+        scaler = self.grad_scaler
+        (scaler.scale(loss) if scaler else loss).backward()
+        if scaler:
+            scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), _GRADIENT_NORM)
+        finite = bool(torch.isfinite(norm))
+        if scaler:
+            scaler.step(self.optimizer)  # looks at the gradient itself
+            scaler.update()
+        elif finite:
+            self.optimizer.step()
+        self._skipped = 0 if finite else self._skipped + 1
+        if self._skipped >= _MAX_SKIPPED:
+            raise RuntimeError(
+                f"The loss was not finite in {_MAX_SKIPPED} iterations in a row: lower the learning rate in the "
+                "plans, or look for extreme intensities in the data. The last checkpoint is kept."
+            )
+
+    def _foreground(self, logits: Tensor) -> Tensor:
+        """Predicted foreground classes or regions, (B, K, H, W) bool."""
+        if self.label_manager.has_regions:
+            return logits > 0
+        classes = torch.arange(1, logits.shape[1], device=logits.device)
+        return logits.argmax(1, keepdim=True) == classes[:, None, None]

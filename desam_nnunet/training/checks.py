@@ -1,0 +1,89 @@
+"""What is looked at before training begins, so that bad data costs seconds and not a night."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+SECTIONS = ("sam", "desam")
+
+
+def check_cases(dataset: nnUNetBaseDataset, num_channels: int) -> set[Any]:
+    """Looks at every case's channels and at its middle slice.
+
+    One slice is enough to see what normalisation spreads over a case; the trainer looks at every batch too.
+
+    Returns:
+        The labels and regions that occur.
+
+    Raises:
+        ValueError: Naming the case that has another number of channels, or NaN or infinity.
+    """
+    found: set[Any] = set()
+    for case in dataset.identifiers:
+        data, _, _, properties = dataset.load_case(case)
+        if data.shape[0] != num_channels:
+            raise ValueError(
+                f"Case {case} has {data.shape[0]} channel(s), but dataset.json names {num_channels}: "
+                "repair the images or dataset.json and preprocess again."
+            )
+        if not np.isfinite(data[:, data.shape[1] // 2]).all():
+            raise ValueError(
+                f"Case {case} holds NaN or infinite values: repair or remove the image and preprocess again."
+            )
+        found |= {label for label, places in properties["class_locations"].items() if len(places) > 0}
+    return found
+
+
+def missing_labels(found: set[Any], label_manager: LabelManager) -> list[Any]:
+    """The foreground labels or regions that occur in none of the cases looked at.
+
+    Raises:
+        ValueError: Not a single one occurs.
+    """
+    wanted = label_manager.foreground_regions if label_manager.has_regions else label_manager.foreground_labels
+    keys = [tuple(label) if isinstance(label, list | tuple) else label for label in wanted]
+    missing = [label for label in keys if label not in found]
+    if len(missing) == len(keys):
+        raise ValueError(
+            f"None of the labels {missing} occurs in any training case: check labelsTr and the labels in "
+            "dataset.json, and preprocess again."
+        )
+    return missing
+
+
+def check_same_sections(ours: dict[str, Any], theirs: dict[str, Any], what: str) -> None:
+    """Compares the resolved sections of two configurations.
+
+    Raises:
+        ValueError: Naming the keys that differ, with both values.
+    """
+    differing = [
+        f"{section}.{key} was {theirs.get(section, {}).get(key)!r} and is {value!r} now"
+        for section in SECTIONS
+        for key, value in ours[section].items()
+        if theirs.get(section, {}).get(key) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"{what} was trained with other plans: {'; '.join(differing)}. Restore these values in the plans file, "
+            "or train under another plans name (-p)."
+        )
+
+
+def check_other_folds(output_folder: Path, configuration_name: str, ours: dict[str, Any]) -> None:
+    """Refuses to put a fold with other settings into a model folder, whose folds share one ``plans.json``.
+
+    Args:
+        output_folder: Of this fold.
+    """
+    plans_file = output_folder.parent / "plans.json"
+    others = [path for path in output_folder.parent.glob("fold_*/checkpoint_*.pth") if path.parent != output_folder]
+    if plans_file.is_file() and others:
+        theirs = json.loads(plans_file.read_text())["configurations"][configuration_name]
+        check_same_sections(ours, theirs, f"{others[0].parent.name} in {output_folder.parent}")

@@ -1,0 +1,100 @@
+"""DeSAM's two trainers: grid points (DeSAM-P) and whole box (DeSAM-B).
+
+Source: Gao et al., DeSAM, MICCAI 2024, section 2.4 and the published settings: Adam, learning rate 1e-4
+with polynomial decay, batch 8, 50 epochs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import Tensor, nn
+
+from desam_nnunet.config import read_sections
+from desam_nnunet.networks.desam import DeSAM, build_desam
+from desam_nnunet.sam.prompts import sample_points, whole_box
+from desam_nnunet.sam.tiles import TileToImage, ct_window
+from desam_nnunet.sam.weights import load_sam
+from desam_nnunet.training.base import FrozenSamTrainer
+from desam_nnunet.training.losses import foreground_target, score_loss
+
+
+class DeSAMTrainer(FrozenSamTrainer):
+    """Trains with one sampled point per tile; predicts with a grid of points."""
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        return network_from_plans(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, whole_box=False
+        )
+
+    def compute_loss(self, data: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        network: Any = self.bare_network
+        geometry = network.geometry(data)
+        truth, labelled = foreground_target(target, self.label_manager)
+        prompts, point_targets = sample_points(truth, labelled, geometry)
+        masks, scores = self.network(network.encode(data), prompts)
+        logits = network.tile_logits(masks, geometry)
+        return self.loss(logits, target) + score_loss(scores, point_targets), logits
+
+
+class DeSAMTrainerWholeBox(DeSAMTrainer):
+    """Trains and predicts with one box around the tile; no score decides whether a class is present."""
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        return network_from_plans(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, whole_box=True
+        )
+
+    def compute_loss(self, data: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        network: Any = self.bare_network
+        geometry = network.geometry(data)
+        masks, _ = self.network(network.encode(data), whole_box(geometry, len(data), data.device))
+        logits = network.tile_logits(masks, geometry)
+        return self.loss(logits, target), logits
+
+
+def network_from_plans(
+    plans_manager: PlansManager,
+    configuration_manager: ConfigurationManager,
+    num_input_channels: int,
+    num_output_channels: int,
+    *,
+    whole_box: bool,
+) -> DeSAM:
+    """DeSAM as the resolved sections of a model's plans describe it.
+
+    Raises:
+        ValueError, FileNotFoundError: Sections that are not resolved or not valid; weights that are not here or
+            not those that the model was trained with.
+    """
+    sam, desam = read_sections(configuration_manager.configuration)
+    loaded = load_sam(sam.encoder, sam.image_size, sam.identity)
+    if loaded.random:
+        print(f"Encoder {sam.encoder}: RANDOM weights ({sam.identity}), not pretrained. Good for tests and demos.")
+    window: tuple[tuple[float, float], ...] = ()
+    if sam.intensity == "window":
+        window = ct_window(plans_manager.foreground_intensity_properties_per_channel, num_input_channels)
+    return build_desam(
+        sam=loaded,
+        to_image=TileToImage(sam.image_size, sam.intensity, window),
+        num_channels=num_input_channels,
+        num_classes=num_output_channels - (not sam.regions),
+        background=not sam.regions,
+        grid=None if whole_box else desam.grid,
+        iou_threshold=desam.iou_threshold,
+    )
