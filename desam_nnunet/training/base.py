@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.loss.dice import get_tp_fp_fn_tn
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
@@ -105,7 +105,7 @@ class FrozenSamTrainer(nnUNetTrainer):
         if not finite.all():
             self.print_to_log_file(f"WARNING: skipped {(~finite).sum()} iteration(s) whose loss was not finite.")
             mean = losses[finite].mean() if finite.any() else np.nan
-            train_outputs = [{"loss": np.float32(loss)} for loss in np.where(finite, losses, mean)]
+            train_outputs = [{"loss": np.asarray(loss)} for loss in np.where(finite, losses, mean)]
         super().on_train_epoch_end(train_outputs)
 
     def validation_step(self, batch: Batch) -> dict[str, np.ndarray]:
@@ -126,7 +126,7 @@ class FrozenSamTrainer(nnUNetTrainer):
         if os.path.isfile(temporary):  # not on other ranks, nor with --disable_checkpointing
             os.replace(temporary, filename)
 
-    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """Refuses a checkpoint that was trained with other sections than the plans give now."""
         checkpoint = torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False)
         theirs = checkpoint["init_args"]["plans"]["configurations"][self.configuration_name]
