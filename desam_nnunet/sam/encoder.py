@@ -38,9 +38,10 @@ class FrozenEncoder(nn.Module):
 
     def __init__(self, vit: ImageEncoderViT, level_blocks: tuple[int, ...], identity: str) -> None:
         super().__init__()
-        self.vit = vit.requires_grad_(False).eval()
+        self.vit = vit.requires_grad_(False)
         self.level_blocks = level_blocks
         self.identity = identity
+        self.eval()
 
     def train(self, mode: bool = True) -> FrozenEncoder:
         """Stays in eval mode, whatever the network around it does."""

@@ -1,0 +1,118 @@
+"""One small phantom data set, preprocessed and trained once by nnU-Net's own commands, for all tests."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import phantom
+import pytest
+import torch
+
+DATASET = "Dataset501_Phantom"
+PLANS = "TinyPlans"
+TRAINERS = ("DeSAMTrainer", "DeSAMTrainerWholeBox")
+FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+
+
+class Workspace(NamedTuple):
+    """nnU-Net's three folders with the phantom data set, and two volumes of an unseen site."""
+
+    root: Path
+
+    @property
+    def preprocessed(self) -> Path:
+        return self.root / "nnUNet_preprocessed" / DATASET
+
+    @property
+    def results(self) -> Path:
+        return self.root / "nnUNet_results" / DATASET
+
+    @property
+    def unseen(self) -> Path:
+        return self.root / "unseen" / "SiteB"
+
+    def plans(self) -> dict[str, Any]:
+        return json.loads((self.preprocessed / f"{PLANS}.json").read_text())
+
+    def dataset_json(self) -> dict[str, Any]:
+        return json.loads((self.preprocessed / "dataset.json").read_text())
+
+    def model(self, trainer: str, plans: str = PLANS) -> Path:
+        return self.results / f"{trainer}__{plans}__2d"
+
+    def write_plans(self, name: str, **sections: dict[str, Any]) -> dict[str, Any]:
+        """A copy of nnU-Net's plans with sections of ours in its 2D configuration."""
+        plans = json.loads((self.preprocessed / "nnUNetPlans.json").read_text())
+        plans["plans_name"] = name
+        plans["configurations"]["2d"] |= {"batch_size": 2} | sections
+        (self.preprocessed / f"{name}.json").write_text(json.dumps(plans))
+        return plans
+
+
+def environment(root: Path) -> dict[str, str]:
+    folders = {name: str(root / name) for name in FOLDERS}
+    # Small data: one process each, and no augmentation workers, is the fastest here.
+    return folders | {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "DESAM_WEIGHTS": str(root / "weights")}
+
+
+def nnunet(command: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Runs one of nnU-Net's own commands, or `desam`, from the tested environment."""
+    program = Path(sys.executable).with_name(command)
+    result = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True)
+    assert not check or result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result
+
+
+def tiny_sections(**sam: Any) -> dict[str, dict[str, Any]]:
+    """A minute's training: the random tiny encoder at 128, and scores that start below the threshold."""
+    short = {"encoder": "vit_tiny", "image_size": 128, "epochs": 1, "iterations_per_epoch": 3,
+             "val_iterations_per_epoch": 1}
+    return {"sam": short | sam, "desam": {"grid": 3, "iou_threshold": 0.0}}
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
+    root = tmp_path_factory.mktemp("nnunet")
+    for name in (*FOLDERS, "weights"):
+        (root / name).mkdir()
+    phantom.write_dataset(root / "nnUNet_raw", cases=5)
+    phantom.write_unseen(root / "unseen", sites=("SiteB",), cases=2)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment(root).items():
+            patch.setenv(name, value)
+        nnunet("nnUNetv2_plan_and_preprocess", "-d", 501, "-c", "2d", "-np", 1, "-npfp", 1)
+        workspace = Workspace(root)
+        workspace.write_plans(PLANS, **tiny_sections())
+        yield workspace
+
+
+@pytest.fixture(scope="session")
+def trained(workspace: Workspace) -> Workspace:
+    """Two folds of both trainers, with the probabilities that ensembling needs."""
+    for trainer in TRAINERS:
+        for fold in (0, 1):
+            nnunet("nnUNetv2_train", 501, "2d", fold, "-tr", trainer, "-p", PLANS, "-device", "cpu", "--npz")
+    return workspace
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def make_trainer(name: str, workspace: Workspace, *, plans: dict[str, Any] | None = None,
+                 dataset_json: dict[str, Any] | None = None, configuration: str = "2d",
+                 fold: int | str = 0) -> Any:
+    """A trainer as nnUNetv2_train makes it, in this process and on the CPU."""
+    from desam_nnunet.training import desam
+
+    plans = (plans or workspace.plans()) | {"continue_training": False}
+    return getattr(desam, name)(plans, configuration, fold, dataset_json or workspace.dataset_json(),
+                                torch.device("cpu"))
+
+

@@ -1,0 +1,162 @@
+"""nnU-Net's own commands, unmodified, on the phantom data set."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from conftest import PLANS, TRAINERS, Workspace, nnunet, tiny_sections
+
+
+def masks(folder: Path) -> dict[str, np.ndarray]:
+    return {path.name: sitk.GetArrayFromImage(sitk.ReadImage(path)) for path in sorted(folder.glob("*.nii.gz"))}
+
+
+def assert_same_masks(one: Path, other: Path) -> None:
+    ours, theirs = masks(one), masks(other)
+    assert ours.keys() == theirs.keys()
+    assert ours
+    for name, mask in ours.items():
+        np.testing.assert_array_equal(mask, theirs[name])
+
+
+@pytest.fixture(scope="module")
+def predicted(trained: Workspace) -> Path:
+    """The unseen site, predicted by an ensemble of two folds."""
+    out = trained.root / "predicted"
+    nnunet("nnUNetv2_predict", "-i", trained.unseen / "images", "-o", out, "-d", 501, "-c", "2d", "-f", 0, 1,
+           "-tr", "DeSAMTrainer", "-p", PLANS, "-device", "cpu", "-npp", 1, "-nps", 1)
+    return out
+
+
+def test_training_fills_nnunets_folders(trained: Workspace) -> None:
+    for trainer in TRAINERS:
+        for fold in (0, 1):
+            folder = trained.model(trainer) / f"fold_{fold}"
+            assert (folder / "checkpoint_final.pth").is_file()
+            assert (folder / "progress.png").is_file()
+            assert "foreground_mean" in json.loads((folder / "validation" / "summary.json").read_text())
+            assert not list(folder.glob("*.tmp"))
+
+
+def test_model_folder_holds_every_resolved_setting(trained: Workspace) -> None:
+    configuration = json.loads((trained.model("DeSAMTrainer") / "plans.json").read_text())["configurations"]["2d"]
+    assert configuration["sam"] == {
+        "encoder": "vit_tiny", "identity": "random:RandomState:1:seed0", "image_size": 128,
+        "intensity": "percentile", "regions": False, "features": "online", "epochs": 1,
+        "iterations_per_epoch": 3, "val_iterations_per_epoch": 1,
+    }
+    assert configuration["desam"] == {"grid": 3, "iou_threshold": 0.0, "lr": 1e-4}
+    assert configuration["architecture"]["network_class_name"].endswith("PlainConvUNet")
+
+
+def test_checkpoint_holds_no_encoder(trained: Workspace) -> None:
+    path = trained.model("DeSAMTrainer") / "fold_0" / "checkpoint_final.pth"
+    checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+    assert {key.split(".")[0] for key in checkpoint["network_weights"]} == {"prim", "pdmm", "prompt_encoder"}
+    assert checkpoint["init_args"]["plans"]["configurations"]["2d"]["sam"]["encoder"] == "vit_tiny"
+    assert checkpoint["inference_allowed_mirroring_axes"] == (0, 1)
+
+
+def test_prediction_of_an_unseen_site(trained: Workspace, predicted: Path) -> None:
+    images = sorted((trained.unseen / "images").glob("*.nii.gz"))
+    results = masks(predicted)
+    assert len(results) == len(images) == 2
+    for image, mask in zip(images, results.values(), strict=True):
+        assert mask.shape == sitk.GetArrayFromImage(sitk.ReadImage(image)).shape
+        assert set(np.unique(mask)) <= {0, 1}
+
+
+def test_prediction_from_the_model_folder(trained: Workspace, predicted: Path, tmp_path: Path) -> None:
+    nnunet("nnUNetv2_predict_from_modelfolder", "-i", trained.unseen / "images", "-o", tmp_path, "-m",
+           trained.model("DeSAMTrainer"), "-f", 0, 1, "-device", "cpu", "-npp", 1, "-nps", 1)
+    assert_same_masks(tmp_path, predicted)
+
+
+def test_zip_export_and_installation_elsewhere(
+    trained: Workspace, predicted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = tmp_path / "model.zip"
+    nnunet("nnUNetv2_export_model_to_zip", "-d", 501, "-o", archive, "-c", "2d", "-f", 0, 1, "-tr", "DeSAMTrainer",
+           "-p", PLANS, "--exp_cv_preds")
+    elsewhere = tmp_path / "results"
+    monkeypatch.setenv("nnUNet_results", str(elsewhere))
+    nnunet("nnUNetv2_install_pretrained_model_from_zip", archive)
+    out = tmp_path / "out"
+    nnunet("nnUNetv2_predict", "-i", trained.unseen / "images", "-o", out, "-d", 501, "-c", "2d", "-f", 0, 1,
+           "-tr", "DeSAMTrainer", "-p", PLANS, "-device", "cpu", "-npp", 1, "-nps", 1)
+    assert_same_masks(out, predicted)
+
+
+def test_best_configuration_and_ensemble(trained: Workspace, tmp_path: Path) -> None:
+    nnunet("nnUNetv2_find_best_configuration", 501, "-c", "2d", "-p", PLANS, "-tr", *TRAINERS, "-f", 0, 1, "-np", 1)
+    information = json.loads((trained.results / "inference_information.json").read_text())
+    assert len(information["considered_models"]) == 2
+    inputs = [trained.model(trainer) / "fold_0" / "validation" for trainer in TRAINERS]
+    nnunet("nnUNetv2_ensemble", "-i", *inputs, "-o", tmp_path, "-np", 1)
+    assert masks(tmp_path).keys() == masks(inputs[0]).keys()
+
+
+def test_validation_alone_repeats_itself(trained: Workspace, tmp_path: Path) -> None:
+    validation = trained.model("DeSAMTrainer") / "fold_1" / "validation"
+    before = masks(validation)
+    nnunet("nnUNetv2_train", 501, "2d", 1, "-tr", "DeSAMTrainer", "-p", PLANS, "-device", "cpu", "--val", "--npz")
+    for name, mask in masks(validation).items():
+        np.testing.assert_array_equal(mask, before[name])
+
+
+def test_pretrained_weights_go_from_one_prompt_mode_to_the_other(trained: Workspace) -> None:
+    trained.write_plans("FineTune", **tiny_sections())
+    checkpoint = trained.model("DeSAMTrainer") / "fold_0" / "checkpoint_final.pth"
+    result = nnunet("nnUNetv2_train", 501, "2d", "all", "-tr", "DeSAMTrainerWholeBox", "-p", "FineTune", "-device",
+                    "cpu", "-pretrained_weights", checkpoint)
+    assert "Loading pretrained weights" in result.stdout
+    assert (trained.model("DeSAMTrainerWholeBox", "FineTune") / "fold_all" / "checkpoint_final.pth").is_file()
+
+
+def test_killed_training_continues(workspace: Workspace) -> None:
+    workspace.write_plans("Killed", **tiny_sections(epochs=3, iterations_per_epoch=2))
+    arguments = ["501", "2d", "0", "-tr", "DeSAMTrainer", "-p", "Killed", "-device", "cpu"]
+    latest = workspace.model("DeSAMTrainer", "Killed") / "fold_0" / "checkpoint_latest.pth"
+    program = Path(sys.executable).with_name("nnUNetv2_train")
+    with subprocess.Popen([program, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not latest.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    assert latest.exists(), "no checkpoint after the first epoch"
+    output = nnunet("nnUNetv2_train", *arguments, "--c").stdout
+    assert "Epoch 0" not in output
+    assert "Epoch 2" in output
+    assert (latest.parent / "checkpoint_final.pth").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(["3d_fullres"], "is 3D, but SAM works on slices: use 2d", id="3d"),
+        pytest.param(["2d", "-p", "nnUNetPlans"], r"No weights file sam_vit_b_01ec64.pth in", id="no weights"),
+    ],
+)
+def test_bad_training_input(workspace: Workspace, arguments: list[str], message: str) -> None:
+    add_3d_configuration(workspace)
+    configuration, *rest = arguments
+    result = nnunet("nnUNetv2_train", 501, configuration, 0, "-tr", "DeSAMTrainer", "-device", "cpu", *rest,
+                    check=False)
+    assert result.returncode != 0
+    assert message in result.stderr
+
+
+def add_3d_configuration(workspace: Workspace) -> None:
+    path = workspace.preprocessed / "nnUNetPlans.json"
+    plans = json.loads(path.read_text())
+    plans["configurations"]["3d_fullres"] = plans["configurations"]["2d"] | {"patch_size": [16, 96, 96]}
+    path.write_text(json.dumps(plans))

@@ -1,0 +1,115 @@
+"""The plans' sections: defaults, and what is said of mistakes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from desam_nnunet.config import DesamSection, parse_section, read_sections, resolve_plans
+from desam_nnunet.sam.random_weights import RANDOM_IDENTITY
+
+DATASET = {"labels": {"background": 0, "organ": 1}, "channel_names": {"0": "MR"}, "file_ending": ".nii.gz"}
+REGIONS = DATASET | {"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_class_order": [1, 2]}
+
+
+def make_plans(scheme: str = "ZScoreNormalization", **sections: Any) -> dict[str, Any]:
+    base = {"patch_size": [96, 96], "batch_size": 49, "architecture": {}, "normalization_schemes": [scheme]}
+    return {
+        "label_manager": "LabelManager",
+        "configurations": {
+            "2d": base | sections,
+            "2d_child": {"inherits_from": "2d"},
+            "3d_fullres": base | {"patch_size": [16, 96, 96]},
+        },
+    }
+
+
+def resolved(plans: dict[str, Any], name: str = "2d", dataset: dict[str, Any] = DATASET) -> dict[str, Any]:
+    resolve_plans(plans, name, dataset)
+    return plans["configurations"][name]
+
+
+def test_defaults() -> None:
+    configuration = resolved(make_plans(sam={"encoder": "vit_tiny"}))
+    assert configuration["sam"] == {
+        "encoder": "vit_tiny", "identity": RANDOM_IDENTITY, "image_size": 256, "intensity": "percentile",
+        "regions": False, "features": "online", "epochs": 50, "iterations_per_epoch": 250,
+        "val_iterations_per_epoch": 50,
+    }
+    assert configuration["desam"] == {"grid": 9, "iou_threshold": 0.5, "lr": 1e-4}
+    assert configuration["batch_size"] == 49
+
+
+def test_resolving_twice_changes_nothing() -> None:
+    plans = make_plans(sam={"encoder": "vit_tiny"})
+    once = dict(resolved(plans))
+    assert resolved(plans) == once
+    assert read_sections(once)[0].encoder == "vit_tiny"
+
+
+def test_stock_plans_get_the_published_batch_size(weights_of_vit_b: None) -> None:
+    configuration = resolved(make_plans())
+    assert configuration["batch_size"] == 8
+    assert configuration["sam"]["encoder"] == "vit_b"
+    assert configuration["sam"]["image_size"] == 1024
+
+
+@pytest.fixture
+def weights_of_vit_b(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the published file were here: nothing of it is read in these tests."""
+    monkeypatch.setattr("desam_nnunet.config.identify", lambda encoder: f"md5 of {encoder}")
+
+
+def test_sections_are_inherited() -> None:
+    configuration = resolved(make_plans(sam={"encoder": "vit_tiny", "image_size": 320}), "2d_child")
+    assert configuration["sam"]["image_size"] == 320
+
+
+def test_intensity_follows_the_normalisation() -> None:
+    assert resolved(make_plans("CTNormalization", sam={"encoder": "vit_tiny"}))["sam"]["intensity"] == "window"
+
+
+def test_regions_follow_the_data_set() -> None:
+    assert resolved(make_plans(sam={"encoder": "vit_tiny"}), dataset=REGIONS)["sam"]["regions"] is True
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"sam": {"imagesize": 512}}, r"section 'sam' has an unknown key 'imagesize'. Valid keys: encoder \(str\)"),
+        ({"sam": {"image_size": "512"}}, r"sam.image_size is '512', but must be of type int. Valid keys: .*epochs"),
+        ({"sam": {"epochs": True}}, "sam.epochs is True, but must be of type int"),
+        ({"sam": {"image_size": 500}}, "sam.image_size is 500, but must be a multiple of 16"),
+        ({"sam": {"intensity": "zscore"}}, "'zscore', but must be percentile or window or unit"),
+        ({"sam": {"intensity": "window"}}, "needs CTNormalization in every channel"),
+        ({"sam": {"features": "cached"}}, "sam.features is 'cached', but must be online"),
+        ({"sam": {"regions": True}}, "the data set's labels say False"),
+        ({"sam": {"encoder": "vit_x"}}, "Unknown encoder 'vit_x': give one of vit_b, vit_l, vit_h, vit_tiny"),
+        ({"sam": {"identity": "md5:0"}}, "found here is random:.* were trained or made with md5:0"),
+        ({"sam": 7}, "section 'sam' is 7, but must be an object"),
+        ({"desam": {"grid": 0}}, "desam.grid is 0, but must be between 1 and 64"),
+        ({"desam": {"lr": "fast"}}, r"desam.lr is 'fast', but must be of type float. Valid keys: grid \(int\)"),
+        ({"desam": {"threshold": 1}}, "unknown key 'threshold'. Valid keys: grid"),
+    ],
+)
+def test_mistakes_are_named(sections: dict[str, Any], message: str) -> None:
+    given = {"sam": {"encoder": "vit_tiny"}} | sections
+    if isinstance(given["sam"], dict):
+        given["sam"] = {"encoder": "vit_tiny"} | given["sam"]
+    with pytest.raises(ValueError, match=message):
+        resolved(make_plans(**given))
+
+
+def test_3d_names_the_2d_configurations() -> None:
+    with pytest.raises(ValueError, match="'3d_fullres' is 3D, but SAM works on slices: use 2d or 2d_child"):
+        resolved(make_plans(), "3d_fullres")
+
+
+def test_unresolved_plans_are_not_read() -> None:
+    with pytest.raises(ValueError, match="'sam' lacks encoder, identity, .*not resolved by training"):
+        read_sections(make_plans()["configurations"]["2d"])
+
+
+def test_a_whole_number_is_a_float() -> None:
+    assert parse_section("desam", DesamSection, {"lr": 1}).lr == 1

@@ -1,0 +1,116 @@
+"""Downloads, against a server on this machine that resumes as the real one does."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from desam_nnunet.sam import download as module
+from desam_nnunet.sam.download import download
+from desam_nnunet.sam.variants import VARIANTS
+
+CONTENT = bytes(range(256)) * 5000
+
+
+class Server(BaseHTTPRequestHandler):
+    ranges: list[str | None] = []
+    content = CONTENT
+    resumes = True
+
+    def do_GET(self) -> None:
+        asked = self.headers["Range"]
+        Server.ranges.append(asked)
+        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and Server.resumes else 0
+        if start >= len(self.content):
+            self.send_error(416)
+            return
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(self.content) - start))
+        self.end_headers()
+        self.wfile.write(self.content[start:])
+
+    def log_message(self, *_: object) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    row = replace(VARIANTS["vit_b"], md5=hashlib.md5(CONTENT).hexdigest())
+    monkeypatch.setitem(module.VARIANTS, "vit_b", row)
+    monkeypatch.setattr(Server, "ranges", [])
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/file.pth"
+        server.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DESAM_WEIGHTS", str(tmp_path / "weights"))
+    return tmp_path / "weights"
+
+
+def test_download_verifies_and_renames(url: str, folder: Path) -> None:
+    path = download("vit_b", url=url)
+    assert path == folder / "sam_vit_b_01ec64.pth"
+    assert path.read_bytes() == CONTENT
+    assert [file.name for file in folder.iterdir()] == [path.name]
+
+
+def test_what_is_here_is_not_fetched_again(url: str) -> None:
+    download("vit_b", url=url)
+    download("vit_b", url=url)
+    assert len(Server.ranges) == 1
+
+
+def test_a_partial_download_continues(url: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder.mkdir()
+    (folder / "sam_vit_b_01ec64.pth.part").write_bytes(CONTENT[:1000])
+    assert download("vit_b", url=url).read_bytes() == CONTENT
+    assert Server.ranges == ["bytes=1000-"]
+    assert "1.28M/1.28M" in capfd.readouterr().err
+
+
+def test_a_complete_partial_download_is_only_verified(url: str, folder: Path) -> None:
+    folder.mkdir()
+    (folder / "sam_vit_b_01ec64.pth.part").write_bytes(CONTENT)
+    assert download("vit_b", url=url).read_bytes() == CONTENT
+
+
+def test_a_server_that_does_not_resume_starts_again(
+    url: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Server, "resumes", False)
+    folder.mkdir()
+    (folder / "sam_vit_b_01ec64.pth.part").write_bytes(b"something else")
+    assert download("vit_b", url=url).read_bytes() == CONTENT
+
+
+def test_another_file_is_refused_and_removed(url: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Server, "content", b"an error page")
+    with pytest.raises(ValueError, match="not the published file .* run the command again"):
+        download("vit_b", url=url)
+    assert not list(folder.iterdir())
+
+
+def test_no_network(folder: Path) -> None:
+    with pytest.raises(ConnectionError, match=f"could not be downloaded .*another machine and put it into {folder}"):
+        download("vit_b", url="http://127.0.0.1:9/file.pth")
+
+
+def test_unwritable_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.write_text("a file where the folder should be")
+    with pytest.raises(PermissionError, match=f"weights folder {folder} can't be written .*set DESAM_WEIGHTS"):
+        download("vit_b")
+
+
+@pytest.mark.parametrize("name", ["vit_tiny", "vit_x"])
+def test_nothing_published(name: str) -> None:
+    with pytest.raises(ValueError, match="No weights are published .*vit_b, vit_l, vit_h"):
+        download(name)

@@ -1,0 +1,249 @@
+"""DeSAM as nnU-Net sees it: prediction from the grid, voting, classes, what a checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from torch import Tensor, nn
+
+from desam_nnunet.networks.desam import ABSENT_LOGIT, DeSAM, build_desam
+from desam_nnunet.networks.pdmm import PDMM
+from desam_nnunet.networks.prim import PRIM
+from desam_nnunet.sam.prompts import Prompts, point_grid
+from desam_nnunet.sam.tiles import TileToImage, logits_to_tile
+from desam_nnunet.sam.variants import VARIANTS, build_sam, build_transformer
+from desam_nnunet.sam.weights import load_sam
+
+
+def make(num_classes: int = 1, **options: Any) -> DeSAM:
+    defaults = {"num_channels": 1, "background": True, "grid": 3, "iou_threshold": 0.5}
+    to_image = TileToImage(128, "percentile")
+    network = build_desam(sam=load_sam("vit_tiny", 128), to_image=to_image, num_classes=num_classes,
+                          **(defaults | options))
+    return network.eval()
+
+
+class HandMadeScores(nn.Module):
+    """Stands in for the IoU head: row by row of the grid, what the test wants."""
+
+    def __init__(self, scores: Tensor) -> None:
+        super().__init__()
+        self.scores = scores  # N K
+        self.seen = 0
+
+    def forward(self, token: Tensor) -> Tensor:
+        start = self.seen % len(self.scores)
+        self.seen += len(token)
+        return self.scores[start : start + len(token)]
+
+
+def with_scores(network: DeSAM, scores: list[list[float]]) -> DeSAM:
+    network.prim.iou_head = HandMadeScores(torch.tensor(scores))  # type: ignore[assignment]
+    return network
+
+
+@torch.no_grad()
+def test_one_class_is_the_mask_of_the_best_point() -> None:
+    network = with_scores(make(), [[0.1]] * 4 + [[0.9]] + [[0.6]] * 4)
+    tile = torch.randn(1, 1, 48, 64)
+    logits = network(tile)
+    assert logits.shape == (1, 2, 48, 64)
+    assert logits[:, 0].eq(0).all()
+    geometry = network.geometry(tile)
+    best = point_grid(geometry, 3, tile.device).points[4:5]
+    masks, _ = network(network.encode(tile), Prompts(points=best))
+    torch.testing.assert_close(logits[:, 1:], logits_to_tile(masks, geometry))
+
+
+@torch.no_grad()
+def test_classes_take_their_own_best_points_and_absent_ones_the_constant() -> None:
+    network = with_scores(make(3), [[0.9, 0.5, 0.1], [0.1, 0.2, 0.7]] + [[0.0, 0.0, 0.0]] * 7)
+    tile = torch.randn(1, 1, 64, 64)
+    logits = network(tile)
+    geometry = network.geometry(tile)
+    points = point_grid(geometry, 3, tile.device).points
+    for channel, point in ((0, 0), (2, 1)):
+        masks, _ = network(network.encode(tile), Prompts(points=points[point : point + 1]))
+        torch.testing.assert_close(logits[0, channel + 1], logits_to_tile(masks, geometry)[0, channel])
+    assert logits[0, 2].eq(ABSENT_LOGIT).all()  # 0.5 is not above the threshold
+
+
+@torch.no_grad()
+def test_equal_points_share_a_run() -> None:
+    network = with_scores(make(3), [[0.0] * 3] * 5 + [[0.9] * 3] + [[0.0] * 3] * 3)
+    runs = []
+    network.pdmm.fusion.register_forward_hook(lambda _m, _i, out: runs.append(len(out)))
+    network(torch.randn(1, 1, 64, 64))
+    assert runs == [1]
+
+
+@torch.no_grad()
+def test_regions_have_no_background() -> None:
+    network = with_scores(make(2, background=False), [[0.0, 0.0]] * 9)
+    logits = network(torch.randn(2, 1, 64, 64))
+    assert logits.shape == (2, 2, 64, 64)
+    assert logits.eq(ABSENT_LOGIT).all()
+
+
+@torch.no_grad()
+def test_grid_in_chunks_is_the_grid_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = make(2)
+    tile = torch.randn(1, 1, 64, 64)
+    features, geometry = network.encode(tile), network.geometry(tile)
+    at_once = network.grid_scores(features, geometry)
+    monkeypatch.setattr("desam_nnunet.networks.desam._TOKENS_AT_ONCE", 2 * 64)
+    torch.testing.assert_close(network.grid_scores(features, geometry), at_once, rtol=0, atol=1e-5)
+    assert at_once.shape == (9, 2)
+
+
+@torch.no_grad()
+def test_a_batch_is_its_tiles_one_by_one() -> None:
+    for network in (make(iou_threshold=0.0), make(grid=None)):
+        tiles = torch.randn(3, 1, 64, 64)
+        one_by_one = torch.cat([network(tile[None]) for tile in tiles])
+        torch.testing.assert_close(network(tiles), one_by_one, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_more_channels_are_encoded_in_groups_and_averaged() -> None:
+    network = make(num_channels=5)
+    tile = torch.randn(1, 5, 64, 64)
+    features = network.encode(tile)
+    groups = [make(num_channels=n).encode(part) for n, part in ((3, tile[:, :3]), (2, tile[:, 3:]))]
+    torch.testing.assert_close(features.neck, (groups[0].neck + groups[1].neck) / 2, rtol=0, atol=1e-5)
+    torch.testing.assert_close(features.levels[1], (groups[0].levels[1] + groups[1].levels[1]) / 2, rtol=0, atol=1e-5)
+
+
+def test_another_number_of_channels_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"has 2 channel\(s\), but the model was planned for 1"):
+        make()(torch.randn(1, 2, 64, 64))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_is_refused(value: float) -> None:
+    tile = torch.zeros(1, 1, 64, 64)
+    tile[0, 0, 3, 4] = value
+    with pytest.raises(ValueError, match="holds NaN or infinite values"):
+        make()(tile)
+
+
+def test_the_encoder_is_in_no_state_and_no_parameters() -> None:
+    network = make()
+    encoder = {id(parameter) for parameter in network.encoder.parameters()}
+    assert not encoder & {id(parameter) for parameter in network.parameters()}
+    assert not any("vit" in key or "encoder.blocks" in key for key in network.state_dict())
+    trained = {name.split(".")[0] for name, parameter in network.named_parameters() if parameter.requires_grad}
+    assert trained == {"prim", "pdmm"}
+
+
+def test_the_encoder_moves_along_and_stays_in_eval_mode() -> None:
+    network = make().to(torch.float64).train()
+    assert network.encoder.vit.pos_embed.dtype == torch.float64
+    assert not network.encoder.training
+    assert network.prim.training
+
+
+def test_there_is_no_initialize_for_nnunet_to_apply() -> None:
+    assert not hasattr(make(), "initialize")
+
+
+@pytest.mark.parametrize("grid", [3, None])
+def test_every_trained_parameter_gets_a_gradient(grid: int | None) -> None:
+    """DDP without find_unused_parameters asks for it."""
+    network = make(2, grid=grid)
+    tiles = torch.randn(2, 1, 64, 64)
+    prompts = Prompts(points=torch.full((2, 1, 2), 9.0)) if grid else Prompts(boxes=torch.tensor([[0.0, 0, 64, 64]] * 2))
+    masks, scores = network(network.encode(tiles), prompts)
+    (masks.square().mean() + (0 if scores is None else scores.square().mean())).backward()
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    assert all(parameter.grad is not None for parameter in trained)
+    assert (scores is None) == (grid is None)
+
+
+def test_published_numbers_of_parameters() -> None:
+    """10.9 M and 13.2 M for ViT-B and ViT-H, of which PDMM 7.5 M and 9.8 M (published implementation)."""
+
+    def count(module: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    unused = 128 * 128 + 2 * 64 * 64 + 128  # shortcuts and deep supervision's output, which we leave out
+    with torch.device("meta"):
+        prim = PRIM(transformer=build_transformer(256), num_classes=1, iou_hidden=256)
+        for dim, size, total in ((768, 7.5, 10.9), (1280, 9.8, 13.2)):
+            pdmm = PDMM(encoder_dim=dim, prompt_dim=256, num_classes=1)
+            assert (count(pdmm) + unused) / 1e6 == pytest.approx(size, abs=0.05)
+            assert (count(prim) + count(pdmm) + unused) / 1e6 == pytest.approx(total, abs=0.05)
+
+
+def test_prim_starts_from_sams_decoder() -> None:
+    sam = build_sam(VARIANTS["vit_tiny"])
+    prim = PRIM(transformer=build_transformer(128), num_classes=3, iou_hidden=128)
+    prim.load_from_sam(sam.mask_decoder)
+    sparse, image, positions = torch.randn(2, 2, 128), torch.randn(2, 128, 8, 8), torch.randn(1, 128, 8, 8)
+    with torch.no_grad():
+        iou = prim(image, positions, sparse, score=True).iou
+        for one in range(2):  # SAM's decoder takes the prompts of one image
+            expected = sam.mask_decoder.predict_masks(image[one : one + 1], positions, sparse[one : one + 1],
+                                                      torch.zeros(1))[1][:, :1]
+            torch.testing.assert_close(iou[one : one + 1], expected.expand(-1, 3), rtol=0, atol=1e-5)
+
+
+class Votes(nn.Module):
+    """The network with hand-made scores per call, so that calls of nnU-Net's predictor vote."""
+
+    def __init__(self, network: DeSAM, present: Callable[[int], bool]) -> None:
+        super().__init__()
+        self.network = network
+        self.present = present
+        self.calls = 0
+
+    def forward(self, tile: Tensor) -> Tensor:
+        score = 0.9 if self.present(self.calls) else 0.1
+        self.calls += 1
+        return with_scores(self.network, [[score]] * 9)(tile)
+
+
+def vote(present: Callable[[int], bool], *, folds: int = 1, mirrors: tuple[int, ...] | None = None,
+         width: int = 64) -> tuple[Tensor, int]:
+    """Foreground logit minus background, of nnU-Net's predictor on one constant slice, and the calls it took."""
+    network = make()
+    with torch.no_grad():
+        network.pdmm.seg_layers.weight.zero_()
+        network.pdmm.seg_layers.register_forward_hook(lambda _m, _i, out: out + 6)  # a present class has logit 6
+    votes = Votes(with_scores(network, [[0.0]] * 9), present)
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    predictor.network, predictor.allowed_mirroring_axes = votes, mirrors
+    predictor.list_of_parameters = [votes.state_dict()] * folds
+    predictor.configuration_manager = type("Configuration", (), {"patch_size": [64, 64]})()
+    predictor.label_manager = LabelManager({"background": 0, "organ": 1}, None)
+    logits = predictor.predict_logits_from_preprocessed_data(torch.randn(1, 1, 64, width))
+    return (logits[1] - logits[0])[0].float(), votes.calls
+
+
+def test_folds_vote() -> None:
+    logit, calls = vote(lambda call: call > 0, folds=3)
+    assert calls == 3
+    torch.testing.assert_close(logit, torch.full_like(logit, (6 + 6 - 10) / 3), rtol=0, atol=1e-2)
+    assert (vote(lambda call: call == 0, folds=2)[0] < 0).all()
+
+
+def test_mirrors_vote() -> None:
+    logit, calls = vote(lambda call: call != 2, mirrors=(0, 1))
+    assert calls == 4
+    torch.testing.assert_close(logit, torch.full_like(logit, (3 * 6 - 10) / 4), rtol=0, atol=1e-2)
+
+
+def test_overlapping_tiles_vote() -> None:
+    logit, calls = vote(lambda call: call != 1, width=128)  # tiles at 0, 32 and 64; the middle one says absent
+    assert calls == 3
+    row = logit[32]
+    assert row[0] > 0
+    assert row[64] < 0  # the middle tile's centre
+    assert row[127] > 0
+    between = row[48].item()  # as far from the first tile's centre as from the middle one's: no veto, a mean
+    assert between == pytest.approx((6 - 10) / 2, abs=0.3)

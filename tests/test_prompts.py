@@ -1,0 +1,94 @@
+"""Prompts: where they lie and what they are drawn from."""
+
+from __future__ import annotations
+
+import torch
+
+from desam_nnunet.sam.prompts import point_grid, sample_points, whole_box
+from desam_nnunet.sam.tiles import Geometry
+
+CPU = torch.device("cpu")
+
+
+def drawn(target: torch.Tensor, labelled: torch.Tensor | None = None, times: int = 400) -> tuple:
+    """Pixels (row, column) and targets of many draws on one tile of (K, H, W)."""
+    batch = target[None].expand(times, -1, -1, -1)
+    labelled = torch.ones(target.shape[1:], dtype=torch.bool) if labelled is None else labelled
+    side = target.shape[-1]
+    prompts, targets = sample_points(batch, labelled.expand(times, -1, -1), Geometry((side, side), side))
+    x, y = prompts.points[:, 0].round().long().T
+    return y, x, targets
+
+
+def test_grid_holds_the_cells_centres_of_the_tile_not_of_its_padding() -> None:
+    points = point_grid(Geometry((50, 100), 64), 2, CPU).points
+    expected = [[15.5, 7.5], [47.5, 7.5], [15.5, 23.5], [47.5, 23.5]]  # of 32 x 64, pixel centres at whole numbers
+    assert points[:, 0].tolist() == expected
+
+
+def test_whole_box_is_the_tile() -> None:
+    assert whole_box(Geometry((50, 100), 64), 2, CPU).boxes.tolist() == [[0, 0, 64, 32]] * 2
+
+
+def test_half_the_points_are_background_where_there_is_an_organ() -> None:
+    target = torch.zeros(1, 16, 16, dtype=torch.bool)
+    target[0, 2:4, 5:9] = True
+    row, column, targets = drawn(target)
+    inside = target[0, row, column]
+    assert torch.equal(inside.float(), targets.inside[:, 0])
+    assert 0.4 < inside.float().mean() < 0.6
+    assert len(set(zip(row[inside].tolist(), column[inside].tolist(), strict=True))) == 8  # all of the organ's pixels
+
+
+def test_a_tile_without_organ_gets_background_points() -> None:
+    *_, targets = drawn(torch.zeros(2, 16, 16, dtype=torch.bool))
+    assert targets.inside.eq(0).all()
+    assert targets.valid.all()
+
+
+def test_classes_are_drawn_uniformly_from_those_present() -> None:
+    target = torch.zeros(3, 16, 16, dtype=torch.bool)
+    target[0, :12] = True  # large
+    target[2, 15, 15] = True  # a single pixel
+    *_, targets = drawn(target, times=2000)
+    share = targets.inside.mean(0)
+    assert share[1] == 0
+    torch.testing.assert_close(share[[0, 2]], torch.tensor([0.25, 0.25]), rtol=0, atol=0.05)
+
+
+def test_a_point_in_two_regions_has_both_targets() -> None:
+    target = torch.zeros(2, 8, 8, dtype=torch.bool)
+    target[0, 2:6, 2:6] = True
+    target[1, 3:5, 3:5] = True
+    row, column, targets = drawn(target)
+    core = target[1, row, column]
+    assert core.any()
+    assert targets.inside[core].eq(1).all()
+
+
+def test_no_point_on_the_ignore_label() -> None:
+    target = torch.zeros(1, 8, 8, dtype=torch.bool)
+    target[0, :2] = True
+    labelled = torch.zeros(8, 8, dtype=torch.bool)
+    labelled[:, :3] = True
+    row, column, targets = drawn(target, labelled)
+    assert labelled[row, column].all()
+    assert targets.valid.all()
+
+
+def test_nothing_labelled_counts_nothing() -> None:
+    *_, targets = drawn(torch.ones(1, 8, 8, dtype=torch.bool), torch.zeros(8, 8, dtype=torch.bool))
+    assert not targets.valid.any()
+
+
+def test_a_tile_that_is_all_organ_gets_foreground_points() -> None:
+    *_, targets = drawn(torch.ones(1, 8, 8, dtype=torch.bool))
+    assert targets.inside.eq(1).all()
+
+
+def test_points_lie_on_pixel_centres_in_sams_coordinates() -> None:
+    target = torch.zeros(1, 1, 8, 16, dtype=torch.bool)
+    target[0, 0, 3, 5] = True
+    labelled = target[:, 0]
+    points = sample_points(target, labelled, Geometry((8, 16), 64))[0].points
+    assert points.tolist() == [[[5.5 * 4 - 0.5, 3.5 * 4 - 0.5]]]

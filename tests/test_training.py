@@ -1,0 +1,304 @@
+"""The trainers inside nnU-Net, in this process: frozen encoder, guards, resuming, bad data."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+import pytest
+import torch
+from conftest import TRAINERS, Workspace, make_trainer, nnunet, tiny_sections
+
+from desam_nnunet.sam.variants import VARIANTS, build_sam
+
+
+def make_batch(trainer: Any, *, channels: int = 1, labels: int = 1) -> dict[str, Any]:
+    """Two tiles as nnU-Net's loader gives them: the first with foreground, the second without."""
+    size = trainer.configuration_manager.patch_size
+    target = torch.zeros(2, labels, *size, dtype=torch.int16)
+    target[0, :, 20:50, 30:60] = 1
+    return {"data": torch.randn(2, channels, *size), "target": target, "keys": ["one", "two"]}
+
+
+@pytest.fixture
+def fresh(workspace: Workspace) -> Any:
+    trainer = make_trainer("DeSAMTrainer", workspace)
+    trainer.initialize()
+    return trainer
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_training_leaves_the_encoder_as_it_was(workspace: Workspace, name: str) -> None:
+    trainer = make_trainer(name, workspace)
+    trainer.initialize()
+    before = trainer.network.encoder.checksum()
+    trainer.network.train()
+    weights = {key: value.clone() for key, value in trainer.network.state_dict().items()}
+    for _ in range(2):
+        assert np.isfinite(trainer.train_step(make_batch(trainer))["loss"])
+    assert trainer.network.encoder.checksum() == before
+    changed = {key.split(".")[0] for key, value in trainer.network.state_dict().items()
+               if not torch.equal(value, weights[key])}
+    assert changed == {"prim", "pdmm"}
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_tile_is_learned(workspace: Workspace, name: str) -> None:
+    plans = workspace.plans()
+    plans["configurations"]["2d"]["desam"]["lr"] = 2e-3
+    trainer = make_trainer(name, workspace, plans=plans)
+    trainer.initialize()
+    trainer.network.train()
+    batch = make_batch(trainer)
+    losses = [float(trainer.train_step(batch)["loss"]) for _ in range(15)]
+    assert losses[-1] < losses[0] - 0.3
+    trainer.network.eval()
+    with torch.no_grad():
+        result = trainer.validation_step(batch)
+    tp, fp, fn = (result[key] for key in ("tp_hard", "fp_hard", "fn_hard"))
+    assert tp.shape == (1,)
+    assert tp + fn == 30 * 30
+    assert tp > fp
+
+
+def test_validation_never_runs_the_grid(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fresh.network, "grid_scores", None)
+    with torch.no_grad():
+        fresh.validation_step(make_batch(fresh))
+
+
+def test_adam_with_polynomial_decay(fresh: Any) -> None:
+    assert isinstance(fresh.optimizer, torch.optim.Adam)
+    assert fresh.optimizer.param_groups[0]["lr"] == 1e-4
+    assert fresh.optimizer.param_groups[0]["weight_decay"] == 0
+    fresh.lr_scheduler.max_steps = 50
+    fresh.lr_scheduler.step(25)
+    assert fresh.optimizer.param_groups[0]["lr"] == pytest.approx(1e-4 * 0.5**0.9)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_regions_with_an_ignore_label(workspace: Workspace, name: str) -> None:
+    dataset = workspace.dataset_json() | {
+        "labels": {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}, "regions_class_order": [1, 2]}
+    trainer = make_trainer(name, workspace, dataset_json=dataset)
+    trainer.initialize()
+    trainer.network.eval()
+    batch = make_batch(trainer, labels=3)
+    batch["target"][:, 2] = 0
+    batch["target"][0, 2, :40] = 1  # ignored: half of the region
+    with torch.no_grad():
+        result = trainer.validation_step(batch)
+    assert (result["tp_hard"] + result["fn_hard"]).tolist() == [10 * 30] * 2
+    assert np.isfinite(trainer.train_step(batch)["loss"])
+    assert trainer.network(batch["data"]).shape[1] == 2
+
+
+def test_the_ignore_label_changes_no_gradient(workspace: Workspace) -> None:
+    dataset = workspace.dataset_json() | {"labels": {"background": 0, "organ": 1, "ignore": 2}}
+    trainer = make_trainer("DeSAMTrainerWholeBox", workspace, dataset_json=dataset)
+    trainer.initialize()
+    batch = make_batch(trainer)
+    batch["target"][:, :, 40:] = 2
+    loss, logits = trainer.compute_loss(batch["data"], batch["target"])
+    gradient = torch.autograd.grad(loss, logits)[0]
+    assert gradient[:, :, :40].abs().sum() > 0
+    assert gradient[:, :, 40:].eq(0).all()
+
+
+def test_several_classes(workspace: Workspace) -> None:
+    dataset = workspace.dataset_json() | {"labels": {"background": 0, "a": 1, "b": 2, "c": 3}}
+    trainer = make_trainer("DeSAMTrainer", workspace, dataset_json=dataset)
+    trainer.initialize()
+    batch = make_batch(trainer)
+    batch["target"][0, :, 30:40] *= 3
+    assert np.isfinite(trainer.train_step(batch)["loss"])
+    with torch.no_grad():
+        result = trainer.validation_step(batch)
+        assert trainer.network.eval()(batch["data"]).shape[1] == 4
+    assert (result["tp_hard"] + result["fn_hard"]).tolist() == [20 * 30, 0, 10 * 30]
+
+
+def test_a_loss_that_is_not_finite_changes_nothing_and_stops_when_it_persists(
+    fresh: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("desam_nnunet.training.base._MAX_SKIPPED", 3)
+    before = {key: value.clone() for key, value in fresh.network.state_dict().items()}
+    original = fresh.compute_loss
+    monkeypatch.setattr(fresh, "compute_loss", lambda *batch: (original(*batch)[0] * float("nan"), None))
+    outputs = [fresh.train_step(make_batch(fresh)) for _ in range(2)]
+    assert all(torch.equal(value, before[key]) for key, value in fresh.network.state_dict().items())
+    fresh.on_train_epoch_end([*outputs, {"loss": np.float32(2)}])
+    assert fresh.logger.get_value("train_losses", step=-1) == 2
+    with pytest.raises(RuntimeError, match="not finite in 3 iterations in a row: lower the learning rate"):
+        fresh.train_step(make_batch(fresh))
+
+
+def test_nan_in_a_batch_names_the_cases(fresh: Any) -> None:
+    batch = make_batch(fresh)
+    batch["data"][1, 0, 5, 5] = float("nan")
+    with pytest.raises(ValueError, match="from the cases one, two holds NaN"):
+        fresh.train_step(batch)
+
+
+def test_a_failed_write_keeps_the_last_checkpoint(fresh: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "checkpoint_latest.pth"
+    fresh.save_checkpoint(str(path))
+    before = path.read_bytes()
+
+    def killed(_: Any, target: str) -> None:
+        Path(target).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fresh.save_checkpoint(str(path))
+    assert path.read_bytes() == before
+
+
+def test_resumed_weights_and_optimiser_are_those_saved(workspace: Workspace, fresh: Any, tmp_path: Path) -> None:
+    fresh.train_step(make_batch(fresh))
+    fresh.logger.log("ema_fg_dice", 0.5, 0)
+    path = tmp_path / "checkpoint_latest.pth"
+    fresh.save_checkpoint(str(path))
+    resumed = make_trainer("DeSAMTrainer", workspace)
+    resumed.load_checkpoint(str(path))
+    batch = make_batch(fresh)
+    for trainer in (fresh, resumed):
+        torch.manual_seed(1)
+        trainer.train_step(batch)
+    for key, value in fresh.network.state_dict().items():
+        torch.testing.assert_close(resumed.network.state_dict()[key], value, rtol=0, atol=1e-6)
+
+
+def test_resuming_with_other_plans_is_refused(workspace: Workspace, fresh: Any, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint_latest.pth"
+    fresh.save_checkpoint(str(path))
+    plans = workspace.plans()
+    plans["configurations"]["2d"]["sam"]["image_size"] = 192
+    other = make_trainer("DeSAMTrainer", workspace, plans=plans)
+    with pytest.raises(ValueError, match=r"other plans: sam.image_size was 128 and is 192 now. Restore"):
+        other.load_checkpoint(str(path))
+
+
+def test_a_fold_with_other_settings_is_kept_out_of_the_model_folder(workspace: Workspace) -> None:
+    workspace.write_plans("Mixed", **tiny_sections())
+    model = workspace.model("DeSAMTrainer", "Mixed")
+    nnunet("nnUNetv2_train", 501, "2d", 0, "-tr", "DeSAMTrainer", "-p", "Mixed", "-device", "cpu")
+    before = (model / "plans.json").read_bytes()
+    trainer = make_trainer("DeSAMTrainer", workspace, plans=workspace.write_plans("Mixed", **tiny_sections(epochs=9)),
+                           fold=1)
+    with pytest.raises(ValueError, match=r"fold_0 in .* was trained with other plans: sam.epochs was 1 and is 9 now"):
+        trainer.on_train_start()
+    assert (model / "plans.json").read_bytes() == before
+
+
+def test_vit_b_checkpoint_is_small_and_holds_no_encoder(workspace: Workspace, tmp_path: Path) -> None:
+    file = tmp_path / "vit_b_random.pth"
+    torch.save(build_sam(VARIANTS["vit_b"]).state_dict(), file)
+    plans = workspace.write_plans("ViTB", **tiny_sections(encoder=str(file)))
+    trainer = make_trainer("DeSAMTrainer", workspace, plans=plans)
+    trainer.initialize()
+    before = trainer.network.encoder.checksum()
+    trainer.train_step(make_batch(trainer))
+    assert trainer.network.encoder.checksum() == before
+    path = tmp_path / "checkpoint_final.pth"
+    trainer.save_checkpoint(str(path))
+    checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+    assert {key.split(".")[0] for key in checkpoint["network_weights"]} == {"prim", "pdmm", "prompt_encoder"}
+    assert checkpoint["optimizer_state"]["state"]
+    assert path.stat().st_size < 150e6
+    # PRIM started from the file's own decoder; one step of Adam at 1e-4 moves a weight by no more than that.
+    saved = torch.load(file, weights_only=True)["mask_decoder.mask_tokens.weight"]
+    assert (checkpoint["network_weights"]["prim.mask_tokens.weight"] - saved).abs().max() <= 1.01e-4
+
+
+@pytest.fixture
+def damaged(workspace: Workspace) -> Any:
+    """Changes a preprocessed case for one test."""
+    folder = workspace.preprocessed / "nnUNetPlans_2d"
+    backup = workspace.root / "backup"
+    shutil.copytree(folder, backup)
+
+    def change(case: str, edit: Any) -> None:
+        path = folder / f"{case}.b2nd"
+        data = edit(blosc2.open(urlpath=str(path), mode="r")[:])
+        path.unlink()
+        blosc2.asarray(np.ascontiguousarray(data), urlpath=str(path))
+
+    yield change
+    shutil.rmtree(folder)
+    backup.rename(folder)
+
+
+def spoil(data: np.ndarray) -> np.ndarray:
+    data[0, data.shape[1] // 2, 3, 4] = np.nan
+    return data
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        pytest.param(spoil, "Case SiteA_001 holds NaN or infinite values", id="nan"),
+        pytest.param(lambda data: np.concatenate([data, data]), r"Case SiteA_001 has 2 channel\(s\), .* names 1",
+                     id="channels"),
+    ],
+)
+def test_bad_cases_stop_before_training(workspace: Workspace, damaged: Any, edit: Any, message: str) -> None:
+    damaged("SiteA_001", edit)
+    with pytest.raises(ValueError, match=message):
+        make_trainer("DeSAMTrainer", workspace).on_train_start()
+
+
+def test_labels_in_no_case(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = workspace.dataset_json()
+    labels = {"background": 0, "other": 2, "third": 3}
+    with pytest.raises(ValueError, match=r"None of the labels \[2, 3\] occurs in any training case: check labelsTr"):
+        make_trainer("DeSAMTrainer", workspace, dataset_json=dataset | {"labels": labels}).on_train_start()
+    labels = {"background": 0, "organ": 1, "second": 2}
+    trainer = make_trainer("DeSAMTrainer", workspace, dataset_json=dataset | {"labels": labels})
+    trainer.on_train_start()
+    assert "WARNING: the labels [2] occur in no training case of this fold" in capsys.readouterr().out
+
+
+def test_a_volume_smaller_than_one_patch(trained: Workspace, tmp_path: Path) -> None:
+    import SimpleITK as sitk
+
+    source = next((trained.unseen / "images").glob("*.nii.gz"))
+    image = sitk.ReadImage(source)
+    (tmp_path / "in").mkdir()
+    sitk.WriteImage(image[40:70, 50:75, :3], tmp_path / "in" / "small_0000.nii.gz")
+    nnunet("nnUNetv2_predict_from_modelfolder", "-i", tmp_path / "in", "-o", tmp_path / "out", "-m",
+           trained.model("DeSAMTrainer"), "-f", 0, "-device", "cpu", "-npp", 1, "-nps", 1)
+    assert sitk.ReadImage(tmp_path / "out" / "small.nii.gz").GetSize() == (30, 25, 3)
+
+
+def test_nan_at_prediction_is_named(trained: Workspace, tmp_path: Path) -> None:
+    import SimpleITK as sitk
+
+    source = next((trained.unseen / "images").glob("*.nii.gz"))
+    image = sitk.Cast(sitk.ReadImage(source), sitk.sitkFloat32)
+    image[60, 60, 3] = float("nan")
+    (tmp_path / "in").mkdir()
+    sitk.WriteImage(image, tmp_path / "in" / "broken_0000.nii.gz")
+    result = nnunet("nnUNetv2_predict_from_modelfolder", "-i", tmp_path / "in", "-o", tmp_path / "out", "-m",
+                    trained.model("DeSAMTrainer"), "-f", 0, "-device", "cpu", "-npp", 1, "-nps", 1, check=False)
+    assert result.returncode != 0
+    assert "ValueError: The image holds NaN or infinite values after preprocessing" in result.stderr
+
+
+def test_a_model_with_another_encoder_is_refused(trained: Workspace, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(trained.model("DeSAMTrainer"), model)
+    plans = json.loads((model / "plans.json").read_text())
+    plans["configurations"]["2d"]["sam"]["identity"] = "md5:0123"
+    (model / "plans.json").write_text(json.dumps(plans))
+    result = nnunet("nnUNetv2_predict_from_modelfolder", "-i", trained.unseen / "images", "-o", tmp_path / "out",
+                    "-m", model, "-f", 0, "-device", "cpu", check=False)
+    assert result.returncode != 0
+    assert "trained or made with md5:0123" in result.stderr
+
+

@@ -1,0 +1,157 @@
+"""SAM's weights: found, verified, loaded, resized, refused."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from segment_anything.modeling.image_encoder import get_rel_pos
+
+from desam_nnunet.sam import weights
+from desam_nnunet.sam.random_weights import RANDOM_IDENTITY, random_state
+from desam_nnunet.sam.variants import VARIANTS, build_sam
+from desam_nnunet.sam.weights import find_weights, identify, load_sam, read_sam_file, resize_positions, variant_of
+
+TINY = VARIANTS["vit_tiny"]
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DESAM_WEIGHTS", str(tmp_path / "first"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+
+
+@pytest.fixture
+def tiny_file(tmp_path: Path) -> Path:
+    """A whole SAM state dict of the tiny shapes, random."""
+    path = tmp_path / "mine.pth"
+    torch.save(build_sam(TINY).state_dict(), path)
+    return path
+
+
+def test_search_order(tmp_path: Path) -> None:
+    name = VARIANTS["vit_b"].file
+    for folder in ("torch/hub/checkpoints", "cache/desam_nnunet", "first"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / name).touch()
+        assert find_weights("vit_b") == tmp_path / folder / name
+
+
+def test_missing_weights_say_where_and_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/first, .*: desam weights get vit_h"):
+        identify("vit_h")
+
+
+def test_a_path_that_moved_is_found_by_its_name(tmp_path: Path, tiny_file: Path) -> None:
+    (tmp_path / "first").mkdir()
+    moved = tiny_file.rename(tmp_path / "first" / "mine.pth")
+    assert find_weights("/another/machine/mine.pth") == moved
+
+
+def test_a_truncated_published_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / VARIANTS["vit_b"].file).write_bytes(b"half")
+    with pytest.raises(ValueError, match="not the published vit_b file: its MD5 is .*, expected 01ec64d29a2fca3f"):
+        load_sam("vit_b", 256)
+
+
+def test_a_truncated_file_of_ones_own_is_refused(tiny_file: Path) -> None:
+    tiny_file.write_bytes(tiny_file.read_bytes()[:100_000])
+    with pytest.raises(ValueError, match=r"mine.pth can't be read as PyTorch weights .*truncated"):
+        load_sam(str(tiny_file), 256)
+
+
+def test_a_pickle_with_code_is_not_run(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return (Path.touch, (tmp_path / "owned",))
+
+    path = tmp_path / "evil.pth"
+    torch.save({"image_encoder": Evil()}, path, pickle_module=pickle)
+    with pytest.raises(ValueError, match="can't be read"):
+        read_sam_file(path)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_file_that_is_no_state_dict_is_refused(tmp_path: Path) -> None:
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="does not hold a state dict"):
+        read_sam_file(tmp_path / "list.pth")
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "unet.pth")
+    with pytest.raises(ValueError, match="not a SAM file"):
+        load_sam(str(tmp_path / "unet.pth"), 256)
+
+
+def test_weights_of_another_variant_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "first").mkdir()
+    torch.save(build_sam(TINY).state_dict(), tmp_path / "first" / VARIANTS["vit_b"].file)
+    monkeypatch.setattr(weights, "identify", lambda encoder: "md5:as published")
+    with pytest.raises(ValueError, match="holds vit_tiny weights, but the encoder is 'vit_b'"):
+        load_sam("vit_b", 256)
+
+
+def test_missing_unknown_and_misshapen_keys_are_named() -> None:
+    state = build_sam(TINY).state_dict()
+    del state["mask_decoder.iou_token.weight"]
+    state["extra"] = torch.zeros(1)
+    state["image_encoder.neck.1.bias"] = torch.zeros(7)
+    message = r"iou_token.weight is missing; extra is unknown; .*neck.1.bias is \(7,\), not \(128,\)"
+    with pytest.raises(ValueError, match=message):
+        variant_of(state, "file")
+
+
+def test_a_file_by_path_loads_with_its_decoder(tiny_file: Path) -> None:
+    loaded = load_sam(str(tiny_file), 256)
+    assert loaded.variant.name == "vit_tiny"
+    assert not loaded.random
+    assert loaded.encoder.identity == f"md5:{weights.file_md5(tiny_file)}"
+    state = torch.load(tiny_file, weights_only=True)
+    torch.testing.assert_close(loaded.encoder.vit.pos_embed, state["image_encoder.pos_embed"], rtol=0, atol=0)
+
+
+def test_another_file_than_trained_with_is_refused(tiny_file: Path) -> None:
+    with pytest.raises(ValueError, match=r"found here is md5:.* trained or made with md5:other: put that weights file"):
+        load_sam(str(tiny_file), 256, "md5:other")
+
+
+def test_random_weights_are_the_same_everywhere() -> None:
+    state = random_state(TINY)
+    assert load_sam("vit_tiny", 256).encoder.identity == RANDOM_IDENTITY
+    # Numbers of numpy's frozen RandomState(0): they may change only together with the identity.
+    assert state["image_encoder.pos_embed"].flatten()[:3].tolist() == pytest.approx([0.035281, 0.008003, 0.019575], abs=1e-6)
+    total = sum(value.double().abs().sum().item() for value in state.values())
+    assert total == pytest.approx(117984.55316003096, rel=1e-9)
+
+
+@pytest.mark.parametrize("size", [128, 320])
+def test_relative_tables_are_resized_as_sam_does(size: int) -> None:
+    state = random_state(TINY)
+    key = "image_encoder.blocks.1.attn.rel_pos_h"
+    resized = resize_positions(state, TINY, size)
+    grid = size // 16
+    torch.testing.assert_close(get_rel_pos(grid, grid, resized[key]), get_rel_pos(grid, grid, state[key]))
+    windowed = "image_encoder.blocks.0.attn.rel_pos_h"
+    assert resized[windowed] is state[windowed]
+    assert resized["image_encoder.pos_embed"].shape == (1, grid, grid, 192)
+
+
+def test_native_size_keeps_the_tables() -> None:
+    state = random_state(TINY)
+    assert resize_positions(state, TINY, 256) is state
+
+
+@pytest.mark.parametrize("name", ["vit_b", "vit_l", "vit_h"])
+def test_published_sizes(name: str) -> None:
+    """Embedding and depth as in the published files (Kirillov et al., 2023)."""
+    shapes = weights.expected_shapes(VARIANTS[name])
+    dim, depth = {"vit_b": (768, 12), "vit_l": (1024, 24), "vit_h": (1280, 32)}[name]
+    assert shapes["image_encoder.pos_embed"] == (1, 64, 64, dim)
+    assert f"image_encoder.blocks.{depth - 1}.mlp.lin2.bias" in shapes
+    assert f"image_encoder.blocks.{depth}.mlp.lin2.bias" not in shapes
+    assert shapes["mask_decoder.iou_prediction_head.layers.2.bias"] == (4,)
