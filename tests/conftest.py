@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import phantom
 import pytest
 import torch
+
+import phantom
 
 DATASET = "Dataset501_Phantom"
 PLANS = "TinyPlans"
@@ -56,8 +57,7 @@ class Workspace(NamedTuple):
 
 def environment(root: Path) -> dict[str, str]:
     folders = {name: str(root / name) for name in FOLDERS}
-    # Small data: one process each, and no augmentation workers, is the fastest here.
-    return folders | {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "DESAM_WEIGHTS": str(root / "weights")}
+    return folders | {"nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1", "DESAM_WEIGHTS": str(root / "weights")}
 
 
 def nnunet(command: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -69,7 +69,7 @@ def nnunet(command: str, *arguments: object, check: bool = True) -> subprocess.C
 
 
 def tiny_sections(**sam: Any) -> dict[str, dict[str, Any]]:
-    """A minute's training: the random tiny encoder at 128, and scores that start below the threshold."""
+    """Seconds of training: the random tiny encoder at 128; at threshold 0 some tiles pass and some do not."""
     short = {"encoder": "vit_tiny", "image_size": 128, "epochs": 1, "iterations_per_epoch": 3,
              "val_iterations_per_epoch": 1}
     return {"sam": short | sam, "desam": {"grid": 3, "iou_threshold": 0.0}}
@@ -86,6 +86,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
         for name, value in environment(root).items():
             patch.setenv(name, value)
         nnunet("nnUNetv2_plan_and_preprocess", "-d", 501, "-c", "2d", "-np", 1, "-npfp", 1)
+        patch.setenv("nnUNet_n_proc_DA", "0")  # planning needs a worker; training this little is faster without
         workspace = Workspace(root)
         workspace.write_plans(PLANS, **tiny_sections())
         yield workspace

@@ -122,7 +122,8 @@ def test_pretrained_weights_go_from_one_prompt_mode_to_the_other(trained: Worksp
     assert (trained.model("DeSAMTrainerWholeBox", "FineTune") / "fold_all" / "checkpoint_final.pth").is_file()
 
 
-def test_killed_training_continues(workspace: Workspace) -> None:
+def test_killed_training_continues(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # with nnU-Net's augmentation workers, as users have them
     workspace.write_plans("Killed", **tiny_sections(epochs=3, iterations_per_epoch=2))
     arguments = ["501", "2d", "0", "-tr", "DeSAMTrainer", "-p", "Killed", "-device", "cpu"]
     latest = workspace.model("DeSAMTrainer", "Killed") / "fold_0" / "checkpoint_latest.pth"

@@ -47,7 +47,7 @@ def missing_labels(found: set[Any], label_manager: LabelManager) -> list[Any]:
         ValueError: Not a single one occurs.
     """
     wanted = label_manager.foreground_regions if label_manager.has_regions else label_manager.foreground_labels
-    keys = [tuple(label) if isinstance(label, list | tuple) else label for label in wanted]
+    keys = [tuple(map(int, label)) if isinstance(label, list | tuple) else int(label) for label in wanted]
     missing = [label for label in keys if label not in found]
     if len(missing) == len(keys):
         raise ValueError(
