@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -19,7 +20,7 @@ CONTENT = bytes(range(256)) * 5000
 
 
 class Server(BaseHTTPRequestHandler):
-    ranges: list[str | None] = []
+    ranges: ClassVar[list[str | None]] = []
     content = CONTENT
     resumes = True
 

@@ -16,16 +16,16 @@ def encoder() -> FrozenEncoder:
 
 def test_neck_is_sams_forward_and_levels_are_its_blocks(encoder: FrozenEncoder) -> None:
     images = torch.randn(2, 3, 128, 128)
-    outputs = {}
-    hooks = [encoder.vit.blocks[index].register_forward_hook(lambda _m, _i, out, index=index: outputs.update({index: out}))
+    outputs = []
+    hooks = [encoder.vit.blocks[index].register_forward_hook(lambda _module, _input, output: outputs.append(output))
              for index in (1, 3, 5)]
     features = encoder(images)
     for hook in hooks:
         hook.remove()
     torch.testing.assert_close(features.neck, encoder.vit(images), rtol=0, atol=0)
     assert len(features.levels) == 3
-    for level, index in zip(features.levels, (1, 3, 5), strict=True):
-        torch.testing.assert_close(level, outputs[index].permute(0, 3, 1, 2), rtol=0, atol=0)
+    for level, output in zip(features.levels, outputs, strict=True):
+        torch.testing.assert_close(level, output.permute(0, 3, 1, 2), rtol=0, atol=0)
 
 
 def test_never_trains(encoder: FrozenEncoder) -> None:

@@ -157,7 +157,8 @@ def test_every_trained_parameter_gets_a_gradient(grid: int | None) -> None:
     """DDP without find_unused_parameters asks for it."""
     network = make(2, grid=grid)
     tiles = torch.randn(2, 1, 64, 64)
-    prompts = Prompts(points=torch.full((2, 1, 2), 9.0)) if grid else Prompts(boxes=torch.tensor([[0.0, 0, 64, 64]] * 2))
+    point, box = torch.full((2, 1, 2), 9.0), torch.tensor([[0.0, 0, 64, 64]] * 2)
+    prompts = Prompts(points=point) if grid else Prompts(boxes=box)
     masks, scores = network(network.encode(tiles), prompts)
     (masks.square().mean() + (0 if scores is None else scores.square().mean())).backward()
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]

@@ -1,0 +1,162 @@
+"""Prostate MRI from two hospitals: train on one, segment the other, next to plain nnU-Net.
+
+    python examples/promise12.py DATA WORK
+
+DATA holds one folder per site (RUNMC to train on, UCL unseen) with CaseNN.nii.gz and CaseNN_segmentation.nii.gz, as
+in PROMISE12 (Litjens et al., Medical Image Analysis 18(2):359-373, 2014; research use). Everything that follows the
+conversion is nnU-Net's own commands. Both trainers see the same plans, fold, batch size and number of iterations.
+
+A run that was stopped continues: what is there already is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+DATASET, NAME, PLANS = 512, "Dataset512_RUNMC", "Promise12Plans"
+SOURCE, TARGET = "RUNMC", "UCL"
+TRAINERS = ("DeSAMTrainer", "DeSAMTrainerWholeBox", "nnUNetTrainer")
+
+
+class Row(NamedTuple):
+    """Mean whole-volume Dice of one trainer, on all slices; minutes of training, its validation included."""
+
+    trainer: str
+    source: float
+    target: float
+    minutes: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path, metavar="DATA", help=f"folder with {SOURCE} and {TARGET}")
+    parser.add_argument("work", type=Path, metavar="WORK", help="folder to work in")
+    parser.add_argument("--encoder", default="vit_tiny", help="default: vit_tiny, whose weights are random")
+    parser.add_argument("--image-size", type=int, default=256, help="SAM's input in pixels (default: 256)")
+    parser.add_argument("--epochs", type=int, default=8, help="default: 8")
+    parser.add_argument("--iterations", type=int, default=50, help="per epoch (default: 50)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="DeSAM's learning rate (default: 1e-3)")
+    parser.add_argument("-device", default="cpu", choices=["cpu", "cuda", "mps"], help="default: cpu")
+    options = parser.parse_args()
+    for site in (SOURCE, TARGET):
+        if not (options.data / site).is_dir():
+            parser.error(f"{options.data / site} does not exist: DATA must hold the folders {SOURCE} and {TARGET}")
+    work = options.work.resolve()
+    prepare(options, work)
+    rows = [evaluate(options, work, trainer) for trainer in TRAINERS]
+    text = report(options, rows)
+    (work / "promise12.md").write_text(text)
+    print(text)
+
+
+def prepare(options: argparse.Namespace, work: Path) -> None:
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (work / name).mkdir(parents=True, exist_ok=True)
+        os.environ[name] = str(work / name)
+    os.environ.setdefault("nnUNet_n_proc_DA", "1" if options.device == "cpu" else "4")
+    raw = work / "nnUNet_raw" / NAME
+    convert(options.data / SOURCE, raw / "imagesTr", raw / "labelsTr")
+    convert(options.data / TARGET, work / TARGET / "images", work / TARGET / "labels")
+    description = {"channel_names": {"0": "T2"}, "labels": {"background": 0, "prostate": 1},
+                   "numTraining": len(list((raw / "labelsTr").iterdir())), "file_ending": ".nii.gz"}
+    (raw / "dataset.json").write_text(json.dumps(description, indent=4))
+    preprocessed = work / "nnUNet_preprocessed" / NAME
+    if not (preprocessed / "nnUNetPlans_2d").is_dir():
+        run("nnUNetv2_plan_and_preprocess", "-d", DATASET, "-c", "2d", "--verify_dataset_integrity")
+    write_plans(preprocessed, options)
+
+
+def convert(site: Path, images: Path, labels: Path) -> None:
+    """Copies a site's volumes under nnU-Net's names."""
+    for folder in (images, labels):
+        folder.mkdir(parents=True, exist_ok=True)
+    for label in sorted(site.glob("*_segmentation.nii.gz")):
+        case = label.name.removesuffix("_segmentation.nii.gz")
+        shutil.copyfile(site / f"{case}.nii.gz", images / f"{case}_0000.nii.gz")
+        shutil.copyfile(label, labels / f"{case}.nii.gz")
+
+
+def write_plans(preprocessed: Path, options: argparse.Namespace) -> None:
+    plans = json.loads((preprocessed / "nnUNetPlans.json").read_text())
+    plans["plans_name"] = PLANS
+    sam = {"encoder": options.encoder, "image_size": options.image_size, "epochs": options.epochs,
+           "iterations_per_epoch": options.iterations, "val_iterations_per_epoch": 5}
+    plans["configurations"]["2d"] |= {"batch_size": 8, "sam": sam, "desam": {"lr": options.lr}}
+    (preprocessed / f"{PLANS}.json").write_text(json.dumps(plans, indent=4))
+
+
+def evaluate(options: argparse.Namespace, work: Path, trainer: str) -> Row:
+    """Trains fold 0, predicts the target site, scores both."""
+    model = work / "nnUNet_results" / NAME / f"{trainer}__{PLANS}__2d"
+    out = work / TARGET / trainer
+    minutes = train(options, model, trainer)
+    if not (out / "summary.json").is_file():
+        run("nnUNetv2_predict_from_modelfolder", "-i", work / TARGET / "images", "-o", out, "-m", model, "-f", 0,
+            "-device", options.device, "-npp", 1, "-nps", 1)
+        run("nnUNetv2_evaluate_folder", work / TARGET / "labels", out, "-djfile", out / "dataset.json",
+            "-pfile", out / "plans.json")
+    return Row(trainer, dice(model / "fold_0" / "validation"), dice(out), minutes)
+
+
+def train(options: argparse.Namespace, model: Path, trainer: str) -> float:
+    """Minutes that training took, remembered beside the model."""
+    noted = model / "minutes.txt"
+    if not noted.is_file():
+        started = time.monotonic()
+        if trainer == "nnUNetTrainer":
+            train_plain(options)
+        else:
+            run("nnUNetv2_train", DATASET, "2d", 0, "-tr", trainer, "-p", PLANS, "-device", options.device, "--c")
+        noted.write_text(str((time.monotonic() - started) / 60))
+    return float(noted.read_text())
+
+
+def train_plain(options: argparse.Namespace) -> None:
+    """nnU-Net's own 2D trainer for as many iterations: it takes their number from attributes, not from plans."""
+    from nnunetv2.run.run_training import get_trainer_from_args
+
+    trainer = get_trainer_from_args(str(DATASET), "2d", 0, "nnUNetTrainer", PLANS, device=torch.device(options.device))
+    trainer.num_epochs = options.epochs
+    trainer.num_iterations_per_epoch = options.iterations
+    trainer.num_val_iterations_per_epoch = 5
+    trainer.run_training()
+    trainer.perform_actual_validation()
+
+
+def dice(folder: Path) -> float:
+    return json.loads((folder / "summary.json").read_text())["foreground_mean"]["Dice"]
+
+
+def report(options: argparse.Namespace, rows: list[Row]) -> str:
+    weights = "RANDOM weights" if options.encoder == "vit_tiny" else "pretrained weights"
+    settings: dict[str, Any] = {
+        "encoder": f"{options.encoder}, {weights}", "image size": options.image_size,
+        "iterations": f"{options.epochs} epochs of {options.iterations}, batch 8", "DeSAM learning rate": options.lr,
+        "device": f"{options.device} ({torch.get_num_threads()} threads, {platform.machine()})",
+        "torch": torch.__version__,
+    }
+    lines = [f"- {name}: {value}" for name, value in settings.items()]
+    lines += ["", f"| trainer | {SOURCE}, fold 0 validation | {TARGET}, unseen | minutes |", "|---|---|---|---|"]
+    lines += [f"| {row.trainer} | {row.source:.3f} | {row.target:.3f} | {row.minutes:.1f} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def run(command: str, *arguments: object) -> None:
+    words = [str(Path(sys.executable).with_name(command)), *map(str, arguments)]
+    print("$", command, *words[1:], flush=True)
+    subprocess.run(words, check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""The `desam` command, in this process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import nnunet
+
+from desam_nnunet import __version__
+from desam_nnunet.cli import main
+from desam_nnunet.sam.variants import VARIANTS, build_sam
+
+FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def empty_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No weights anywhere, nnU-Net's folders in place."""
+    monkeypatch.setenv("DESAM_WEIGHTS", str(tmp_path / "weights"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("nnUNet_extTrainer", str(ROOT / "trainers"))
+    for name in FOLDERS:
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(name, str(tmp_path / name))
+
+
+def test_doctor_of_a_sound_machine(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["doctor"]) == 0
+    report = capsys.readouterr().out
+    assert "ok  DeSAMTrainer            desam_nnunet.training.desam.DeSAMTrainer" in report
+    assert f"{tmp_path / 'weights'} (does not exist)" in report
+    assert "desam weights get vit_b (375 MB)" in report
+    assert "RANDOM, not pretrained" in report
+    assert "Nothing is wrong." in report
+
+
+def test_doctor_names_the_remedy(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("nnUNet_raw")
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "nowhere"))
+    monkeypatch.delenv("nnUNet_extTrainer")
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / VARIANTS["vit_b"].file).write_bytes(b"half")
+    assert main(["doctor"]) == 1
+    report = capsys.readouterr().out
+    assert "-> export nnUNet_raw=" in report
+    assert f"-> mkdir -p {tmp_path / 'nowhere'}" in report
+    assert f"-> export nnUNet_extTrainer={ROOT / 'trainers'}" in report
+    assert f"{VARIANTS['vit_b'].file} is not the published file" in report
+    assert "5 thing(s) marked !!" in report  # two trainers, one file, two folders
+
+
+def test_trainers_prints_the_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trainers"]) == 0
+    assert capsys.readouterr().out == f"{ROOT / 'trainers'}\n"
+
+
+def test_the_installed_command() -> None:
+    assert nnunet("desam", "--version").stdout.strip() == __version__
+    result = nnunet("desam", check=False)
+    assert result.returncode == 2
+    assert "usage: desam" in result.stderr
+
+
+def test_weights_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["weights", "list"]) == 0
+    assert "--  weights vit_h           not here" in capsys.readouterr().out
+
+
+def test_weights_get_of_nothing_published(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["weights", "get", "vit_tiny"]) == 1
+    assert capsys.readouterr().err == (
+        "desam: No weights are published for 'vit_tiny': choose from vit_b, vit_l, vit_h.\n")
+
+
+def test_weights_verify(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "mine.pth"
+    torch.save(build_sam(VARIANTS["vit_tiny"]).state_dict(), path)
+    assert main(["weights", "verify", str(path)]) == 0
+    output = capsys.readouterr().out
+    assert "vit_tiny, MD5 " in output
+    assert "not one of the published SAM files" in output
+    os.truncate(path, 1000)
+    assert main(["weights", "verify", str(path)]) == 1
+    assert "truncated or not a weights file" in capsys.readouterr().err
+
+
+def test_weights_verify_of_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["weights", "verify", str(tmp_path / "none.pth")]) == 1
+    assert "none.pth" in capsys.readouterr().err

@@ -1,0 +1,166 @@
+"""`desam weights import`: a checkpoint with the published names becomes a model that nnU-Net predicts with."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from conftest import Workspace, nnunet, tiny_sections
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from torch import Tensor
+
+from desam_nnunet.cli import main
+from desam_nnunet.networks.desam import build_desam
+from desam_nnunet.sam.tiles import TileToImage
+from desam_nnunet.sam.variants import VARIANTS, build_sam
+from desam_nnunet.sam.weights import load_sam
+
+# Our keys under the published names, the way back from official.py, written out by hand.
+PUBLISHED = (
+    (r"^prim\.(transformer|iou_token|mask_tokens)\.", r"mask_decoder.\1."),
+    (r"^prim\.iou_head\.layers\.(\d)\.", r"mask_decoder.iou_prediction_head.layers.\1."),
+    (r"^prim\.iou_head\.seg_layers\.", "mask_decoder.iou_prediction_head.layers.2."),
+    (r"^pdmm\.seg_layers\.", "mask_decoder.pimm.seg_outputs.1."),
+    (r"^pdmm\.fusion\.", "mask_decoder.pimm.mask_embedding_fusion."),
+    (r"^pdmm\.ups\.(\d)\.up\.", r"mask_decoder.pimm.conv_blocks_localization.\1.transp_conv.conv."),
+    (r"^pdmm\.ups\.(\d)\.block\.", r"mask_decoder.pimm.conv_blocks_localization.\1.res_block."),
+    (r"^pdmm\.contexts\.(\d)\.ups\.(\d)\.0\.", r"mask_decoder.pimm.conv_blocks_context.\1.residual_block.\2.0.conv."),
+    (r"^pdmm\.contexts\.(\d)\.ups\.(\d)\.1\.", r"mask_decoder.pimm.conv_blocks_context.\1.residual_block.\2.1."),
+    (r"^pdmm\.contexts\.(\d)\.block_init\.", r"mask_decoder.pimm.conv_blocks_context.\1.block_init."),
+    (r"\.conv([12])\.weight$", r".conv\1.conv.weight"),
+    (r"\.shortcut\.weight$", ".conv3.conv.weight"),
+)
+
+
+class Published(NamedTuple):
+    sam_file: Path
+    checkpoint: Path
+    state: dict[str, Tensor]  # ours
+
+
+@pytest.fixture(scope="module")
+def published(workspace: Workspace) -> Published:
+    """A SAM file of the tiny shapes and a DeSAM trained on it, under the published names; random numbers."""
+    sam_file = workspace.root / "weights" / "sam_of_tiny_shapes.pth"
+    torch.manual_seed(3)
+    sam = build_sam(VARIANTS["vit_tiny"]).state_dict()
+    torch.save(sam, sam_file)
+    network = build_desam(sam=load_sam(str(sam_file), 128), to_image=TileToImage(128, "percentile"), num_channels=1,
+                          num_classes=1, background=True, grid=3, iou_threshold=0.0)
+    state = {key: value.clone() for key, value in network.state_dict().items()}
+    official = {key: value for key, value in sam.items() if not key.startswith("mask_decoder.iou")}
+    official |= {rename(key): pad_iou(key, value) for key, value in state.items()}
+    checkpoint = workspace.root / "desam_published.pth"
+    torch.save(official, checkpoint)
+    workspace.write_plans("Import", **tiny_sections(encoder=str(sam_file)))
+    return Published(sam_file, checkpoint, state)
+
+
+def rename(key: str) -> str:
+    for pattern, name in PUBLISHED:
+        key = re.sub(pattern, name, key)
+    return key
+
+
+def pad_iou(key: str, value: Tensor) -> Tensor:
+    """Published files have SAM's four outputs, of which the first is used."""
+    return torch.cat([value, torch.full((3, *value.shape[1:]), 7.0)]) if "iou_head.seg_layers" in key else value
+
+
+def run_import(checkpoint: Path, *arguments: str) -> int:
+    return main(["weights", "import", str(checkpoint), "-d", "501", "-p", "Import", *arguments])
+
+
+def test_model_folder_predicts_at_once(
+    workspace: Workspace, published: Published, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_import(published.checkpoint) == 0
+    output = capsys.readouterr().out
+    assert "published image preparation differs" in output
+    model = workspace.model("DeSAMTrainer", "Import")
+    assert str(model) in output
+    image = next((workspace.unseen / "images").glob("*.nii.gz"))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / image.name).write_bytes(image.read_bytes())
+    nnunet("nnUNetv2_predict", "-i", tmp_path / "in", "-o", tmp_path / "out", "-d", 501, "-c", "2d", "-f", "all",
+           "-tr", "DeSAMTrainer", "-p", "Import", "-device", "cpu", "-npp", 1, "-nps", 1)
+    assert sitk.GetArrayFromImage(sitk.ReadImage(next((tmp_path / "out").glob("*.nii.gz")))).any()
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(model), ("all",))
+    assert predictor.allowed_mirroring_axes is None
+    for key, value in predictor.network.state_dict().items():
+        torch.testing.assert_close(value, published.state[key], rtol=0, atol=0)
+
+
+def test_pretrained_weights_file_starts_a_training(workspace: Workspace, published: Published, tmp_path: Path) -> None:
+    assert run_import(published.checkpoint, "-o", str(tmp_path / "model")) == 0
+    file = tmp_path / "model" / "pretrained_weights.pth"
+    result = nnunet("nnUNetv2_train", 501, "2d", 0, "-tr", "DeSAMTrainer", "-p", "Import", "-device", "cpu",
+                    "-pretrained_weights", file)
+    assert "Loading pretrained weights" in result.stdout
+
+
+def test_a_model_that_is_there_is_kept(
+    published: Published, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    assert run_import(published.checkpoint, "-o", str(folder)) == 0
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert run_import(published.checkpoint, "-o", str(folder)) == 1
+    assert "holds a model already: remove it or choose another folder" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_another_image_encoder_is_refused(
+    published: Published, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = torch.load(published.checkpoint, weights_only=True)
+    state["image_encoder.neck.1.bias"] += np.float32(0.1)
+    torch.save(state, tmp_path / "tuned.pth")
+    assert run_import(tmp_path / "tuned.pth", "-o", str(tmp_path / "model")) == 1
+    message = capsys.readouterr().err
+    assert "is not the one in" in message
+    assert "1 of " in message
+    assert "image_encoder.neck.1.bias" in message
+    assert not (tmp_path / "model").exists()
+
+
+def test_several_classes_give_a_start_but_no_model(
+    workspace: Workspace, published: Published, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = workspace.preprocessed / "dataset.json"
+    original = path.read_text()
+    path.write_text(original.replace('"organ": 1', '"organ": 1, "other": 2'))
+    try:
+        assert run_import(published.checkpoint, "-o", str(tmp_path / "model")) == 0
+    finally:
+        path.write_text(original)
+    assert "fine-tune first" in capsys.readouterr().out
+    assert [file.name for file in (tmp_path / "model").iterdir()] == ["pretrained_weights.pth"]
+
+
+@pytest.mark.parametrize(
+    ("drop", "message"),
+    [
+        ("mask_decoder.pimm", "is not a published DeSAM checkpoint"),
+        ("mask_decoder.pimm.mask_embedding_fusion", "pdmm.fusion.conv1.weight is missing"),
+    ],
+)
+def test_incomplete_files_are_refused(
+    published: Published, tmp_path: Path, capsys: pytest.CaptureFixture[str], drop: str, message: str
+) -> None:
+    state = torch.load(published.checkpoint, weights_only=True)
+    torch.save({key: value for key, value in state.items() if not key.startswith(drop)}, tmp_path / "part.pth")
+    assert run_import(tmp_path / "part.pth", "-o", str(tmp_path / "model")) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
+
+
+def test_unknown_plans(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["weights", "import", str(published.checkpoint), "-d", "501", "-p", "Nothing"]) == 1
+    assert "Nothing.json does not exist: run nnUNetv2_plan_and_preprocess" in capsys.readouterr().err
