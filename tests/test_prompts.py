@@ -46,6 +46,16 @@ def test_a_tile_without_organ_gets_background_points() -> None:
     assert targets.valid.all()
 
 
+def test_on_tiles_without_organ_half_the_points_lie_where_others_have_one() -> None:
+    target = torch.zeros(1000, 1, 16, 16, dtype=torch.bool)
+    target[0, 0, 4:6, 4:6] = True  # 4 of 256 pixels, in one tile of the batch
+    labelled = torch.ones(1000, 16, 16, dtype=torch.bool)
+    prompts, targets = sample_points(target, labelled, Geometry((16, 16), 16))
+    x, y = prompts.points[1:, 0].round().long().T
+    assert targets.inside[1:].eq(0).all()
+    assert 0.45 < target[0, 0, y, x].float().mean() < 0.57  # 0.5 + 0.5 * 4 / 256
+
+
 def test_classes_are_drawn_uniformly_from_those_present() -> None:
     target = torch.zeros(3, 16, 16, dtype=torch.bool)
     target[0, :12] = True  # large

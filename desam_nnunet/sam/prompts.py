@@ -78,7 +78,9 @@ def sample_points(target: Tensor, labelled: Tensor, geometry: Geometry) -> tuple
     """Draws one point per tile as DeSAM trains: half of them background where a tile has foreground.
 
     The foreground class is drawn uniformly from those present, the pixel uniformly from the class; a
-    tile without foreground gets a background point, a tile without background a foreground point.
+    tile without background gets a foreground point. A tile without foreground gets a background point,
+    and every other of those lies where another tile of the batch has foreground: drawn from anywhere, it
+    would rarely lie where organs are, and a score of the position alone would nearly always be right.
 
     Args:
         target: (B, K, H, W) bool, one channel per foreground class or region.
@@ -92,6 +94,9 @@ def sample_points(target: Tensor, labelled: Tensor, geometry: Geometry) -> tuple
     chosen = target[torch.arange(len(target), device=target.device), rank.argmax(1)]  # B H W
     coin = torch.rand(len(target), device=target.device) < 0.5
     foreground = present.any(1) & (coin | ~has_background)
+    tempting = background & target.flatten(0, 1).any(0)  # foreground elsewhere in the batch
+    tempted = ~present.any(1) & coin & tempting.flatten(1).any(1)
+    background = torch.where(tempted[:, None, None], tempting, background)
     candidates = torch.where(foreground[:, None, None], chosen, background)
     index = _random_pixel(candidates)
     inside = target.flatten(2).gather(2, index[:, None, None].expand(-1, target.shape[1], 1))[..., 0]
