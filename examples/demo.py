@@ -24,9 +24,9 @@ import phantom
 
 DATASET, PLANS, TRAINER = 501, "DemoPlans", "DeSAMTrainer"
 SECTIONS: dict[str, Any] = {
-    "sam": {"encoder": "vit_tiny", "image_size": 192, "epochs": 8, "iterations_per_epoch": 50,
+    "sam": {"encoder": "vit_tiny", "image_size": 192, "epochs": 12, "iterations_per_epoch": 50,
             "val_iterations_per_epoch": 5},
-    "desam": {"lr": 1e-3},  # a decoder from scratch and 400 iterations: ten times the published rate
+    "desam": {"lr": 1e-3},  # a decoder from scratch and 600 iterations: ten times the published rate
 }
 BATCH_SIZE = 8
 
@@ -43,7 +43,7 @@ class Score(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("demo_work"), help="folder to work in (default: demo_work)")
-    parser.add_argument("--cases", type=int, default=12, help="training cases (default: 12)")
+    parser.add_argument("--cases", type=int, default=15, help="training cases (default: 15)")
     options = parser.parse_args()
     work = options.work.resolve()
     started = time.monotonic()

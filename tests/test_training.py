@@ -16,6 +16,7 @@ from conftest import TRAINERS, Workspace, make_trainer, nnunet, tiny_sections
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from desam_nnunet.sam.variants import VARIANTS, build_sam
+from desam_nnunet.sam.weights import load_sam
 
 
 def make_batch(trainer: Any, *, channels: int = 1, labels: int = 1) -> dict[str, Any]:
@@ -37,7 +38,8 @@ def fresh(workspace: Workspace) -> Any:
 def test_training_leaves_the_encoder_as_it_was(workspace: Workspace, name: str) -> None:
     trainer = make_trainer(name, workspace)
     trainer.initialize()
-    before = trainer.network.encoder.checksum()
+    before = load_sam("vit_tiny", 128).encoder.checksum()
+    assert trainer.network.encoder.checksum() == before
     trainer.network.train()
     weights = {key: value.clone() for key, value in trainer.network.state_dict().items()}
     for _ in range(2):
@@ -204,7 +206,8 @@ def test_vit_b_checkpoint_is_small_and_holds_no_encoder(workspace: Workspace, tm
     plans = workspace.write_plans("ViTB", **tiny_sections(encoder=str(file)))
     trainer = make_trainer("DeSAMTrainer", workspace, plans=plans)
     trainer.initialize()
-    before = trainer.network.encoder.checksum()
+    before = load_sam(str(file), 128).encoder.checksum()
+    assert trainer.network.encoder.checksum() == before
     trainer.train_step(make_batch(trainer))
     assert trainer.network.encoder.checksum() == before
     path = tmp_path / "checkpoint_final.pth"

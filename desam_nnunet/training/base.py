@@ -139,7 +139,8 @@ class FrozenSamTrainer(nnUNetTrainer):
                 f"A batch from the cases {', '.join(batch['keys'])} holds NaN or infinite values: repair or remove "
                 "the image and preprocess again."
             )
-        return (batch[key].to(self.device, non_blocking=True) for key in ("data", "target"))  # type: ignore[return-value]
+        data, target = (batch[key].to(self.device, non_blocking=True) for key in ("data", "target"))
+        return data, target
 
     def _autocast(self) -> AbstractContextManager:
         return torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()

@@ -1,0 +1,54 @@
+"""Training steps in two processes: gloo on the CPU, DistributedDataParallel as nnU-Net wraps the network."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TRAINERS, Workspace, make_trainer
+from torch import distributed as dist
+from torch import multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def train(rank: int, port: int, name: str, workspace: Workspace, out: Path) -> None:
+    """Two steps on other data in each process; the second step's loss is NaN in process 1 alone."""
+    torch.set_num_threads(1)
+    trainer = make_trainer(name, workspace)
+    trainer.initialize()  # before the group is up: with one, nnU-Net takes a CUDA device for granted
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    trainer.network = DistributedDataParallel(trainer.network)
+    torch.manual_seed(rank)
+    batch = {"data": torch.randn(1, 1, 96, 96), "target": torch.zeros(1, 1, 96, 96), "keys": ["case"]}
+    batch["target"][..., 20:50, 30:60] = 1
+    trainer.train_step(batch)
+    first = {key: value.clone() for key, value in trainer.bare_network.state_dict().items()}
+    if rank == 1:
+        compute = trainer.compute_loss
+        trainer.compute_loss = lambda *given: (compute(*given)[0] * float("nan"), None)
+    trainer.train_step(batch)
+    torch.save({"first": first, "second": trainer.bare_network.state_dict()}, out / f"{rank}.pth")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_two_processes_stay_equal(workspace: Workspace, tmp_path: Path, name: str) -> None:
+    initial = make_trainer(name, workspace)
+    initial.initialize()
+    mp.spawn(train, (free_port(), name, workspace, tmp_path), nprocs=2)
+    one, other = (torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in range(2))
+    for step in ("first", "second"):
+        for key, value in one[step].items():
+            torch.testing.assert_close(other[step][key], value, rtol=0, atol=0)
+    for key, value in one["first"].items():  # a gradient that is not finite anywhere is skipped everywhere
+        torch.testing.assert_close(one["second"][key], value, rtol=0, atol=0)
+    assert any(not torch.equal(value, one["first"][key].cpu())
+               for key, value in initial.network.state_dict().items() if key.startswith("pdmm"))
