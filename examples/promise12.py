@@ -44,9 +44,9 @@ def main() -> None:
     parser.add_argument("work", type=Path, metavar="WORK", help="folder to work in")
     parser.add_argument("--encoder", default="vit_tiny", help="default: vit_tiny, whose weights are random")
     parser.add_argument("--image-size", type=int, default=256, help="SAM's input in pixels (default: 256)")
-    parser.add_argument("--epochs", type=int, default=8, help="default: 8")
+    parser.add_argument("--epochs", type=int, default=6, help="default: 6")
     parser.add_argument("--iterations", type=int, default=50, help="per epoch (default: 50)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="DeSAM's learning rate (default: 1e-3)")
+    parser.add_argument("--lr", type=float, default=5e-4, help="DeSAM's learning rate (default: 5e-4)")
     parser.add_argument("-device", default="cpu", choices=["cpu", "cuda", "mps"], help="default: cpu")
     options = parser.parse_args()
     for site in (SOURCE, TARGET):
