@@ -63,6 +63,7 @@ def prepare(work: Path, cases: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         os.environ[name] = str(folder)
     os.environ.setdefault("nnUNet_n_proc_DA", "1")
+    os.environ.setdefault("nnUNet_def_n_proc", "2")  # export processes; each imports torch
     step("make the phantom: SiteA to train on, SiteB and SiteC unseen")
     phantom.write_dataset(folders["nnUNet_raw"], dataset_id=DATASET, cases=cases)
     phantom.write_unseen(work / "unseen")
@@ -85,7 +86,8 @@ def predict(work: Path, site: str) -> list[Score]:
                            work / "predicted" / site)
     run("nnUNetv2_predict", "-i", images, "-o", out, "-d", DATASET, "-c", "2d", "-f", 0, "-tr", TRAINER, "-p", PLANS,
         "-device", "cpu", "-npp", 1, "-nps", 1)
-    run("nnUNetv2_evaluate_folder", labels, out, "-djfile", out / "dataset.json", "-pfile", out / "plans.json")
+    run("nnUNetv2_evaluate_folder", labels, out, "-djfile", out / "dataset.json", "-pfile", out / "plans.json",
+        "-np", 1)
     summary = json.loads((out / "summary.json").read_text())
     dice = {Path(row["reference_file"]).name: row["metrics"]["1"]["Dice"] for row in summary["metric_per_case"]}
     return [score(path, out / path.name, dice[path.name]) for path in sorted(labels.glob("*.nii.gz"))]
