@@ -108,13 +108,19 @@ def read_sections(configuration: dict[str, Any]) -> tuple[SamSection, DesamSecti
     )
 
 
-def resolve_plans(plans: dict[str, Any], configuration_name: str, dataset_json: dict[str, Any]) -> None:
+def resolve_plans(
+    plans: dict[str, Any],
+    configuration_name: str,
+    dataset_json: dict[str, Any],
+    default_encoder: str = DEFAULT_ENCODER,
+) -> None:
     """Fills our sections of one configuration with everything that is not given, and writes them into `plans`.
 
     On stock plans (no section ``sam``) the batch size is lowered to at most 8 as well.
 
     Args:
         plans: nnU-Net's plans, changed in place.
+        default_encoder: For plans that name none.
 
     Raises:
         ValueError: A 3D configuration, or a section that is not valid.
@@ -128,16 +134,15 @@ def resolve_plans(plans: dict[str, Any], configuration_name: str, dataset_json: 
         own["batch_size"] = min(configuration["batch_size"], MAX_BATCH_SIZE)
     regions = manager.get_label_manager(dataset_json).has_regions
     schemes = configuration["normalization_schemes"]
-    sam = _resolve_sam(_section(configuration, "sam"), schemes, regions)
+    given = {"encoder": default_encoder} | _section(configuration, "sam")
+    sam = _resolve_sam(given, schemes, regions)
     own["sam"] = asdict(sam)
     own["desam"] = asdict(parse_section("desam", DesamSection, _section(configuration, "desam")))
 
 
 def _resolve_sam(given: dict[str, Any], normalization_schemes: list[str], regions: bool) -> SamSection:
-    encoder = given.get("encoder", DEFAULT_ENCODER)
-    known = VARIANTS.get(encoder) if isinstance(encoder, str) else None
+    known = VARIANTS.get(given["encoder"]) if isinstance(given["encoder"], str) else None
     defaults = {
-        "encoder": DEFAULT_ENCODER,
         "identity": "",
         "image_size": known.image_size if known else VARIANTS[DEFAULT_ENCODER].image_size,
         "intensity": intensity_rule(normalization_schemes),
@@ -151,7 +156,7 @@ def _resolve_sam(given: dict[str, Any], normalization_schemes: list[str], region
         )
     if section.regions != regions:
         raise ValueError(f"sam.regions is {section.regions}, but the data set's labels say {regions}: leave it out.")
-    identity = identify(section.encoder)
+    identity = identify(section.encoder, section.identity)
     if section.identity:
         check_identity(section.encoder, identity, section.identity)
     return parse_section("sam", SamSection, asdict(section) | {"identity": identity})

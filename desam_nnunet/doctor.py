@@ -14,7 +14,7 @@ import torch
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from desam_nnunet import __version__
-from desam_nnunet._startup import trainers_folder
+from desam_nnunet._startup import VARIABLE, trainers_folder
 from desam_nnunet.sam.random_weights import RANDOM_IDENTITY
 from desam_nnunet.sam.variants import VARIANTS, Variant
 from desam_nnunet.sam.weights import file_md5, find_weights, search_folders
@@ -68,9 +68,13 @@ def _trainer(name: str) -> Finding:
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # the look-up talks
             found = recursive_find_trainer_class_by_name(name)
-    except Exception as error:
-        remedy = f"export nnUNet_extTrainer={trainers_folder()}"
-        return Finding(name, f"not found by nnU-Net: {str(error).splitlines()[0]}", remedy, wrong=True)
+    except Exception as error:  # the look-up imports files of others
+        listed = os.environ.get(VARIABLE, "")
+        remedy = f"export nnUNet_extTrainer=$nnUNet_extTrainer:{trainers_folder()}"
+        if trainers_folder() in listed.split(os.pathsep):
+            remedy = f"a file in {listed} fails to be imported: repair it or take its folder out of nnUNet_extTrainer"
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return Finding(name, f"not found by nnU-Net: {reason}", remedy, wrong=True)
     return Finding(name, f"{found.__module__}.{found.__qualname__}")
 
 

@@ -63,9 +63,8 @@ def import_official(file: Path, target: Target, folder: Path | None = None) -> I
         raise ValueError(f"{file} is not a published DeSAM checkpoint: it has no key mask_decoder.pimm.")
     state = rename_official(official)
     plans, dataset_json, base = _read_target(target)
-    encoder = _choose_encoder(plans, target.configuration, _variant_of(state, file))
-    _check_image_encoder(official, encoder, file)
-    resolve_plans(plans, target.configuration, dataset_json)
+    resolve_plans(plans, target.configuration, dataset_json, default_encoder=_variant_of(state, file).name)
+    _check_image_encoder(official, plans["configurations"][target.configuration]["sam"], file)
     folder = folder or _results_folder(plans, target)
     if (folder / "plans.json").exists() or (folder / "pretrained_weights.pth").exists():
         raise FileExistsError(f"{folder} holds a model already: remove it or choose another folder with -o.")
@@ -81,32 +80,29 @@ def import_official(file: Path, target: Target, folder: Path | None = None) -> I
 
 def _read_target(target: Target) -> tuple[dict[str, Any], dict[str, Any], Path]:
     base = Path(nnUNet_preprocessed.require()) / maybe_convert_to_dataset_name(target.dataset)
-    files = [base / f"{target.plans}.json", base / "dataset.json"]
+    files = [base / f"{target.plans}.json", base / "dataset.json", base / "dataset_fingerprint.json"]
     for path in files:
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: run nnUNetv2_plan_and_preprocess for {base.name} first.")
-    plans, dataset_json = (json.loads(path.read_text()) for path in files)
+    plans, dataset_json = (json.loads(path.read_text()) for path in files[:2])
     return plans, dataset_json, base
 
 
 def _variant_of(state: State, file: Path) -> Variant:
-    width = state["pdmm.contexts.0.block_init.conv1.weight"].shape[1]
+    key = "pdmm.contexts.0.block_init.conv1.weight"
+    if key not in state:
+        raise ValueError(f"{file}: {key} is missing.")
+    width = state[key].shape[1]
     for variant in VARIANTS.values():
         if variant.embed_dim == width:
             return variant
     raise ValueError(f"{file} was trained on an encoder of width {width}, which is none of {', '.join(VARIANTS)}.")
 
 
-def _choose_encoder(plans: dict[str, Any], configuration: str, variant: Variant) -> str:
-    """The plans' own encoder, else the variant that the file was trained on."""
-    own = plans["configurations"].get(configuration, {})
-    own["sam"] = {"encoder": variant.name} | own.get("sam", {})
-    return own["sam"]["encoder"]
-
-
-def _check_image_encoder(official: State, encoder: str, file: Path) -> None:
+def _check_image_encoder(official: State, sam: dict[str, Any], file: Path) -> None:
+    encoder = sam["encoder"]
     theirs = {key: value for key, value in official.items() if key.startswith(IMAGE_ENCODER)}
-    path = find_weights(encoder)
+    path = find_weights(encoder, sam["identity"])
     if not theirs:
         print(f"{file} holds no image encoder: nothing to compare '{encoder}' with.")
         return

@@ -105,7 +105,7 @@ def evaluate(options: argparse.Namespace, work: Path, trainer: str) -> Row:
         run("nnUNetv2_predict_from_modelfolder", "-i", work / TARGET / "images", "-o", out, "-m", model, "-f", 0,
             "-device", options.device, "-npp", 1, "-nps", 1)
         run("nnUNetv2_evaluate_folder", work / TARGET / "labels", out, "-djfile", out / "dataset.json",
-            "-pfile", out / "plans.json")
+            "-pfile", out / "plans.json", "-np", 1)
     return Row(trainer, dice(model / "fold_0" / "validation"), dice(out), minutes)
 
 

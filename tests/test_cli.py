@@ -51,9 +51,22 @@ def test_doctor_names_the_remedy(
     report = capsys.readouterr().out
     assert "-> export nnUNet_raw=" in report
     assert f"-> mkdir -p {tmp_path / 'nowhere'}" in report
-    assert f"-> export nnUNet_extTrainer={ROOT / 'trainers'}" in report
+    assert f"-> export nnUNet_extTrainer=$nnUNet_extTrainer:{ROOT / 'trainers'}" in report
     assert f"{VARIANTS['vit_b'].file} is not the published file" in report
     assert "5 thing(s) marked !!" in report  # two trainers, one file, two folders
+
+
+def test_doctor_of_a_broken_file_of_the_users(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "broken.py").write_text("raise NotImplementedError\n")
+    listed = f"{tmp_path / 'own'}{os.pathsep}{ROOT / 'trainers'}"
+    monkeypatch.setenv("nnUNet_extTrainer", listed)
+    assert main(["doctor"]) == 1
+    report = capsys.readouterr().out
+    assert "not found by nnU-Net: NotImplementedError" in report
+    assert f"-> a file in {listed} fails to be imported: repair it" in report
 
 
 def test_trainers_prints_the_folder(capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,7 +58,7 @@ def test_stock_plans_get_the_published_batch_size(weights_of_vit_b: None) -> Non
 @pytest.fixture
 def weights_of_vit_b(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the published file were here: nothing of it is read in these tests."""
-    monkeypatch.setattr("desam_nnunet.config.identify", lambda encoder: f"md5 of {encoder}")
+    monkeypatch.setattr("desam_nnunet.config.identify", lambda encoder, wanted: f"md5 of {encoder}")
 
 
 def test_sections_are_inherited() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -131,6 +132,17 @@ def test_another_image_encoder_is_refused(
     assert not (tmp_path / "model").exists()
 
 
+def test_an_inherited_section_is_kept(workspace: Workspace, published: Published, tmp_path: Path) -> None:
+    plans = workspace.write_plans("Child", **tiny_sections(encoder=str(published.sam_file), epochs=7))
+    plans["configurations"]["2d_child"] = {"inherits_from": "2d"}
+    (workspace.preprocessed / "Child.json").write_text(json.dumps(plans))
+    assert main(["weights", "import", str(published.checkpoint), "-d", "501", "-p", "Child", "-c", "2d_child", "-o",
+                 str(tmp_path / "model")]) == 0
+    written = json.loads((tmp_path / "model" / "plans.json").read_text())["configurations"]["2d_child"]
+    assert written["sam"]["encoder"] == str(published.sam_file)
+    assert written["sam"]["epochs"] == 7
+
+
 def test_several_classes_give_a_start_but_no_model(
     workspace: Workspace, published: Published, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -150,6 +162,7 @@ def test_several_classes_give_a_start_but_no_model(
     [
         ("mask_decoder.pimm", "is not a published DeSAM checkpoint"),
         ("mask_decoder.pimm.mask_embedding_fusion", "pdmm.fusion.conv1.weight is missing"),
+        ("mask_decoder.pimm.conv_blocks_context", "pdmm.contexts.0.block_init.conv1.weight is missing"),
     ],
 )
 def test_incomplete_files_are_refused(

@@ -83,6 +83,15 @@ def test_equal_points_share_a_run() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("grid", [3, None])
+def test_logits_stay_within_what_nnunet_can_add_up(grid: int | None) -> None:
+    network = make(grid=grid, iou_threshold=-1e9)
+    network.pdmm.seg_layers.weight *= 1e6
+    logits = network(torch.randn(1, 1, 64, 64))
+    assert logits.abs().max() == 100
+
+
+@torch.no_grad()
 def test_regions_have_no_background() -> None:
     network = with_scores(make(2, background=False), [[0.0, 0.0]] * 9)
     logits = network(torch.randn(2, 1, 64, 64))
@@ -143,7 +152,7 @@ def test_the_encoder_is_in_no_state_and_no_parameters() -> None:
 
 def test_the_encoder_moves_along_and_stays_in_eval_mode() -> None:
     network = make().to(torch.float64).train()
-    assert network.encoder.vit.pos_embed.dtype == torch.float64
+    assert network.encoder.vit.pos_embed.dtype == torch.float64  # as a device would
     assert not network.encoder.training
     assert network.prim.training
 

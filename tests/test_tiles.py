@@ -44,6 +44,13 @@ def test_percentiles_ignore_a_change_of_contrast() -> None:
     torch.testing.assert_close(to_image(tile), to_image(tile * 7 - 3), rtol=0, atol=1e-4)
 
 
+def test_a_few_pixels_in_padding_do_not_disappear() -> None:
+    tile = torch.zeros(1, 1, 96, 96)
+    tile[..., 40:46, 40:46] = torch.linspace(1, 2, 36).reshape(6, 6)
+    unit = TileToImage(96, "percentile")._to_unit(tile)
+    torch.testing.assert_close(unit, tile / 2)
+
+
 def test_window_is_fixed() -> None:
     to_image = TileToImage(32, "window", ((-1.0, 3.0),))
     assert to_255(to_image(torch.full((1, 1, 32, 32), 1.0))).round().unique().tolist() == [128]  # 127.5

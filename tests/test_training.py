@@ -17,6 +17,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from desam_nnunet.sam.variants import VARIANTS, build_sam
 from desam_nnunet.sam.weights import load_sam
+from desam_nnunet.training.checks import check_same_settings
 
 
 def make_batch(trainer: Any, *, channels: int = 1, labels: int = 1) -> dict[str, Any]:
@@ -188,6 +189,16 @@ def test_resuming_with_other_plans_is_refused(workspace: Workspace, fresh: Any, 
         other.load_checkpoint(str(path))
 
 
+def test_resuming_with_another_patch_is_refused_and_the_encoders_path_is_not_looked_at() -> None:
+    now = {"patch_size": [96, 96], "sam": {"encoder": "/here/b.pth", "identity": "md5:1"}, "desam": {}}
+    moved = now | {"sam": {"encoder": "/there/b.pth", "identity": "md5:1"}}
+    check_same_settings(now, moved, "fold_0")
+    with pytest.raises(ValueError, match=r"patch_size was \[160, 160\] and is \[96, 96\] now"):
+        check_same_settings(now, moved | {"patch_size": [160, 160]}, "fold_0")
+    with pytest.raises(ValueError, match=r"sam.encoder was .*; sam.identity was 'md5:2' and is 'md5:1' now"):
+        check_same_settings(now, {"patch_size": [96, 96], "sam": {"encoder": "vit_b", "identity": "md5:2"}}, "fold_0")
+
+
 def test_a_fold_with_other_settings_is_kept_out_of_the_model_folder(workspace: Workspace) -> None:
     workspace.write_plans("Mixed", **tiny_sections())
     model = workspace.model("DeSAMTrainer", "Mixed")
@@ -289,11 +300,22 @@ def test_nan_at_prediction_is_named(trained: Workspace) -> None:
         predictor.predict_single_npy_array(image, {"spacing": [3.6, 1.25, 1.25]})
 
 
-def test_an_image_with_other_channels_than_planned(trained: Workspace) -> None:
-    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
-    predictor.initialize_from_trained_model_folder(str(trained.model("DeSAMTrainer")), (0,))
-    with pytest.raises(ValueError, match=r"The image has 3 channel\(s\), but the model was planned for 1"):
-        predictor.predict_logits_from_preprocessed_data(torch.randn(3, 2, 96, 96))
+def test_an_image_with_fewer_channels_than_planned(workspace: Workspace, tmp_path: Path) -> None:
+    """One with more never gets here: nnU-Net's own preprocessing has no normalisation for it and stops."""
+    plans = workspace.plans()
+    plans["configurations"]["2d"] |= {"normalization_schemes": ["ZScoreNormalization"] * 2,
+                                      "use_mask_for_norm": [False] * 2}
+    dataset = workspace.dataset_json() | {"channel_names": {"0": "T2", "1": "ADC"}}
+    trainer = make_trainer("DeSAMTrainer", workspace, plans=plans, dataset_json=dataset)
+    trainer.initialize()
+    (tmp_path / "fold_0").mkdir()
+    trainer.save_checkpoint(str(tmp_path / "fold_0" / "checkpoint_final.pth"))
+    for name, content in (("plans", trainer.plans_manager.plans), ("dataset", dataset)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    result = nnunet("nnUNetv2_predict_from_modelfolder", "-i", workspace.unseen / "images", "-o", tmp_path / "out",
+                    "-m", tmp_path, "-f", 0, "-device", "cpu", "-npp", 1, "-nps", 1, check=False)
+    assert result.returncode != 0
+    assert "The image has 1 channel(s), but the model was planned for 2" in result.stderr
 
 
 def test_a_model_with_another_encoder_is_refused(trained: Workspace, tmp_path: Path) -> None:

@@ -51,6 +51,32 @@ def test_a_path_that_moved_is_found_by_its_name(tmp_path: Path, tiny_file: Path)
     assert find_weights("/another/machine/mine.pth") == moved
 
 
+def test_of_several_files_the_one_trained_with_is_taken(tmp_path: Path, tiny_file: Path) -> None:
+    (tmp_path / "first").mkdir()
+    trained_with = tmp_path / "first" / "mine.pth"
+    trained_with.write_bytes(tiny_file.read_bytes())
+    state = torch.load(tiny_file, weights_only=True)
+    state["image_encoder.pos_embed"] += 1
+    torch.save(state, tiny_file)
+    identity = f"md5:{weights.file_md5(trained_with)}"
+    assert find_weights(str(tiny_file)) == tiny_file
+    assert find_weights(str(tiny_file), identity) == trained_with
+    assert load_sam(str(tiny_file), 256, identity).encoder.identity == identity
+
+
+def test_a_file_in_half_precision_is_read_as_float32(tmp_path: Path) -> None:
+    torch.save({key: value.half() for key, value in build_sam(TINY).state_dict().items()}, tmp_path / "half.pth")
+    loaded = load_sam(str(tmp_path / "half.pth"), 128)
+    assert loaded.encoder(torch.randn(1, 3, 128, 128)).neck.dtype == torch.float32
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x02}", b"(lp0\n.", b"cos\nsystem\n", b"PK\x03\x04" + b"\0" * 60])
+def test_damaged_bytes_are_refused_in_one_sentence(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "damaged.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=r"damaged.pth (can't be read|does not hold)"):
+        read_sam_file(tmp_path / "damaged.pth")
+
+
 def test_a_truncated_published_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "first").mkdir()
     (tmp_path / "first" / VARIANTS["vit_b"].file).write_bytes(b"half")
@@ -91,7 +117,7 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
 def test_weights_of_another_variant_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "first").mkdir()
     torch.save(build_sam(TINY).state_dict(), tmp_path / "first" / VARIANTS["vit_b"].file)
-    monkeypatch.setattr(weights, "identify", lambda encoder: "md5:as published")
+    monkeypatch.setattr(weights, "identify", lambda encoder, wanted: "md5:as published")
     with pytest.raises(ValueError, match="holds vit_tiny weights, but the encoder is 'vit_b'"):
         load_sam("vit_b", 256)
 

@@ -25,6 +25,8 @@ from desam_nnunet.sam.weights import LoadedSam
 # An absent class gets this logit everywhere in the tile: low enough to lose against a background of 0,
 # high enough that other tiles, mirrors and folds can outvote it.
 ABSENT_LOGIT = -10.0
+# nnU-Net sums logits times ten in float16 and gives a volume up where they overflow. No decision changes.
+MAX_LOGIT = 100.0
 # Image tokens that PRIM holds at once when it scores the grid; bounds the memory, not the result.
 _TOKENS_AT_ONCE = 65536
 
@@ -97,7 +99,7 @@ class DeSAM(nn.Module):
             ValueError: The tiles have another number of channels than planned, or hold NaN or infinity.
         """
         if isinstance(x, Tensor):
-            return self._predict(x)
+            return self._predict(x).clamp(-MAX_LOGIT, MAX_LOGIT)
         assert prompts is not None
         return self._decode(x, self.pdmm.context(x.levels), prompts)
 
@@ -148,20 +150,18 @@ class DeSAM(nn.Module):
         present = best_score > self.iou_threshold
         logits = features.neck.new_full((1, len(present), *geometry.tile), ABSENT_LOGIT, dtype=torch.float32)
         if present.any():
-            winners, run = best_point[present].unique(return_inverse=True)  # equal points share a run
             points = point_grid(geometry, self.grid or 0, features.neck.device).points
             assert points is not None
             contexts = self.pdmm.context(features.levels)
-            masks, _ = self._decode(features, contexts, Prompts(points=points[winners]))
-            classes = present.nonzero()[:, 0]
-            logits[0, classes] = logits_to_tile(masks[run, classes][None], geometry)[0].float()
+            for point in best_point[present].unique():  # equal points share a run
+                masks, _ = self._decode(features, contexts, Prompts(points=points[point][None]))
+                classes = (present & (best_point == point)).nonzero()[:, 0]
+                logits[0, classes] = logits_to_tile(masks[:, classes], geometry)[0].float()
         return self._with_background(logits)
 
     def _decode(self, features: Features, contexts: list[Tensor], prompts: Prompts) -> tuple[Tensor, Tensor | None]:
-        """Masks and scores of prompts on as many images, or of several prompts on one image."""
+        """Masks and scores of one prompt per image."""
         output = self._prim(features.neck, prompts, score=self.grid is not None)
-        count = len(output.mask_embedding)
-        contexts = [context.expand(count, -1, -1, -1) for context in contexts]
         return self.pdmm(output.mask_embedding, contexts), output.iou
 
     def _prim(self, neck: Tensor, prompts: Prompts, *, score: bool) -> Any:

@@ -53,6 +53,9 @@ class FrozenEncoder(nn.Module):
 
         Args:
             images: (B, 3, S, S), normalised and padded as SAM expects.
+
+        Returns:
+            In float32, whatever the precision in between.
         """
         with _encoder_precision(images.device):
             x = self.vit.patch_embed(images)
@@ -61,8 +64,8 @@ class FrozenEncoder(nn.Module):
             for index, block in enumerate(self.vit.blocks):
                 x = block(x)
                 if index in self.level_blocks:
-                    levels.append(x.permute(0, 3, 1, 2).contiguous())  # B H W D -> B D H W
-            return Features(tuple(levels), self.vit.neck(x.permute(0, 3, 1, 2)))
+                    levels.append(x.permute(0, 3, 1, 2).float().contiguous())  # B H W D -> B D H W
+            return Features(tuple(levels), self.vit.neck(x.permute(0, 3, 1, 2)).float())
 
     def checksum(self) -> str:
         """SHA-256 over every weight's name and bytes: equal before and after training, or it was not frozen."""

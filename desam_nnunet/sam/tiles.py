@@ -82,8 +82,7 @@ class TileToImage:
             bounds = tiles.new_tensor(self.window)  # C 2
             low, high = bounds[:, 0, None, None], bounds[:, 1, None, None]
         else:
-            quantiles = torch.quantile(tiles.flatten(2), tiles.new_tensor(_PERCENTILES), dim=2)  # 2 B C
-            low, high = quantiles[..., None, None]
+            low, high = _percentiles(tiles)
         spread = high - low
         scaled = (tiles - low) / torch.where(spread > 0, spread, torch.ones_like(spread))
         return torch.where(spread > 0, scaled.clamp(0, 1), torch.zeros_like(scaled))
@@ -124,6 +123,18 @@ def ct_window(intensity_properties: dict[str, dict[str, Any]], num_channels: int
         std = max(row["std"], 1e-8)  # as nnU-Net's CTNormalization
         window.append(((row["percentile_00_5"] - row["mean"]) / std, (row["percentile_99_5"] - row["mean"]) / std))
     return tuple(window)
+
+
+def _percentiles(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """Bounds per tile and channel, (B, C, 1, 1); the extremes where the percentiles fall together.
+
+    They do so in a tile that is mostly padding, whose few pixels would else disappear.
+    """
+    pixels = tiles.flatten(2)
+    low, high = torch.quantile(pixels, tiles.new_tensor(_PERCENTILES), dim=2)  # B C
+    flat = high <= low
+    low, high = torch.where(flat, pixels.amin(2), low), torch.where(flat, pixels.amax(2), high)
+    return low[..., None, None], high[..., None, None]
 
 
 def _to_rgb(group: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -63,33 +62,43 @@ def search_folders() -> list[Path]:
     return list(dict.fromkeys(folders))
 
 
-def find_weights(encoder: str) -> Path | None:
+def find_weights(encoder: str, identity: str | None = None) -> Path | None:
     """The weights file of `encoder`, a variant's name or a path; None for random weights.
+
+    Args:
+        identity: Of several files the one with this identity is taken, if there is one; else the first.
 
     Raises:
         FileNotFoundError: It is nowhere; the message says where it was looked for and what to do.
         ValueError: `encoder` is neither a known variant nor looks like a path.
     """
     variant = VARIANTS.get(encoder)
-    if variant is not None:
-        return _find_file(variant.file, f"desam weights get {encoder}") if variant.file else None
-    path = Path(encoder).expanduser()
-    if path.is_file():
-        return path
-    if path.suffix == "" and path.parent == Path():
+    if variant is not None and not variant.file:
+        return None
+    path = Path(variant.file if variant else encoder).expanduser()
+    if variant is None and path.suffix == "" and path.parent == Path() and not path.is_file():
         raise ValueError(
             f"Unknown encoder '{encoder}': give one of {', '.join(VARIANTS)} or the path of a weights file."
         )
-    return _find_file(path.name, f"put the file at {encoder} or into one of these folders")
+    places = [folder / path.name for folder in search_folders()]
+    found = [place for place in (places if variant else [path, *places]) if place.is_file()]
+    if not found:
+        remedy = f"desam weights get {encoder}" if variant else "put the file into one of these folders"
+        looked = ", ".join(str(place.parent) for place in (places if variant else [path, *places]))
+        raise FileNotFoundError(f"No weights file {path.name} in {looked}: {remedy}.")
+    return next((place for place in found if identity == f"md5:{file_md5(place)}"), found[0])
 
 
-def identify(encoder: str) -> str:
+def identify(encoder: str, wanted: str | None = None) -> str:
     """Names the weights of `encoder` beyond doubt: ``md5:<hash of the file>`` or the random generator and seed.
+
+    Args:
+        wanted: Of several files the one with this identity is looked at, if there is one.
 
     Raises:
         FileNotFoundError, ValueError: As :func:`find_weights`; or a published file's hash is not the known one.
     """
-    path = find_weights(encoder)
+    path = find_weights(encoder, wanted)
     if path is None:
         return RANDOM_IDENTITY
     md5 = file_md5(path)
@@ -115,10 +124,10 @@ def load_sam(encoder: str, image_size: int, expected_identity: str | None = None
         FileNotFoundError: No weights found.
         ValueError: Not a SAM file, wrong keys or shapes, a known file with another hash, or another identity.
     """
-    identity = identify(encoder)
+    identity = identify(encoder, expected_identity)
     if expected_identity is not None:
         check_identity(encoder, identity, expected_identity)
-    path = find_weights(encoder)
+    path = find_weights(encoder, identity)
     if path is None:
         variant = VARIANTS[encoder]
         state = random_state(variant)
@@ -133,9 +142,12 @@ def load_sam(encoder: str, image_size: int, expected_identity: str | None = None
 def check_identity(encoder: str, found: str, expected: str) -> None:
     """Raises: ValueError: The weights found are not the expected ones."""
     if found != expected:
+        remedy = f"put that weights file into {download_folder()}"
+        if not expected.startswith("md5:"):
+            remedy = "these random weights are not made by this version of desam_nnunet; train again"
         raise ValueError(
             f"The encoder '{encoder}' found here is {found}, but the plans were trained or made with {expected}: "
-            f"put that weights file into {download_folder()}."
+            f"{remedy}."
         )
 
 
@@ -147,7 +159,9 @@ def read_sam_file(path: Path) -> State:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # damaged bytes make the unpickler raise anything
         raise ValueError(
             f"{path} can't be read as PyTorch weights ({type(error).__name__}): it is truncated or not a weights "
             "file. Fetch it again."
@@ -237,18 +251,11 @@ def _hash_file(path: str, size: int, modified: int) -> str:
 def _assemble(variant: Variant, state: State, image_size: int, identity: str, random: bool) -> LoadedSam:
     with torch.device("meta"):  # the real values come with the state: nothing is initialised twice
         sam = build_sam(variant, image_size)
+    state = {key: value.float() for key, value in state.items()}  # files saved in half precision, too
     sam.load_state_dict(state, strict=not random, assign=True)
     encoder = FrozenEncoder(sam.image_encoder, variant.global_blocks[:-1], identity)
     prompt_encoder = sam.prompt_encoder.requires_grad_(False).eval()
     return LoadedSam(variant, encoder, prompt_encoder, None if random else sam.mask_decoder)
-
-
-def _find_file(name: str, remedy: str) -> Path:
-    for folder in search_folders():
-        if (folder / name).is_file():
-            return folder / name
-    looked = ", ".join(str(folder) for folder in search_folders())
-    raise FileNotFoundError(f"No weights file {name} in {looked}: {remedy}.")
 
 
 def _user_cache() -> Path:

@@ -12,12 +12,13 @@ import torch
 from nnunetv2.training.loss.dice import get_tp_fp_fn_tn
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from desam_nnunet.config import read_sections, resolve_plans
-from desam_nnunet.training.checks import check_cases, check_other_folds, check_same_sections, missing_labels
+from desam_nnunet.training.checks import check_cases, check_other_folds, check_same_settings, missing_labels
 from desam_nnunet.training.losses import foreground_target
 
 Batch = dict[str, Any]
@@ -127,10 +128,10 @@ class FrozenSamTrainer(nnUNetTrainer):
             os.replace(temporary, filename)
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
-        """Refuses a checkpoint that was trained with other sections than the plans give now."""
+        """Refuses a checkpoint that was trained with other settings than the plans give now."""
         checkpoint = torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False)
-        theirs = checkpoint["init_args"]["plans"]["configurations"][self.configuration_name]
-        check_same_sections(self.configuration_manager.configuration, theirs, str(filename_or_checkpoint))
+        theirs = PlansManager(checkpoint["init_args"]["plans"]).get_configuration(self.configuration_name).configuration
+        check_same_settings(self.configuration_manager.configuration, theirs, str(filename_or_checkpoint))
         super().load_checkpoint(filename_or_checkpoint)
 
     def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-SECTIONS = ("sam", "desam")
+_SECTIONS = ("sam", "desam")
+_GEOMETRY = ("data_identifier", "patch_size", "spacing", "normalization_schemes")
 
 
 def check_cases(dataset: nnUNetBaseDataset, num_channels: int) -> set[Any]:
@@ -57,23 +58,31 @@ def missing_labels(found: set[Any], label_manager: LabelManager) -> list[Any]:
     return missing
 
 
-def check_same_sections(ours: dict[str, Any], theirs: dict[str, Any], what: str) -> None:
-    """Compares the resolved sections of two configurations.
+def check_same_settings(ours: dict[str, Any], theirs: dict[str, Any], what: str) -> None:
+    """Compares what two resolved configurations say of tiles and network.
+
+    The same encoder file at another path is the same encoder.
 
     Raises:
         ValueError: Naming the keys that differ, with both values.
     """
-    differing = [
-        f"{section}.{key} was {theirs.get(section, {}).get(key)!r} and is {value!r} now"
-        for section in SECTIONS
-        for key, value in ours[section].items()
-        if theirs.get(section, {}).get(key) != value
-    ]
+    now, then = _settings(ours), _settings(theirs)
+    if now["sam.identity"] == then.get("sam.identity"):
+        then["sam.encoder"] = now["sam.encoder"]
+    differing = [f"{key} was {then.get(key)!r} and is {value!r} now" for key, value in now.items()
+                 if then.get(key) != value]
     if differing:
         raise ValueError(
             f"{what} was trained with other plans: {'; '.join(differing)}. Restore these values in the plans file, "
             "or train under another plans name (-p)."
         )
+
+
+def _settings(configuration: dict[str, Any]) -> dict[str, Any]:
+    settings = {key: configuration.get(key) for key in _GEOMETRY}
+    for section in _SECTIONS:
+        settings |= {f"{section}.{key}": value for key, value in configuration.get(section, {}).items()}
+    return settings
 
 
 def check_other_folds(output_folder: Path, configuration_name: str, ours: dict[str, Any]) -> None:
@@ -85,5 +94,5 @@ def check_other_folds(output_folder: Path, configuration_name: str, ours: dict[s
     plans_file = output_folder.parent / "plans.json"
     others = [path for path in output_folder.parent.glob("fold_*/checkpoint_*.pth") if path.parent != output_folder]
     if plans_file.is_file() and others:
-        theirs = json.loads(plans_file.read_text())["configurations"][configuration_name]
-        check_same_sections(ours, theirs, f"{others[0].parent.name} in {output_folder.parent}")
+        theirs = PlansManager(str(plans_file)).get_configuration(configuration_name).configuration
+        check_same_settings(ours, theirs, f"{others[0].parent.name} in {output_folder.parent}")
