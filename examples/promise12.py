@@ -53,11 +53,22 @@ def main() -> None:
         if not (options.data / site).is_dir():
             parser.error(f"{options.data / site} does not exist: DATA must hold the folders {SOURCE} and {TARGET}")
     work = options.work.resolve()
+    remember_settings(parser, options, work)
     prepare(options, work)
     rows = [evaluate(options, work, trainer) for trainer in TRAINERS]
     text = report(options, rows)
     (work / "promise12.md").write_text(text)
     print(text)
+
+
+def remember_settings(parser: argparse.ArgumentParser, options: argparse.Namespace, work: Path) -> None:
+    """A folder holds one run: figures of other settings must not come under these."""
+    settings = {name: str(value) for name, value in vars(options).items() if name not in ("data", "work")}
+    noted = work / "settings.json"
+    if noted.is_file() and json.loads(noted.read_text()) != settings:
+        parser.error(f"{work} holds a run with other settings ({noted}): choose another WORK or the same settings")
+    work.mkdir(parents=True, exist_ok=True)
+    noted.write_text(json.dumps(settings, indent=4))
 
 
 def prepare(options: argparse.Namespace, work: Path) -> None:
@@ -102,24 +113,30 @@ def evaluate(options: argparse.Namespace, work: Path, trainer: str) -> Row:
     out = work / TARGET / trainer
     minutes = train(options, model, trainer)
     if not (out / "summary.json").is_file():
-        run("nnUNetv2_predict_from_modelfolder", "-i", work / TARGET / "images", "-o", out, "-m", model, "-f", 0,
-            "-device", options.device, "-npp", 1, "-nps", 1)
+        run("nnUNetv2_predict", "-i", work / TARGET / "images", "-o", out, "-d", DATASET, "-c", "2d", "-f", 0,
+            "-tr", trainer, "-p", PLANS, "-device", options.device, "-npp", 1, "-nps", 1)
         run("nnUNetv2_evaluate_folder", work / TARGET / "labels", out, "-djfile", out / "dataset.json",
             "-pfile", out / "plans.json", "-np", 1)
     return Row(trainer, dice(model / "fold_0" / "validation"), dice(out), minutes)
 
 
 def train(options: argparse.Namespace, model: Path, trainer: str) -> float:
-    """Minutes that training took, remembered beside the model."""
-    noted = model / "minutes.txt"
-    if not noted.is_file():
-        started = time.monotonic()
+    """Minutes that training took, all attempts together, noted beside the model."""
+    noted, done = model / "minutes.txt", model / "fold_0" / "validation" / "summary.json"
+    before = float(noted.read_text()) if noted.is_file() else 0.0
+    if done.is_file():
+        return before
+    started = time.monotonic()
+    try:
         if trainer == "nnUNetTrainer":
             train_plain(options)
         else:
             run("nnUNetv2_train", DATASET, "2d", 0, "-tr", trainer, "-p", PLANS, "-device", options.device, "--c")
-        noted.write_text(str((time.monotonic() - started) / 60))
-    return float(noted.read_text())
+    finally:
+        model.mkdir(parents=True, exist_ok=True)
+        minutes = before + (time.monotonic() - started) / 60
+        noted.write_text(str(minutes))
+    return minutes
 
 
 def train_plain(options: argparse.Namespace) -> None:
@@ -139,7 +156,7 @@ def dice(folder: Path) -> float:
 
 
 def report(options: argparse.Namespace, rows: list[Row]) -> str:
-    weights = "RANDOM weights" if options.encoder == "vit_tiny" else "pretrained weights"
+    weights = "RANDOM weights" if options.encoder == "vit_tiny" else "weights from its file"
     settings: dict[str, Any] = {
         "encoder": f"{options.encoder}, {weights}", "image size": options.image_size,
         "iterations": f"{options.epochs} epochs of {options.iterations}, batch 8", "DeSAM learning rate": options.lr,
