@@ -47,6 +47,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=6, help="default: 6")
     parser.add_argument("--iterations", type=int, default=50, help="per epoch (default: 50)")
     parser.add_argument("--lr", type=float, default=5e-4, help="DeSAM's learning rate (default: 5e-4)")
+    parser.add_argument("--disable_tta", action="store_true",
+                        help=f"predict {TARGET} without mirroring, in a quarter of the time")
     parser.add_argument("-device", default="cpu", choices=["cpu", "cuda", "mps"], help="default: cpu")
     options = parser.parse_args()
     for site in (SOURCE, TARGET):
@@ -114,7 +116,8 @@ def evaluate(options: argparse.Namespace, work: Path, trainer: str) -> Row:
     minutes = train(options, model, trainer)
     if not (out / "summary.json").is_file():
         run("nnUNetv2_predict", "-i", work / TARGET / "images", "-o", out, "-d", DATASET, "-c", "2d", "-f", 0,
-            "-tr", trainer, "-p", PLANS, "-device", options.device, "-npp", 1, "-nps", 1)
+            "-tr", trainer, "-p", PLANS, "-device", options.device, "-npp", 1, "-nps", 1,
+            *["--disable_tta"] * options.disable_tta)
         run("nnUNetv2_evaluate_folder", work / TARGET / "labels", out, "-djfile", out / "dataset.json",
             "-pfile", out / "plans.json", "-np", 1)
     return Row(trainer, dice(model / "fold_0" / "validation"), dice(out), minutes)
@@ -160,6 +163,7 @@ def report(options: argparse.Namespace, rows: list[Row]) -> str:
     settings: dict[str, Any] = {
         "encoder": f"{options.encoder}, {weights}", "image size": options.image_size,
         "iterations": f"{options.epochs} epochs of {options.iterations}, batch 8", "DeSAM learning rate": options.lr,
+        f"mirroring when predicting {TARGET}": "off" if options.disable_tta else "on",
         "device": f"{options.device} ({torch.get_num_threads()} threads, {platform.machine()})",
         "torch": torch.__version__,
     }

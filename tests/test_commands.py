@@ -28,13 +28,16 @@ def assert_same_masks(one: Path, other: Path) -> None:
         np.testing.assert_array_equal(mask, theirs[name])
 
 
+def predict(workspace: Workspace, out: Path, trainer: str) -> Path:
+    """The unseen site, predicted by an ensemble of two folds, with probabilities."""
+    nnunet("nnUNetv2_predict", "-i", workspace.unseen / "images", "-o", out, "-d", 501, "-c", "2d", "-f", 0, 1,
+           "-tr", trainer, "-p", PLANS, "-device", "cpu", "-npp", 1, "-nps", 1, "--save_probabilities")
+    return out
+
+
 @pytest.fixture(scope="module")
 def predicted(trained: Workspace) -> Path:
-    """The unseen site, predicted by an ensemble of two folds."""
-    out = trained.root / "predicted"
-    nnunet("nnUNetv2_predict", "-i", trained.unseen / "images", "-o", out, "-d", 501, "-c", "2d", "-f", 0, 1,
-           "-tr", "DeSAMTrainer", "-p", PLANS, "-device", "cpu", "-npp", 1, "-nps", 1)
-    return out
+    return predict(trained, trained.root / "predicted", "DeSAMTrainer")
 
 
 def test_training_fills_nnunets_folders(trained: Workspace) -> None:
@@ -90,19 +93,19 @@ def test_zip_export_and_installation_elsewhere(
     elsewhere = tmp_path / "results"
     monkeypatch.setenv("nnUNet_results", str(elsewhere))
     nnunet("nnUNetv2_install_pretrained_model_from_zip", archive)
-    out = tmp_path / "out"
-    nnunet("nnUNetv2_predict", "-i", trained.unseen / "images", "-o", out, "-d", 501, "-c", "2d", "-f", 0, 1,
-           "-tr", "DeSAMTrainer", "-p", PLANS, "-device", "cpu", "-npp", 1, "-nps", 1)
-    assert_same_masks(out, predicted)
+    assert_same_masks(predict(trained, tmp_path / "out", "DeSAMTrainer"), predicted)
 
 
-def test_best_configuration_and_ensemble(trained: Workspace, tmp_path: Path) -> None:
+def test_best_configuration(trained: Workspace) -> None:
     nnunet("nnUNetv2_find_best_configuration", 501, "-c", "2d", "-p", PLANS, "-tr", *TRAINERS, "-f", 0, 1, "-np", 1)
     information = json.loads((trained.results / "inference_information.json").read_text())
     assert len(information["considered_models"]) == 2
-    inputs = [trained.model(trainer) / "fold_0" / "validation" for trainer in TRAINERS]
-    nnunet("nnUNetv2_ensemble", "-i", *inputs, "-o", tmp_path, "-np", 1)
-    assert masks(tmp_path).keys() == masks(inputs[0]).keys()
+
+
+def test_ensemble(trained: Workspace, predicted: Path, tmp_path: Path) -> None:
+    other = predict(trained, tmp_path / "whole_box", "DeSAMTrainerWholeBox")
+    nnunet("nnUNetv2_ensemble", "-i", predicted, other, "-o", tmp_path / "both", "-np", 1)
+    assert masks(tmp_path / "both").keys() == masks(predicted).keys()
 
 
 def test_validation_alone_repeats_itself(trained: Workspace, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from desam_nnunet.sam.variants import VARIANTS, build_sam
 from desam_nnunet.sam.weights import load_sam
-from desam_nnunet.training.checks import check_same_settings
+from desam_nnunet.training.checks import check_same_settings, settings_of
 
 
 def make_batch(trainer: Any, *, channels: int = 1, labels: int = 1) -> dict[str, Any]:
@@ -185,18 +185,22 @@ def test_resuming_with_other_plans_is_refused(workspace: Workspace, fresh: Any, 
     plans = workspace.plans()
     plans["configurations"]["2d"]["sam"]["image_size"] = 192
     other = make_trainer("DeSAMTrainer", workspace, plans=plans)
-    with pytest.raises(ValueError, match=r"other plans: sam.image_size was 128 and is 192 now. Restore"):
+    with pytest.raises(ValueError, match=r"other settings: sam.image_size was 128 and is 192 now. Restore"):
         other.load_checkpoint(str(path))
 
 
 def test_resuming_with_another_patch_is_refused_and_the_encoders_path_is_not_looked_at() -> None:
-    now = {"patch_size": [96, 96], "sam": {"encoder": "/here/b.pth", "identity": "md5:1"}, "desam": {}}
-    moved = now | {"sam": {"encoder": "/there/b.pth", "identity": "md5:1"}}
-    check_same_settings(now, moved, "fold_0")
+    def settings(encoder: str, identity: str, patch: int, **dataset: Any) -> dict[str, Any]:
+        return settings_of({"patch_size": [patch] * 2, "sam": {"encoder": encoder, "identity": identity}}, dataset)
+
+    now = settings("/here/b.pth", "md5:1", 96)
+    check_same_settings(now, settings("/there/b.pth", "md5:1", 96), "fold_0")
     with pytest.raises(ValueError, match=r"patch_size was \[160, 160\] and is \[96, 96\] now"):
-        check_same_settings(now, moved | {"patch_size": [160, 160]}, "fold_0")
+        check_same_settings(now, settings("/there/b.pth", "md5:1", 160), "fold_0")
     with pytest.raises(ValueError, match=r"sam.encoder was .*; sam.identity was 'md5:2' and is 'md5:1' now"):
-        check_same_settings(now, {"patch_size": [96, 96], "sam": {"encoder": "vit_b", "identity": "md5:2"}}, "fold_0")
+        check_same_settings(now, settings("/there/b.pth", "md5:2", 96), "fold_0")
+    with pytest.raises(ValueError, match=r"dataset.json labels was {'background': 0} and is None now"):
+        check_same_settings(now, settings("/here/b.pth", "md5:1", 96, labels={"background": 0}), "fold_0")
 
 
 def test_a_fold_with_other_settings_is_kept_out_of_the_model_folder(workspace: Workspace) -> None:
@@ -206,7 +210,7 @@ def test_a_fold_with_other_settings_is_kept_out_of_the_model_folder(workspace: W
     before = (model / "plans.json").read_bytes()
     trainer = make_trainer("DeSAMTrainer", workspace, plans=workspace.write_plans("Mixed", **tiny_sections(epochs=9)),
                            fold=1)
-    with pytest.raises(ValueError, match=r"fold_0 in .* was trained with other plans: sam.epochs was 1 and is 9 now"):
+    with pytest.raises(ValueError, match=r"fold_0 in .* was trained with other settings: sam.epochs was 1 and is 9 now"):
         trainer.on_train_start()
     assert (model / "plans.json").read_bytes() == before
 
@@ -270,13 +274,14 @@ def test_bad_cases_stop_before_training(workspace: Workspace, damaged: Any, edit
 
 
 def test_labels_in_no_case(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
-    dataset = workspace.dataset_json()
-    labels = {"background": 0, "other": 2, "third": 3}
+    def start(**labels: int) -> None:
+        plans = workspace.write_plans("Labels", **tiny_sections())
+        dataset = workspace.dataset_json() | {"labels": {"background": 0} | labels}
+        make_trainer("DeSAMTrainer", workspace, plans=plans, dataset_json=dataset).on_train_start()
+
     with pytest.raises(ValueError, match=r"None of the labels \[2, 3\] occurs in any training case: check labelsTr"):
-        make_trainer("DeSAMTrainer", workspace, dataset_json=dataset | {"labels": labels}).on_train_start()
-    labels = {"background": 0, "organ": 1, "second": 2}
-    trainer = make_trainer("DeSAMTrainer", workspace, dataset_json=dataset | {"labels": labels})
-    trainer.on_train_start()
+        start(other=2, third=3)
+    start(organ=1, second=2)
     assert "WARNING: the labels [2] occur in no training case of this fold" in capsys.readouterr().out
 
 

@@ -18,7 +18,13 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from desam_nnunet.config import read_sections, resolve_plans
-from desam_nnunet.training.checks import check_cases, check_other_folds, check_same_settings, missing_labels
+from desam_nnunet.training.checks import (
+    check_cases,
+    check_other_folds,
+    check_same_settings,
+    missing_labels,
+    settings_of,
+)
 from desam_nnunet.training.losses import foreground_target
 
 Batch = dict[str, Any]
@@ -83,7 +89,7 @@ class FrozenSamTrainer(nnUNetTrainer):
     def on_train_start(self) -> None:
         if not self.was_initialized:
             self.initialize()
-        check_other_folds(Path(self.output_folder), self.configuration_name, self.configuration_manager.configuration)
+        check_other_folds(Path(self.output_folder), self.configuration_name, self._settings())
         training, validation = self.get_tr_and_val_datasets()
         missing = missing_labels(check_cases(training, self.num_input_channels), self.label_manager)
         check_cases(validation, self.num_input_channels)
@@ -130,9 +136,14 @@ class FrozenSamTrainer(nnUNetTrainer):
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """Refuses a checkpoint that was trained with other settings than the plans give now."""
         checkpoint = torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False)
-        theirs = PlansManager(checkpoint["init_args"]["plans"]).get_configuration(self.configuration_name).configuration
-        check_same_settings(self.configuration_manager.configuration, theirs, str(filename_or_checkpoint))
+        given = checkpoint["init_args"]
+        then = PlansManager(given["plans"]).get_configuration(self.configuration_name).configuration
+        what = str(filename_or_checkpoint)
+        check_same_settings(self._settings(), settings_of(then, given["dataset_json"]), what)
         super().load_checkpoint(filename_or_checkpoint)
+
+    def _settings(self) -> dict[str, Any]:
+        return settings_of(self.configuration_manager.configuration, self.dataset_json)
 
     def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
         if not torch.isfinite(batch["data"]).all():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 _SECTIONS = ("sam", "desam")
 _GEOMETRY = ("data_identifier", "patch_size", "spacing", "normalization_schemes")
+_DATASET = ("labels", "regions_class_order", "channel_names")
 
 
 def check_cases(dataset: nnUNetBaseDataset, num_channels: int) -> set[Any]:
@@ -58,41 +60,46 @@ def missing_labels(found: set[Any], label_manager: LabelManager) -> list[Any]:
     return missing
 
 
-def check_same_settings(ours: dict[str, Any], theirs: dict[str, Any], what: str) -> None:
-    """Compares what two resolved configurations say of tiles and network.
+def settings_of(configuration: dict[str, Any], dataset_json: dict[str, Any]) -> dict[str, Any]:
+    """What must be equal wherever a model goes on: our sections, geometry, labels and channels.
 
-    The same encoder file at another path is the same encoder.
-
-    Raises:
-        ValueError: Naming the keys that differ, with both values.
+    Args:
+        configuration: Resolved, what it inherits included.
     """
-    now, then = _settings(ours), _settings(theirs)
-    if now["sam.identity"] == then.get("sam.identity"):
-        then["sam.encoder"] = now["sam.encoder"]
-    differing = [f"{key} was {then.get(key)!r} and is {value!r} now" for key, value in now.items()
-                 if then.get(key) != value]
-    if differing:
-        raise ValueError(
-            f"{what} was trained with other plans: {'; '.join(differing)}. Restore these values in the plans file, "
-            "or train under another plans name (-p)."
-        )
-
-
-def _settings(configuration: dict[str, Any]) -> dict[str, Any]:
     settings = {key: configuration.get(key) for key in _GEOMETRY}
+    settings |= {f"dataset.json {key}": dataset_json.get(key) for key in _DATASET}
     for section in _SECTIONS:
         settings |= {f"{section}.{key}": value for key, value in configuration.get(section, {}).items()}
     return settings
 
 
-def check_other_folds(output_folder: Path, configuration_name: str, ours: dict[str, Any]) -> None:
-    """Refuses to put a fold with other settings into a model folder, whose folds share one ``plans.json``.
+def check_same_settings(now: dict[str, Any], then: dict[str, Any], what: str) -> None:
+    """Compares two results of :func:`settings_of`. The same encoder file at another path is the same encoder.
+
+    Raises:
+        ValueError: Naming the keys that differ, with both values.
+    """
+    if now["sam.identity"] == then.get("sam.identity"):
+        then = then | {"sam.encoder": now["sam.encoder"]}
+    differing = [f"{key} was {then.get(key)!r} and is {value!r} now" for key, value in now.items()
+                 if then.get(key) != value]
+    if differing:
+        raise ValueError(
+            f"{what} was trained with other settings: {'; '.join(differing)}. Restore these values, or train under "
+            "another plans name (-p)."
+        )
+
+
+def check_other_folds(output_folder: Path, configuration_name: str, now: dict[str, Any]) -> None:
+    """Refuses to put a fold with other settings into a model folder, whose folds share their JSON files.
 
     Args:
         output_folder: Of this fold.
+        now: Of this fold, from :func:`settings_of`.
     """
-    plans_file = output_folder.parent / "plans.json"
-    others = [path for path in output_folder.parent.glob("fold_*/checkpoint_*.pth") if path.parent != output_folder]
-    if plans_file.is_file() and others:
-        theirs = PlansManager(str(plans_file)).get_configuration(configuration_name).configuration
-        check_same_settings(ours, theirs, f"{others[0].parent.name} in {output_folder.parent}")
+    model = output_folder.parent
+    others = [path for path in model.glob("fold_*/checkpoint_*.pth") if path.parent != output_folder]
+    if others and (model / "plans.json").is_file() and (model / "dataset.json").is_file():
+        then = PlansManager(str(model / "plans.json")).get_configuration(configuration_name).configuration
+        dataset_json = json.loads((model / "dataset.json").read_text())
+        check_same_settings(now, settings_of(then, dataset_json), f"{others[0].parent.name} in {model}")
