@@ -210,7 +210,7 @@ def test_a_fold_with_other_settings_is_kept_out_of_the_model_folder(workspace: W
     before = (model / "plans.json").read_bytes()
     trainer = make_trainer("DeSAMTrainer", workspace, plans=workspace.write_plans("Mixed", **tiny_sections(epochs=9)),
                            fold=1)
-    with pytest.raises(ValueError, match=r"fold_0 in .* was trained with other settings: sam.epochs was 1 and is 9 now"):
+    with pytest.raises(ValueError, match=r"fold_0 in .* with other settings: sam.epochs was 1 and is 9 now"):
         trainer.on_train_start()
     assert (model / "plans.json").read_bytes() == before
 
