@@ -80,12 +80,15 @@ def find_weights(encoder: str, identity: str | None = None) -> Path | None:
         raise ValueError(
             f"Unknown encoder '{encoder}': give one of {', '.join(VARIANTS)} or the path of a weights file."
         )
-    places = [folder / path.name for folder in search_folders()]
-    found = [place for place in (places if variant else [path, *places]) if place.is_file()]
+    places = [] if variant else [path]
+    places += [folder / path.name for folder in search_folders()]
+    found = [place for place in places if place.is_file()]
     if not found:
         remedy = f"desam weights get {encoder}" if variant else "put the file into one of these folders"
-        looked = ", ".join(str(place.parent) for place in (places if variant else [path, *places]))
+        looked = ", ".join(str(place.parent) for place in places)
         raise FileNotFoundError(f"No weights file {path.name} in {looked}: {remedy}.")
+    if not identity:
+        return found[0]
     return next((place for place in found if identity == f"md5:{file_md5(place)}"), found[0])
 
 
