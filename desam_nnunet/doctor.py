@@ -15,6 +15,8 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from desam_nnunet import __version__
 from desam_nnunet._startup import VARIABLE, trainers_folder
+from desam_nnunet.machine import memory_limit
+from desam_nnunet.sam.precision import encoder_dtype
 from desam_nnunet.sam.random_weights import RANDOM_IDENTITY
 from desam_nnunet.sam.variants import VARIANTS, Variant
 from desam_nnunet.sam.weights import file_md5, find_weights, search_folders
@@ -105,15 +107,19 @@ def _weights(variant: Variant) -> Finding:
 def _device() -> Finding:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        return Finding("device", f"cuda: {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
-    if torch.backends.mps.is_available():
-        return Finding("device", "mps", "add -device mps to nnU-Net's commands")
-    return Finding("device", f"cpu, {torch.get_num_threads()} threads", "add -device cpu to nnU-Net's commands")
+        name, remedy = f"cuda: {properties.name}, {properties.total_memory / 2**30:.0f} GiB", ""
+        device = torch.device("cuda")
+    elif torch.backends.mps.is_available():
+        name, remedy, device = "mps", "add -device mps to nnU-Net's commands", torch.device("mps")
+    else:
+        name, remedy = f"cpu, {torch.get_num_threads()} threads", "add -device cpu to nnU-Net's commands"
+        device = torch.device("cpu")
+    precision = str(encoder_dtype(device)).removeprefix("torch.")
+    return Finding("device", f"{name}; the encoder runs in {precision}", remedy)
 
 
 def _memory() -> Finding:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    return Finding("memory", f"{total / 2**30:.0f} GiB" if total else "unknown")
+    return Finding("memory", f"{memory_limit() / 2**30:.0f} GiB")
 
 
 def _nnunet_folder(variable: str) -> Finding:

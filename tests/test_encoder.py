@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from desam_nnunet.sam.encoder import FrozenEncoder
+from desam_nnunet.sam.variants import VARIANTS, build_sam
 from desam_nnunet.sam.weights import load_sam
 
 
@@ -14,18 +15,44 @@ def encoder() -> FrozenEncoder:
     return load_sam("vit_tiny", 128).encoder
 
 
+@torch.no_grad()
 def test_neck_is_sams_forward_and_levels_are_its_blocks(encoder: FrozenEncoder) -> None:
+    stock = build_sam(VARIANTS["vit_tiny"], 128).image_encoder
+    stock.load_state_dict(encoder.vit.state_dict())
     images = torch.randn(2, 3, 128, 128)
     outputs = []
-    hooks = [encoder.vit.blocks[index].register_forward_hook(lambda _module, _input, output: outputs.append(output))
-             for index in (1, 3, 5)]
+    for index in (1, 3, 5):
+        stock.blocks[index].register_forward_hook(lambda _module, _input, output: outputs.append(output))
+    neck = stock(images)
     features = encoder(images)
-    for hook in hooks:
-        hook.remove()
-    torch.testing.assert_close(features.neck, encoder.vit(images), rtol=0, atol=0)
+    torch.testing.assert_close(features.neck, neck, rtol=0, atol=1e-4 * neck.abs().max())
     assert len(features.levels) == 3
     for level, output in zip(features.levels, outputs, strict=True):
-        torch.testing.assert_close(level, output.permute(0, 3, 1, 2), rtol=0, atol=0)
+        torch.testing.assert_close(level, output.permute(0, 3, 1, 2), rtol=0, atol=1e-4 * output.abs().max())
+
+
+@pytest.mark.parametrize(("device", "natively", "expected"), [
+    ("cuda", True, torch.bfloat16), ("cuda", False, torch.float16), ("cpu", True, torch.bfloat16),
+    ("cpu", False, torch.float32), ("mps", True, torch.float32),
+])
+def test_precision_suits_the_device(
+    monkeypatch: pytest.MonkeyPatch, encoder: FrozenEncoder, device: str, natively: bool, expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: natively)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": natively}, raising=False)
+    assert encoder.precision(torch.device(device)) == expected
+
+
+def test_bfloat16_changes_little_and_hands_on_float32() -> None:
+    """About three decimal digits remain."""
+    exact, rough = (load_sam("vit_tiny", 128).encoder for _ in range(2))
+    rough.dtype = torch.bfloat16
+    images = torch.randn(1, 3, 128, 128)
+    for one, other in zip((*exact(images).levels, exact(images).neck), (*rough(images).levels, rough(images).neck),
+                          strict=True):
+        assert other.dtype == torch.float32
+        error = (one - other).norm() / one.norm()
+        assert 1e-5 < error < 2e-2
 
 
 def test_never_trains(encoder: FrozenEncoder) -> None:

@@ -7,7 +7,7 @@ down to the published rule.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from segment_anything.modeling import PromptEncoder
 from torch import Tensor, nn
 
 from desam_nnunet.networks.pdmm import PDMM
-from desam_nnunet.networks.prim import PRIM
+from desam_nnunet.networks.prim import PRIM, PrimOutput
 from desam_nnunet.sam.encoder import Features, FrozenEncoder
+from desam_nnunet.sam.memory import FeatureMemory, content_key
 from desam_nnunet.sam.prompts import Prompts, dense_positions, point_grid, prompt_tokens, whole_box
 from desam_nnunet.sam.tiles import Geometry, TileToImage, logits_to_tile
 from desam_nnunet.sam.variants import build_transformer
@@ -28,7 +29,9 @@ ABSENT_LOGIT = -10.0
 # nnU-Net sums logits times ten in float16 and gives a volume up where they overflow. No decision changes.
 MAX_LOGIT = 100.0
 # Image tokens that PRIM holds at once when it scores the grid; bounds the memory, not the result.
-_TOKENS_AT_ONCE = 65536
+_TOKENS_AT_ONCE = 32768
+# torch.compile leaves these methods as they are, since they decide on values, and compiles what they call.
+_uncompiled = torch.compiler.disable(recursive=False)
 
 
 class DeSAM(nn.Module):
@@ -68,6 +71,7 @@ class DeSAM(nn.Module):
         self.background = background
         self.grid = grid
         self.iou_threshold = iou_threshold
+        self.memory = FeatureMemory()
         if grid is None:
             prim.freeze_scores()
 
@@ -78,11 +82,24 @@ class DeSAM(nn.Module):
         return encoder
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DeSAM:
-        """Takes the encoder along to another device."""
+        """Takes the encoder along to another device, and forgets what lies on the old one."""
         super()._apply(fn, recurse)
         if self._unregistered[0] is not None:
+            before = self._unregistered[0].place
             self._unregistered[0]._apply(fn, recurse)
+            if self._unregistered[0].place != before:
+                self.memory.clear()
         return self
+
+    def train(self, mode: bool = True) -> DeSAM:
+        if mode:
+            self.memory.clear()
+        return super().train(mode)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+        """nnU-Net's predictor calls this for every fold of every volume."""
+        self.memory.weights_loaded(next((value.data_ptr() for value in state_dict.values()), 0))
+        return super().load_state_dict(state_dict, *args, **options)
 
     def forward(self, x: Tensor | Features, prompts: Prompts | None = None) -> Any:
         """Dispatches on the input, because DDP and torch.compile see nothing but ``forward``.
@@ -101,8 +118,9 @@ class DeSAM(nn.Module):
         if isinstance(x, Tensor):
             return self._predict(x).clamp(-MAX_LOGIT, MAX_LOGIT)
         assert prompts is not None
-        return self._decode(x, self.pdmm.context(x.levels), prompts)
+        return self._decode(x, self.pdmm.context(x.levels), prompts, score=self.grid is not None)
 
+    @_uncompiled
     def encode(self, tiles: Tensor) -> Features:
         """Frozen features of (B, C, H, W) tiles; channel groups are encoded one by one and averaged."""
         self._check(tiles)
@@ -121,6 +139,7 @@ class DeSAM(nn.Module):
         """Mask logits (B, K, S/4, S/4) as nnU-Net wants them: at tile size, with the background's 0 in front."""
         return self._with_background(logits_to_tile(masks, geometry))
 
+    @_uncompiled
     def grid_scores(self, features: Features, geometry: Geometry) -> Tensor:
         """PRIM's raw scores (N, K) of every point of the grid on one tile, row by row."""
         assert self.grid is not None
@@ -129,21 +148,36 @@ class DeSAM(nn.Module):
         at_once = max(1, _TOKENS_AT_ONCE // features.neck[0, 0].numel())
         scores = []
         for chunk in points.split(at_once):
-            output = self._prim(features.neck, Prompts(points=chunk), score=True)
-            scores.append(output.iou)
+            iou = self._prim(features.neck, Prompts(points=chunk), score=True).iou
+            assert iou is not None
+            scores.append(iou)
         return torch.cat(scores)
 
+    @_uncompiled
     def _predict(self, tiles: Tensor) -> Tensor:
         geometry = self.geometry(tiles)
-        features = self.encode(tiles)
+        features = self._remembered(tiles)
         if self.grid is None:
             prompts = whole_box(geometry, len(tiles), tiles.device)
-            masks, _ = self._decode(features, self.pdmm.context(features.levels), prompts)
+            masks, _ = self._decode(features, self.pdmm.context(features.levels), prompts, score=False)
             return self.tile_logits(masks, geometry)
         singles = (Features(tuple(x[i : i + 1] for x in features.levels), features.neck[i : i + 1])
                    for i in range(len(tiles)))
         return torch.cat([self._predict_from_grid(single, geometry) for single in singles])
 
+    @_uncompiled
+    def _remembered(self, tiles: Tensor) -> Features:
+        """Features of `tiles`, encoded once per volume. Training draws its tiles anew: nothing to remember."""
+        if self.training or torch.is_grad_enabled():
+            return self.encode(tiles)
+        key = content_key(tiles, self.encoder.identity, self.encoder.precision(tiles.device), vars(self.to_image))
+        known = self.memory.find(key)
+        if known is None:
+            known = self.encode(tiles)
+            self.memory.keep(key, known)
+        return known
+
+    @_uncompiled
     def _predict_from_grid(self, features: Features, geometry: Geometry) -> Tensor:
         """Logits (1, K or K + 1, H, W) of one tile: each present class from the mask of its best point."""
         best_score, best_point = self.grid_scores(features, geometry).max(0)  # K
@@ -154,19 +188,22 @@ class DeSAM(nn.Module):
             assert points is not None
             contexts = self.pdmm.context(features.levels)
             for point in best_point[present].unique():  # equal points share a run
-                masks, _ = self._decode(features, contexts, Prompts(points=points[point][None]))
+                masks, _ = self._decode(features, contexts, Prompts(points=points[point][None]), score=False)
                 classes = (present & (best_point == point)).nonzero()[:, 0]
                 logits[0, classes] = logits_to_tile(masks[:, classes], geometry)[0].float()
         return self._with_background(logits)
 
-    def _decode(self, features: Features, contexts: list[Tensor], prompts: Prompts) -> tuple[Tensor, Tensor | None]:
+    def _decode(
+        self, features: Features, contexts: list[Tensor], prompts: Prompts, *, score: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """Masks and scores of one prompt per image."""
-        output = self._prim(features.neck, prompts, score=self.grid is not None)
+        output = self._prim(features.neck, prompts, score=score)
         return self.pdmm(output.mask_embedding, contexts), output.iou
 
-    def _prim(self, neck: Tensor, prompts: Prompts, *, score: bool) -> Any:
+    def _prim(self, neck: Tensor, prompts: Prompts, *, score: bool) -> PrimOutput:
+        """PRIM on N prompts: one per image of the neck (N, C, h, w), or all on one image (1, C, h, w)."""
         sparse, dense = prompt_tokens(self.prompt_encoder, prompts)
-        return self.prim(neck + dense, dense_positions(self.prompt_encoder), sparse, score=score)
+        return self.prim(neck + dense[:1], dense_positions(self.prompt_encoder), sparse, score=score)
 
     def _with_background(self, logits: Tensor) -> Tensor:
         if not self.background:

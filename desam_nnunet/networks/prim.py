@@ -13,11 +13,13 @@ from segment_anything.modeling import MaskDecoder, TwoWayTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from desam_nnunet.networks.two_way import freeze_key_biases, run_layers, tokens_from_image
+
 NUM_MASK_TOKENS = 4  # SAM's; they carry no mask here, but they take part in the attention
 
 
 class PrimOutput(NamedTuple):
-    """Attributes: mask_embedding: (B, C, h, w). iou: (B, K) raw scores, None where they are not asked for."""
+    """Attributes: mask_embedding: (N, C, h, w). iou: (N, K) raw scores, None where they are not asked for."""
 
     mask_embedding: Tensor
     iou: Tensor | None
@@ -48,30 +50,33 @@ class PRIM(nn.Module):
         super().__init__()
         dim = transformer.embedding_dim
         self.transformer = transformer
+        freeze_key_biases(transformer)
         self.iou_token = nn.Embedding(1, dim)
         self.mask_tokens = nn.Embedding(NUM_MASK_TOKENS, dim)
         self.iou_head = IoUHead(dim, iou_hidden, num_classes)
 
     def forward(self, image: Tensor, positions: Tensor, sparse: Tensor, *, score: bool) -> PrimOutput:
         """Args:
-            image: Neck output plus dense prompt embedding, (B, C, h, w).
-            positions: Dense positional encoding, (B or 1, C, h, w).
-            sparse: Prompt tokens, (B, T, C).
+            image: Neck output plus dense prompt embedding, (N, C, h, w); (1, C, h, w) where all prompts are on
+                one image.
+            positions: Dense positional encoding, (1, C, h, w).
+            sparse: Prompt tokens, (N, T, C).
             score: Whether the IoU scores are wanted; whole-box mode has no use for them.
         """
         output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
         tokens = torch.cat([output_tokens.expand(len(sparse), -1, -1), sparse], dim=1)
-        queries = tokens
-        keys = image.flatten(2).transpose(1, 2)  # B C h w -> B hw C
+        stream = image.flatten(2).transpose(1, 2)  # B C h w -> B hw C
         key_pe = positions.flatten(2).transpose(1, 2)
-        for layer in self.transformer.layers:
-            queries, keys = layer(queries=queries, keys=keys, query_pe=tokens, key_pe=key_pe)
-        embedding = keys.transpose(1, 2).unflatten(2, image.shape[-2:])  # B hw C -> B C h w
-        return PrimOutput(embedding, self._iou(queries, keys, tokens, key_pe) if score else None)
+        queries, stream = run_layers(self.transformer, stream, key_pe, tokens)
+        embedding = stream.transpose(1, 2).unflatten(2, image.shape[-2:])  # N hw C -> N C h w
+        return PrimOutput(embedding, self._iou(queries, stream, tokens, key_pe) if score else None)
 
-    def _iou(self, queries: Tensor, keys: Tensor, tokens: Tensor, key_pe: Tensor) -> Tensor:
-        attended = self.transformer.final_attn_token_to_image(q=queries + tokens, k=keys + key_pe, v=keys)
-        return self.iou_head(self.transformer.norm_final_attn(queries + attended)[:, 0])
+    def _iou(self, queries: Tensor, stream: Tensor, tokens: Tensor, key_pe: Tensor) -> Tensor:
+        """The final attention of the IoU token, the only one that is read."""
+        iou = queries[:, :1]
+        attention = self.transformer.final_attn_token_to_image
+        iou = iou + tokens_from_image(attention, iou + tokens[:, :1], stream + key_pe, stream)
+        return self.iou_head(self.transformer.norm_final_attn(iou)[:, 0])
 
     def freeze_scores(self) -> None:
         """Freezes what only the scores need, so that whole-box training leaves no parameter without gradient."""

@@ -13,6 +13,8 @@ import torch
 from segment_anything.modeling import ImageEncoderViT
 from torch import Tensor, nn
 
+from desam_nnunet.sam.precision import encoder_dtype
+
 
 class Features(NamedTuple):
     """What the frozen encoder says of a batch of tiles.
@@ -34,19 +36,25 @@ class FrozenEncoder(nn.Module):
         vit: SAM's encoder with its weights loaded.
         level_blocks: Indexes of the blocks whose outputs are handed on as levels.
         identity: Names the weights beyond doubt, see :func:`desam_nnunet.sam.weights.load_sam`.
+        dtype: Precision of the matrix products; None for what suits the device of the images. The sum that runs
+            from block to block, and what comes out, is float32 in any case.
     """
 
-    def __init__(self, vit: ImageEncoderViT, level_blocks: tuple[int, ...], identity: str) -> None:
+    def __init__(
+        self, vit: ImageEncoderViT, level_blocks: tuple[int, ...], identity: str, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.vit = vit.requires_grad_(False)
         self.level_blocks = level_blocks
         self.identity = identity
+        self.dtype = dtype
         self.eval()
 
     def train(self, mode: bool = True) -> FrozenEncoder:
         """Stays in eval mode, whatever the network around it does."""
         return super().train(False)
 
+    @torch.compiler.disable(recursive=False)  # the choice of the precision is no graph; the blocks are
     @torch.no_grad()
     def forward(self, images: Tensor) -> Features:
         """Encodes SAM images.
@@ -57,15 +65,28 @@ class FrozenEncoder(nn.Module):
         Returns:
             In float32, whatever the precision in between.
         """
-        with _encoder_precision(images.device):
-            x = self.vit.patch_embed(images)
-            x = x + self.vit.pos_embed
-            levels = []
-            for index, block in enumerate(self.vit.blocks):
-                x = block(x)
-                if index in self.level_blocks:
-                    levels.append(x.permute(0, 3, 1, 2).float().contiguous())  # B H W D -> B D H W
-            return Features(tuple(levels), self.vit.neck(x.permute(0, 3, 1, 2)).float())
+        dtype = self.precision(images.device)
+        with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            return self._encode(images)
+
+    def _encode(self, images: Tensor) -> Features:
+        x = self.vit.patch_embed(images)
+        x = x + self.vit.pos_embed
+        levels = []
+        for index, block in enumerate(self.vit.blocks):
+            x = block(x)
+            if index in self.level_blocks:
+                levels.append(x.permute(0, 3, 1, 2).float().contiguous())  # B H W D -> B D H W
+        return Features(tuple(levels), self.vit.neck(x.permute(0, 3, 1, 2)).float())
+
+    def precision(self, device: torch.device) -> torch.dtype:
+        """In which the matrix products are computed on `device`."""
+        return self.dtype or encoder_dtype(device)
+
+    @property
+    def place(self) -> tuple[torch.device, torch.dtype]:
+        """Device and type of the weights."""
+        return self.vit.pos_embed.device, self.vit.pos_embed.dtype
 
     def checksum(self) -> str:
         """SHA-256 over every weight's name and bytes: equal before and after training, or it was not frozen."""
@@ -74,11 +95,3 @@ class FrozenEncoder(nn.Module):
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
-
-
-def _encoder_precision(device: torch.device) -> torch.autocast:
-    """bfloat16 on CUDA devices that have it, float16 on older ones, float32 elsewhere."""
-    if device.type != "cuda":
-        return torch.autocast("cpu", enabled=False)
-    dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.autocast("cuda", dtype=dtype)

@@ -40,6 +40,7 @@ class PointTargets(NamedTuple):
     valid: Tensor
 
 
+@torch.compiler.disable  # SAM's prompt encoder indexes by value
 def prompt_tokens(prompt_encoder: PromptEncoder, prompts: Prompts) -> tuple[Tensor, Tensor]:
     """SAM's sparse (B, T, C) and dense (B, C, h, w) prompt embeddings, in float32.
 

@@ -23,6 +23,7 @@ from segment_anything.modeling import MaskDecoder, PromptEncoder
 from torch import Tensor
 from torch.nn import functional as F
 
+from desam_nnunet.sam.attention import use_exact_attention
 from desam_nnunet.sam.encoder import FrozenEncoder
 from desam_nnunet.sam.random_weights import RANDOM_IDENTITY, random_state
 from desam_nnunet.sam.variants import PATCH, VARIANTS, Variant, build_sam
@@ -256,7 +257,7 @@ def _assemble(variant: Variant, state: State, image_size: int, identity: str, ra
         sam = build_sam(variant, image_size)
     state = {key: value.float() for key, value in state.items()}  # files saved in half precision, too
     sam.load_state_dict(state, strict=not random, assign=True)
-    encoder = FrozenEncoder(sam.image_encoder, variant.global_blocks[:-1], identity)
+    encoder = FrozenEncoder(use_exact_attention(sam.image_encoder), variant.global_blocks[:-1], identity)
     prompt_encoder = sam.prompt_encoder.requires_grad_(False).eval()
     return LoadedSam(variant, encoder, prompt_encoder, None if random else sam.mask_decoder)
 

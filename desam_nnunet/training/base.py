@@ -67,7 +67,7 @@ class FrozenSamTrainer(nnUNetTrainer):
         raise NotImplementedError
 
     @property
-    def bare_network(self) -> nn.Module:
+    def bare_network(self) -> Any:
         """The network itself, out of DDP and torch.compile."""
         network = self.network
         if isinstance(network, DistributedDataParallel):
@@ -125,6 +125,11 @@ class FrozenSamTrainer(nnUNetTrainer):
         tp, fp, fn, _ = get_tp_fp_fn_tn(predicted.float(), truth.float(), axes=[0, 2, 3], mask=mask)
         counts = {"tp_hard": tp, "fp_hard": fp, "fn_hard": fn}
         return {"loss": loss.cpu().numpy()} | {key: value.cpu().numpy() for key, value in counts.items()}
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """One fold sees every volume once: keeping features would cost memory for nothing."""
+        self.bare_network.memory.budget = 0
+        super().perform_actual_validation(save_probabilities)
 
     def save_checkpoint(self, filename: str) -> None:
         """Writes beside the file and renames, so that a kill never leaves half a checkpoint."""

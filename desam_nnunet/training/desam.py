@@ -6,8 +6,6 @@ with polynomial decay, batch 8, 50 epochs.
 
 from __future__ import annotations
 
-from typing import Any
-
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 
@@ -36,7 +34,7 @@ class DeSAMTrainer(FrozenSamTrainer):
         )
 
     def compute_loss(self, data: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        network: Any = self.bare_network
+        network = self.bare_network
         geometry = network.geometry(data)
         truth, labelled = foreground_target(target, self.label_manager)
         prompts, point_targets = sample_points(truth, labelled, geometry)
@@ -61,7 +59,7 @@ class DeSAMTrainerWholeBox(DeSAMTrainer):
         )
 
     def compute_loss(self, data: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        network: Any = self.bare_network
+        network = self.bare_network
         geometry = network.geometry(data)
         masks, _ = self.network(network.encode(data), whole_box(geometry, len(data), data.device))
         logits = network.tile_logits(masks, geometry)

@@ -1,0 +1,122 @@
+"""SAM's attention with decomposed relative positions, exactly, through scaled-dot-product attention.
+
+With the query q of a head at row y and column x, and the key at row i and column j, SAM adds
+``q · R_h[y, i] + q · R_w[y', j]`` to the scaled dot product: a bias that depends on the query, and that as a
+whole is as large as the attention matrix. It is never made as a whole:
+
+- *appended*: the query's products with the tables are appended to the query, and each key's row and column,
+  one-hot, to the key. The dot product then holds the bias, and flash kernels do the rest. For every device and
+  precision, with gradients.
+- *banded*: for float32 without gradients on a CPU, the bias of a few rows of queries at a time is handed over
+  as a mask that stays in the processor's cache; appended dimensions would triple the products there.
+
+Source: Kirillov et al., Segment Anything, ICCV 2023 (image encoder); Li et al., MViTv2, CVPR 2022, section 4.1
+(decomposed relative position embeddings).
+"""
+
+from __future__ import annotations
+
+import torch
+from segment_anything.modeling import ImageEncoderViT
+from segment_anything.modeling.image_encoder import Attention
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# Elements of the bias made at once on a CPU: 8 MiB in float32, found by measuring (docs/performance.md).
+_BAND = 2**21
+_ALIGNMENT = 8  # flash kernels want the head dimension in multiples of this
+
+
+def use_exact_attention(vit: ImageEncoderViT) -> ImageEncoderViT:
+    """Replaces the attention of every block, in place; the names and values of all weights stay as they are."""
+    for block in vit.blocks:
+        block.attn = ExactAttention(block.attn)
+    return vit
+
+
+class ExactAttention(nn.Module):
+    """Takes the place of a SAM ``Attention`` and takes over its parameters.
+
+    ``qkv`` is called as a module, so that an adapter in its place is used.
+    """
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self.num_heads = attention.num_heads
+        self.scale = attention.scale
+        self.qkv = attention.qkv
+        self.proj = attention.proj
+        self.rel_pos_h = attention.rel_pos_h
+        self.rel_pos_w = attention.rel_pos_w
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Args: x: Tokens (B, H, W, D), B windows or images. Returns: The same shape."""
+        batch, height, width, _ = x.shape
+        qkv = self.qkv(x).reshape(batch, height * width, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # B N 3 heads d -> B heads N d
+        queries = q.unflatten(2, (height, width))
+        rows = torch.einsum("bnyxd,yid->bnyxi", queries, relative_table(self.rel_pos_h, height)).flatten(2, 3)
+        columns = torch.einsum("bnyxd,xjd->bnyxj", queries, relative_table(self.rel_pos_w, width)).flatten(2, 3)
+        attend = _banded if _prefers_bands(q) else _appended
+        attended = attend(q, k, v, rows, columns, self.scale)
+        return self.proj(attended.transpose(1, 2).reshape(batch, height, width, -1))
+
+
+def relative_table(table: Tensor, size: int) -> Tensor:
+    """Embeddings (size, size, d) of every pair of query and key position along one axis.
+
+    Args:
+        table: Embeddings of the distances (L, d), interpolated linearly where `size` needs another L, as SAM does.
+    """
+    distances = 2 * size - 1
+    if len(table) != distances:
+        table = F.interpolate(table.T[None], size=distances, mode="linear")[0].T  # L d -> 1 d L -> L' d
+    positions = torch.arange(size, device=table.device)
+    return table[positions[:, None] - positions + size - 1]
+
+
+def _prefers_bands(q: Tensor) -> bool:
+    wants_gradient = torch.is_grad_enabled() and q.requires_grad
+    if wants_gradient or torch.compiler.is_compiling():
+        return False
+    return q.device.type == "cpu" and q.dtype == torch.float32
+
+
+def _appended(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor, scale: float) -> Tensor:
+    """Attention (B, heads, N, d) with the bias inside the dot product.
+
+    Args:
+        q, k, v: (B, heads, N, d), N the tokens of H rows and W columns.
+        rows, columns: The queries' products with the tables, (B, heads, N, H) and (B, heads, N, W).
+    """
+    batch, heads, tokens, dim = q.shape
+    height, width = rows.shape[-1], columns.shape[-1]
+    padding = -(dim + height + width) % _ALIGNMENT
+    index = torch.arange(tokens, device=q.device)
+    places = torch.cat([F.one_hot(index // width, height), F.one_hot(index % width, width)], dim=1)
+    places = F.pad(places, (0, padding)).to(q.dtype).expand(batch, heads, -1, -1)
+    bias = F.pad(torch.cat([rows, columns], dim=-1), (0, padding)).to(q.dtype)
+    attended = F.scaled_dot_product_attention(
+        torch.cat([q * scale, bias], dim=-1),
+        torch.cat([k, places], dim=-1),
+        F.pad(v, (0, height + width + padding)),
+        scale=1.0,
+    )
+    return attended[..., :dim]
+
+
+def _banded(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor, scale: float) -> Tensor:
+    """The same, from the bias of a band of query rows at a time; arguments as :func:`_appended`."""
+    batch, heads, tokens, _ = q.shape
+    height, width = rows.shape[-1], columns.shape[-1]
+    band = max(1, min(height, _BAND // (width * tokens))) * width  # query tokens
+    at_once = max(1, _BAND // (band * tokens))  # heads
+    q, k, v, rows, columns = (x.flatten(0, 1) for x in (q, k, v, rows, columns))  # B heads N . -> B·heads N .
+    attended = torch.empty_like(q)
+    for i in range(0, batch * heads, at_once):
+        some = slice(i, i + at_once)
+        for begin in range(0, tokens, band):
+            here = (some, slice(begin, begin + band))
+            bias = (rows[here][..., :, None] + columns[here][..., None, :]).flatten(2)
+            attended[here] = F.scaled_dot_product_attention(q[here], k[some], v[some], attn_mask=bias, scale=scale)
+    return attended.unflatten(0, (batch, heads))
