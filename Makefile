@@ -24,7 +24,7 @@ demo: $(TEST_INSTALL)
 	$(PYTHON) examples/demo.py --work $(DEMO_WORK)
 
 bench: $(TEST_INSTALL)
-	$(PYTHON) benchmarks/startup.py
+	$(PYTHON) benchmarks/bench.py
 
 lint: $(LINT_INSTALL)
 	$(PYTHON) -m ruff check .

@@ -4,7 +4,6 @@ The line from startup/desam_nnunet.pth is run in fresh interpreters, as site.py 
 like a real one's. Timed inside the process: the noise of starting Python is larger than what is measured.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -14,6 +13,8 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
+
+from measure import RESULTS
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIABLE = "nnUNet_extTrainer"
@@ -41,33 +42,24 @@ def measure(repeats: int) -> list[float]:
     return [float(run.stdout) for run in runs[1:]]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=40)
-    parser.add_argument("--limit", type=float, default=5.0, help="ms that the median may take")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    args = parser.parse_args()
-
-    times = measure(args.repeats)
+def run(repeats: int = 40, limit: float = 5.0) -> bool:
+    """Measures and writes; True where the median is within `limit` milliseconds."""
+    times = measure(repeats)
     median, worst = statistics.median(times), max(times)
     result = {
-        "benchmark": "startup", "unit": "ms", "repeats": args.repeats, "limit": args.limit,
-        "median": round(median, 3), "max": round(worst, 3), "passed": median <= args.limit,
+        "benchmark": "startup", "unit": "ms", "repeats": repeats, "limit": limit,
+        "median": round(median, 3), "max": round(worst, 3), "passed": median <= limit,
         "python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}",
     }
     verdict = "PASS" if result["passed"] else "FAIL"
     table = (
         "# Cost of the start-up line\n\n"
-        f"Python {result['python']}, {result['machine']}, {args.repeats} fresh interpreters.\n\n"
+        f"Python {result['python']}, {result['machine']}, {repeats} fresh interpreters.\n\n"
         "| median (ms) | max (ms) | limit on the median (ms) | |\n|---|---|---|---|\n"
-        f"| {median:.2f} | {worst:.2f} | {args.limit:g} | {verdict} |\n"
+        f"| {median:.2f} | {worst:.2f} | {limit:g} | {verdict} |\n"
     )
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "startup.json").write_text(json.dumps(result, indent=2) + "\n")
-    (args.out / "startup.md").write_text(table)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "startup.json").write_text(json.dumps(result, indent=2) + "\n")
+    (RESULTS / "startup.md").write_text(table)
     print(table)
-    return 0 if result["passed"] else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return median <= limit

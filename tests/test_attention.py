@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from desam_nnunet.sam import attention
-from desam_nnunet.sam.attention import ExactAttention, use_exact_attention
+from desam_nnunet.sam.attention import ExactBlock, use_exact_attention
 from desam_nnunet.sam.variants import VARIANTS, build_sam
 
 
@@ -25,10 +25,8 @@ def stock_block(*, window: int, table: int, dim: int = 64, heads: int = 2) -> Bl
     return block
 
 
-def exact(block: Block) -> Block:
-    block = copy.deepcopy(block)
-    block.attn = ExactAttention(block.attn)
-    return block
+def exact(block: Block) -> ExactBlock:
+    return ExactBlock(copy.deepcopy(block))
 
 
 @pytest.mark.parametrize(("window", "table", "height", "width"), [
@@ -76,11 +74,10 @@ def test_bfloat16_is_no_worse_than_sams(window: int) -> None:
     stock = stock_block(window=window, table=window or 16)
     tokens = torch.randn(1, 16, 16, 64)
     with torch.no_grad():
-        truth = stock.attn(tokens)
+        truth = stock(tokens)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            theirs, ours = stock.attn(tokens), exact(stock).attn(tokens)
-    assert ours.dtype == torch.bfloat16
-    error, allowed = ((x.float() - truth).norm() / truth.norm() for x in (ours, theirs))
+            theirs, ours = stock(tokens), exact(stock)(tokens)
+    error, allowed = ((x - truth).norm() / truth.norm() for x in (ours, theirs))
     assert error < 1.1 * allowed
 
 
@@ -126,5 +123,14 @@ def test_an_adapter_in_place_of_qkv_is_used() -> None:
     block = exact(stock_block(window=0, table=8))
     seen = []
     block.attn.qkv.register_forward_hook(lambda _module, _input, output: seen.append(output.shape))
-    block.attn(torch.randn(1, 8, 8, 64))
+    block(torch.randn(1, 8, 8, 64))
     assert seen == [(1, 8, 8, 192)]
+
+
+def test_padding_is_not_projected() -> None:
+    block = exact(stock_block(window=7, table=7))
+    tokens = []
+    for layer in (block.attn.qkv, block.attn.proj):
+        layer.register_forward_hook(lambda _module, inputs, _output: tokens.append(inputs[0].numel() // 64))
+    block(torch.randn(1, 8, 8, 64))
+    assert tokens == [64, 1, 64]  # 1: what padding becomes

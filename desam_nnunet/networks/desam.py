@@ -163,7 +163,7 @@ class DeSAM(nn.Module):
             return self.tile_logits(masks, geometry)
         singles = (Features(tuple(x[i : i + 1] for x in features.levels), features.neck[i : i + 1])
                    for i in range(len(tiles)))
-        return torch.cat([self._predict_from_grid(single, geometry) for single in singles])
+        return torch.cat([self.predict_from_grid(single, geometry) for single in singles])
 
     @_uncompiled
     def _remembered(self, tiles: Tensor) -> Features:
@@ -178,7 +178,7 @@ class DeSAM(nn.Module):
         return known
 
     @_uncompiled
-    def _predict_from_grid(self, features: Features, geometry: Geometry) -> Tensor:
+    def predict_from_grid(self, features: Features, geometry: Geometry) -> Tensor:
         """Logits (1, K or K + 1, H, W) of one tile: each present class from the mask of its best point."""
         best_score, best_point = self.grid_scores(features, geometry).max(0)  # K
         present = best_score > self.iou_threshold

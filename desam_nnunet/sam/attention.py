@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import torch
 from segment_anything.modeling import ImageEncoderViT
-from segment_anything.modeling.image_encoder import Attention
+from segment_anything.modeling.image_encoder import Attention, Block, window_partition, window_unpartition
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,20 +28,40 @@ _ALIGNMENT = 8  # flash kernels want the head dimension in multiples of this
 
 
 def use_exact_attention(vit: ImageEncoderViT) -> ImageEncoderViT:
-    """Replaces the attention of every block, in place; the names and values of all weights stay as they are."""
-    for block in vit.blocks:
-        block.attn = ExactAttention(block.attn)
+    """Replaces every block, in place; the names and values of all weights stay as they are."""
+    vit.blocks = nn.ModuleList(ExactBlock(block) for block in vit.blocks)
     return vit
 
 
-class ExactAttention(nn.Module):
-    """Takes the place of a SAM ``Attention`` and takes over its parameters.
+class ExactBlock(nn.Module):
+    """Takes the place of a SAM ``Block`` and takes over its parameters."""
 
-    ``qkv`` is called as a module, so that an adapter in its place is used.
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.norm1 = block.norm1
+        self.attn = ExactAttention(block.attn, block.window_size)
+        self.norm2 = block.norm2
+        self.mlp = block.mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Args: x: Tokens (B, H, W, D). Returns: The same shape."""
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class ExactAttention(nn.Module):
+    """SAM's ``Attention`` with its division into windows; ``qkv`` is called, so that an adapter in its place is used.
+
+    SAM pads the tokens with zeros to whole windows and attends to the padding. Here only tokens that exist are
+    projected: what padding becomes is the same everywhere, and what it would read is thrown away.
+
+    Args:
+        window: Side of a window in tokens; 0 for global attention.
     """
 
-    def __init__(self, attention: Attention) -> None:
+    def __init__(self, attention: Attention, window: int) -> None:
         super().__init__()
+        self.window = window
         self.num_heads = attention.num_heads
         self.scale = attention.scale
         self.qkv = attention.qkv
@@ -50,16 +70,35 @@ class ExactAttention(nn.Module):
         self.rel_pos_w = attention.rel_pos_w
 
     def forward(self, x: Tensor) -> Tensor:
-        """Args: x: Tokens (B, H, W, D), B windows or images. Returns: The same shape."""
-        batch, height, width, _ = x.shape
-        qkv = self.qkv(x).reshape(batch, height * width, 3, self.num_heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # B N 3 heads d -> B heads N d
+        """Args: x: Normalised tokens (B, H, W, D). Returns: The same shape."""
+        if not self.window:
+            return self.proj(self._attend(self.qkv(x)))
+        height, width = x.shape[1:3]
+        qkv = self._fill_windows(self.qkv(x), self.qkv(x.new_zeros(x.shape[-1])))
+        windows, padded = window_partition(qkv, self.window)
+        attended = window_unpartition(self._attend(windows), self.window, padded, (height, width))
+        return self.proj(attended)
+
+    def _attend(self, qkv: Tensor) -> Tensor:
+        """Attention within each image or window: (B, H, W, 3 D) -> (B, H, W, D)."""
+        height, width = qkv.shape[1:3]
+        split = qkv.flatten(1, 2).unflatten(2, (3, self.num_heads, -1))
+        q, k, v = split.permute(2, 0, 3, 1, 4).unbind(0)  # B N 3 heads d -> B heads N d
         queries = q.unflatten(2, (height, width))
         rows = torch.einsum("bnyxd,yid->bnyxi", queries, relative_table(self.rel_pos_h, height)).flatten(2, 3)
         columns = torch.einsum("bnyxd,xjd->bnyxj", queries, relative_table(self.rel_pos_w, width)).flatten(2, 3)
         attend = _banded if _prefers_bands(q) else _appended
         attended = attend(q, k, v, rows, columns, self.scale)
-        return self.proj(attended.transpose(1, 2).reshape(batch, height, width, -1))
+        return attended.transpose(1, 2).flatten(2).unflatten(1, (height, width))
+
+    def _fill_windows(self, qkv: Tensor, padding: Tensor) -> Tensor:
+        """Appends rows and columns of `padding` (3 D) up to whole windows."""
+        batch, height, width, _ = qkv.shape
+        if missing := -width % self.window:
+            qkv = torch.cat([qkv, padding.expand(batch, height, missing, -1)], dim=2)
+        if missing := -height % self.window:
+            qkv = torch.cat([qkv, padding.expand(batch, missing, qkv.shape[2], -1)], dim=1)
+        return qkv
 
 
 def relative_table(table: Tensor, size: int) -> Tensor:

@@ -1,0 +1,70 @@
+"""Peak memory of one computation above what its network and inputs hold, each in a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from desam_nnunet.sam.encoder import Features
+from reference import build, let_points_pass, published_grid, stock_features
+
+
+def peak_memory(what: str, who: str, device: torch.device) -> int:
+    """Bytes. what: ``encoder`` or ``grid``. who: ``reference`` or ``ours``."""
+    command = [sys.executable, __file__, what, who, "--device", device.type]
+    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("encoder", "grid"))
+    parser.add_argument("who", choices=("reference", "ours"))
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    with torch.inference_mode(), torch.autocast("cuda", enabled=device.type == "cuda"):
+        work = _work(args.what, args.who, device)
+        before = _reset(device)
+        work()
+        print(_highest(device) - before)
+
+
+def _work(what: str, who: str, device: torch.device) -> Callable[[], object]:
+    subject = build("vit_b", 1024, device)
+    network, tile = subject.network, subject.tile
+    if what == "encoder":
+        images = torch.randn(1, 3, 1024, 1024, device=device)
+        if who == "ours":
+            return lambda: network.encoder(images)
+        return lambda: stock_features(subject.stock, network.encoder.level_blocks, images)
+    features = Features(tuple(torch.randn(1, 768, 64, 64, device=device) for _ in range(3)),
+                        torch.randn(1, 256, 64, 64, device=device))
+    let_points_pass(network, features, tile)
+    if who == "ours":
+        return lambda: network.predict_from_grid(features, network.geometry(tile))
+    return lambda: published_grid(network, features, tile)
+
+
+def _reset(device: torch.device) -> int:
+    """Forgets earlier peaks; returns what is held now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from here
+    return _highest(device)
+
+
+def _highest(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""The straightforward procedure that ours is measured against, and networks to measure.
+
+Stock ``segment_anything`` for the encoder and the two-way transformer; 81 grid prompts, nine at a time, each
+through the whole decoder, as the published DeSAM predicts. All weights are RANDOM: they cost the same as
+pretrained ones, and the outputs are compared, not looked at.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import torch
+from segment_anything.modeling import ImageEncoderViT
+from torch import Tensor
+from torch.nn import functional as F
+
+from desam_nnunet.networks.desam import ABSENT_LOGIT, DeSAM, build_desam
+from desam_nnunet.sam.attention import use_exact_attention
+from desam_nnunet.sam.encoder import Features, FrozenEncoder
+from desam_nnunet.sam.prompts import Prompts, dense_positions, point_grid, prompt_tokens, whole_box
+from desam_nnunet.sam.random_weights import RANDOM_IDENTITY, random_state
+from desam_nnunet.sam.tiles import TileToImage, logits_to_tile
+from desam_nnunet.sam.variants import VARIANTS, build_sam
+from desam_nnunet.sam.weights import LoadedSam, resize_positions
+
+PUBLISHED_BATCH = 9
+TILE = 320
+
+
+class Subject(NamedTuple):
+    """Attributes: stock: SAM's encoder. network: DeSAM on the same weights. tile: (1, 1, 320, 320)."""
+
+    stock: ImageEncoderViT
+    network: DeSAM
+    tile: Tensor
+
+
+def build(variant: str, size: int, device: torch.device, *, grid: int | None = 9, classes: int = 1) -> Subject:
+    torch.manual_seed(0)
+    row = VARIANTS[variant]
+    sam = build_sam(row, size)
+    sam.load_state_dict(resize_positions(random_state(row), row, size), strict=False)
+    stock = sam.image_encoder.eval().requires_grad_(False)
+    encoder = FrozenEncoder(use_exact_attention(copy.deepcopy(stock)), row.global_blocks[:-1], RANDOM_IDENTITY)
+    network = build_desam(
+        sam=LoadedSam(row, encoder, sam.prompt_encoder.eval(), None), to_image=TileToImage(size, "percentile"),
+        num_channels=1, num_classes=classes, background=True, grid=grid, iou_threshold=0.5,
+    )
+    return Subject(stock.to(device), network.to(device).eval(), smooth_noise(1).to(device))
+
+
+def smooth_noise(slices: int) -> Tensor:
+    """Something with structure at several scales, (slices, 1, 320, 320)."""
+    coarse = (torch.randn(slices, 1, side, side) for side in (5, 20, 80))
+    return torch.stack([F.interpolate(x, size=(TILE, TILE), mode="bicubic") for x in coarse]).sum(0)
+
+
+def stock_features(stock: ImageEncoderViT, level_blocks: tuple[int, ...], images: Tensor) -> Features:
+    """SAM's own forward, with the intermediate outputs that DeSAM reads."""
+    levels: list[Tensor] = []
+    hooks = [stock.blocks[index].register_forward_hook(lambda _m, _i, out: levels.append(out.permute(0, 3, 1, 2)))
+             for index in level_blocks]
+    neck = stock(images)
+    for hook in hooks:
+        hook.remove()
+    return Features(tuple(levels), neck)
+
+
+def decode(network: DeSAM, features: Features, prompts: Prompts) -> tuple[Tensor, Tensor]:
+    """Masks and scores of N prompts on one image, each through SAM's own transformer and the whole PDMM."""
+    sparse, dense = prompt_tokens(network.prompt_encoder, prompts)
+    prim, number = network.prim, len(sparse)
+    tokens = torch.cat([torch.cat([prim.iou_token.weight, prim.mask_tokens.weight]).expand(number, -1, -1), sparse], 1)
+    image = features.neck.repeat_interleave(number, 0) + dense
+    positions = dense_positions(network.prompt_encoder).repeat_interleave(number, 0)
+    queries, stream = prim.transformer(image, positions, tokens)
+    embedding = stream.transpose(1, 2).unflatten(2, image.shape[-2:])
+    levels = tuple(level.expand(number, -1, -1, -1) for level in features.levels)
+    return network.pdmm(embedding, network.pdmm.context(levels)), prim.iou_head(queries[:, 0])
+
+
+def published_grid(network: DeSAM, features: Features, tile: Tensor) -> Tensor:
+    """Logits (1, K + 1, H, W) of one tile: every prompt decoded, the best above the threshold kept."""
+    geometry = network.geometry(tile)
+    points = point_grid(geometry, network.grid or 0, tile.device).points
+    assert points is not None
+    decoded = [decode(network, features, Prompts(points=chunk)) for chunk in points.split(PUBLISHED_BATCH)]
+    masks, scores = (torch.cat(part) for part in zip(*decoded, strict=True))
+    best_score, best_point = scores.max(0)
+    channels = torch.arange(len(best_score), device=tile.device)
+    logits = logits_to_tile(masks[best_point, channels][None].float(), geometry)
+    absent = best_score <= network.iou_threshold
+    logits = torch.where(absent[:, None, None], logits.new_tensor(ABSENT_LOGIT), logits)
+    return torch.cat([torch.zeros_like(logits[:, :1]), logits], 1)
+
+
+def published_box(network: DeSAM, features: Features, tile: Tensor) -> Tensor:
+    geometry = network.geometry(tile)
+    masks, _ = decode(network, features, whole_box(geometry, 1, tile.device))
+    return network.tile_logits(masks.float(), geometry)
+
+
+def let_points_pass(network: DeSAM, features: Features, tile: Tensor) -> int:
+    """Shifts and stretches the random scores so that about half of the points pass and the best one leads clearly.
+
+    Returns:
+        How many points pass, the least over the classes.
+    """
+    with torch.no_grad():
+        last = network.prim.iou_head.seg_layers
+        scores = network.grid_scores(features, network.geometry(tile))  # N K
+        last.weight /= scores.std(0)[:, None]
+        last.bias /= scores.std(0)
+        scores = network.grid_scores(features, network.geometry(tile))
+        last.bias += network.iou_threshold - scores.median(0).values + 1e-3
+        scores = network.grid_scores(features, network.geometry(tile)).sort(0, descending=True).values
+    assert bool((scores[0] - scores[1] > 1e-3).all()), "the best point does not lead clearly"
+    return int((scores > network.iou_threshold).sum(0).min())
