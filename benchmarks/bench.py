@@ -13,10 +13,13 @@ import torch
 import encoder
 import folds
 import grid
+import parts
+import precision
 import startup
 import training
 
-SECTIONS = {"encoder": encoder.run, "grid": grid.run, "training": training.run, "folds": folds.run}
+SECTIONS = {"encoder": encoder.run, "grid": grid.run, "training": training.run, "folds": folds.run,
+            "parts": parts.run, "precision": precision.run}
 
 
 def main() -> int:
