@@ -27,6 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     _add(commands, "doctor", _doctor, "say how trainers, weights, device and folders stand, and what to do")
     _add(commands, "trainers", _trainers, "print the folder for the environment variable nnUNet_extTrainer")
+    _add_cache(_add(commands, "cache", _cache, "encode a data set once, so that training reads features from disk"))
     weights = commands.add_parser("weights", help="SAM's weights files and published checkpoints")
     _add_weights(weights.add_subparsers(required=True, metavar="action"))
     return parser
@@ -52,6 +53,38 @@ def _add_weights(actions: argparse._SubParsersAction) -> None:
     load.add_argument("-tr", default="DeSAMTrainer", choices=["DeSAMTrainer", "DeSAMTrainerWholeBox"],
                       help="prompt mode of the checkpoint (default: DeSAMTrainer)")
     load.add_argument("-o", type=Path, help="model folder to write (default: nnU-Net's own in nnUNet_results)")
+
+
+def _add_cache(cache: argparse.ArgumentParser) -> None:
+    cache.add_argument("-d", required=True, help="data set, name or id")
+    cache.add_argument("-p", default="nnUNetPlans", help="plans (default: nnUNetPlans)")
+    cache.add_argument("-c", default="2d", help="configuration (default: 2d)")
+    cache.add_argument("-device", default="cuda", choices=["cuda", "cpu", "mps"], help="default: cuda, as nnU-Net")
+    cache.add_argument("-num_parts", type=int, default=1, help="share the cases among so many machines or GPUs")
+    cache.add_argument("-part_id", type=int, default=0, help="which share this is, from 0")
+    other = cache.add_mutually_exclusive_group()
+    other.add_argument("--list", action="store_true", help="say which stores there are, and how large")
+    other.add_argument("--verify", action="store_true", help="read every byte; remove what is damaged")
+    other.add_argument("--delete", nargs="?", const="", metavar="STORE", help="remove one store, or all of them")
+
+
+def _cache(options: argparse.Namespace) -> int:
+    import torch
+
+    from desam_nnunet.cache import manage
+
+    if options.list:
+        print("\n".join(manage.describe_stores(options.d)) or "There is no store of this data set.")
+    elif options.verify:
+        print("\n".join(manage.verify_stores(options.d)) or "There is no store of this data set.")
+    elif options.delete is not None:
+        for folder in manage.delete_stores(options.d, options.delete or None):
+            print(f"Removed {folder}")
+    else:
+        device = torch.device(options.device)
+        store = manage.build_dataset(options.d, options.p, options.c, device, options.num_parts, options.part_id)
+        print(f"{store.folder}: {store.size() / 1e9:.2f} GB, {len(store.cases())} case(s)")
+    return 0
 
 
 def _doctor(_: argparse.Namespace) -> int:

@@ -11,10 +11,12 @@ from typing import Any, TypeVar, get_type_hints
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from desam_nnunet.cache.store import DTYPES
 from desam_nnunet.sam.tiles import INTENSITY_RULES, intensity_rule
 from desam_nnunet.sam.variants import PATCH, VARIANTS
 from desam_nnunet.sam.weights import check_identity, identify
 
+FEATURES = ("online", "cached")
 MAX_BATCH_SIZE = 8  # the published batch size; stock plans may ask for many more
 DEFAULT_ENCODER = "vit_b"
 
@@ -28,7 +30,9 @@ class SamSection:
         identity: Names the encoder's weights; filled in from what is found, refused where it differs.
         image_size: Side of SAM's input in pixels, a multiple of 16.
         intensity: ``percentile``, ``window`` or ``unit``.
-        features: ``online``: tiles are encoded as they come.
+        features: ``online``: augmented tiles are encoded as they come; ``cached``: every tile is encoded once, as it
+            is, and read from disk.
+        cache_dtype: ``float16`` or ``int8``, of the cache on disk.
         regions: Whether the data set trains regions (no background output); filled in from it.
         epochs, iterations_per_epoch, val_iterations_per_epoch: As nnU-Net counts them.
     """
@@ -39,6 +43,7 @@ class SamSection:
     intensity: str
     regions: bool
     features: str = "online"
+    cache_dtype: str = "float16"
     epochs: int = 50
     iterations_per_epoch: int = 250
     val_iterations_per_epoch: int = 50
@@ -47,7 +52,8 @@ class SamSection:
         _require(self.image_size >= 4 * PATCH and self.image_size % PATCH == 0,
                  "sam.image_size", self.image_size, f"a multiple of {PATCH}, at least {4 * PATCH}")
         _require(self.intensity in INTENSITY_RULES, "sam.intensity", self.intensity, " or ".join(INTENSITY_RULES))
-        _require(self.features == "online", "sam.features", self.features, "online")
+        _require(self.features in FEATURES, "sam.features", self.features, " or ".join(FEATURES))
+        _require(self.cache_dtype in DTYPES, "sam.cache_dtype", self.cache_dtype, " or ".join(DTYPES))
         for name in ("epochs", "iterations_per_epoch", "val_iterations_per_epoch"):
             _require(getattr(self, name) > 0, f"sam.{name}", getattr(self, name), "a positive number")
 

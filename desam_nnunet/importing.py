@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.paths import nnUNet_results
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from desam_nnunet.config import resolve_plans
 from desam_nnunet.networks.official import IMAGE_ENCODER, is_official, rename_official
+from desam_nnunet.preprocessed import read_preprocessed
 from desam_nnunet.sam.variants import VARIANTS, Variant
 from desam_nnunet.sam.weights import State, check_state, find_weights, read_sam_file
 from desam_nnunet.training import desam as trainers
@@ -62,7 +62,7 @@ def import_official(file: Path, target: Target, folder: Path | None = None) -> I
     if not is_official(official):
         raise ValueError(f"{file} is not a published DeSAM checkpoint: it has no key mask_decoder.pimm.")
     state = rename_official(official)
-    plans, dataset_json, base = _read_target(target)
+    plans, dataset_json, base = read_preprocessed(target.dataset, target.plans)
     resolve_plans(plans, target.configuration, dataset_json, default_encoder=_variant_of(state, file).name)
     _check_image_encoder(official, plans["configurations"][target.configuration]["sam"], file)
     folder = folder or _results_folder(plans, target)
@@ -76,16 +76,6 @@ def import_official(file: Path, target: Target, folder: Path | None = None) -> I
     _write_model(folder, state, plans, dataset_json, target)
     shutil.copyfile(base / "dataset_fingerprint.json", folder / "dataset_fingerprint.json")
     return Imported(pretrained, folder)
-
-
-def _read_target(target: Target) -> tuple[dict[str, Any], dict[str, Any], Path]:
-    base = Path(nnUNet_preprocessed.require()) / maybe_convert_to_dataset_name(target.dataset)
-    files = [base / f"{target.plans}.json", base / "dataset.json", base / "dataset_fingerprint.json"]
-    for path in files:
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist: run nnUNetv2_plan_and_preprocess for {base.name} first.")
-    plans, dataset_json = (json.loads(path.read_text()) for path in files[:2])
-    return plans, dataset_json, base
 
 
 def _variant_of(state: State, file: Path) -> Variant:

@@ -37,8 +37,8 @@ class Workspace(NamedTuple):
     def unseen(self) -> Path:
         return self.root / "unseen" / "SiteB"
 
-    def plans(self) -> dict[str, Any]:
-        return json.loads((self.preprocessed / f"{PLANS}.json").read_text())
+    def plans(self, name: str = PLANS) -> dict[str, Any]:
+        return json.loads((self.preprocessed / f"{name}.json").read_text())
 
     def dataset_json(self) -> dict[str, Any]:
         return json.loads((self.preprocessed / "dataset.json").read_text())

@@ -84,6 +84,11 @@ class FrozenEncoder(nn.Module):
         return self.dtype or encoder_dtype(device)
 
     @property
+    def channels(self) -> int:
+        """Of all features together."""
+        return len(self.level_blocks) * self.vit.pos_embed.shape[-1] + self.vit.neck[-1].weight.shape[0]
+
+    @property
     def place(self) -> tuple[torch.device, torch.dtype]:
         """Device and type of the weights."""
         return self.vit.pos_embed.device, self.vit.pos_embed.dtype

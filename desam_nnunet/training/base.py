@@ -18,6 +18,8 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from desam_nnunet.config import read_sections, resolve_plans
+from desam_nnunet.sam.encoder import Features
+from desam_nnunet.training.cached import cached_loaders
 from desam_nnunet.training.checks import (
     check_cases,
     check_other_folds,
@@ -58,13 +60,20 @@ class FrozenSamTrainer(nnUNetTrainer):
         self.save_every = 1
         self._skipped = 0
 
-    def compute_loss(self, data: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def compute_loss(self, features: Features, target: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of a batch, and logits at tile size for nnU-Net's pseudo Dice.
 
         Args:
-            data: (B, C, H, W). target: (B, 1 or regions, H, W).
+            features: Of the frozen encoder. target: (B, 1 or regions, H, W), as large as the tiles.
         """
         raise NotImplementedError
+
+    def get_dataloaders(self) -> tuple[Any, Any]:
+        """nnU-Net's loaders, or those of the embedding cache, which is built first. Cached tiles are not mirrored."""
+        if self.sam.features == "online":
+            return super().get_dataloaders()
+        self.inference_allowed_mirroring_axes = None
+        return cached_loaders(self)
 
     @property
     def bare_network(self) -> Any:
@@ -98,10 +107,10 @@ class FrozenSamTrainer(nnUNetTrainer):
         super().on_train_start()
 
     def train_step(self, batch: Batch) -> dict[str, np.ndarray]:
-        data, target = self._to_device(batch)
+        features, target = self._on_device(batch)
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
-            loss, _ = self.compute_loss(data, target)
+            loss, _ = self.compute_loss(features, target)
         self._step(loss)
         return {"loss": loss.detach().cpu().numpy()}
 
@@ -116,9 +125,9 @@ class FrozenSamTrainer(nnUNetTrainer):
         super().on_train_epoch_end(train_outputs)
 
     def validation_step(self, batch: Batch) -> dict[str, np.ndarray]:
-        data, target = self._to_device(batch)
+        features, target = self._on_device(batch)
         with self._autocast():
-            loss, logits = self.compute_loss(data, target)
+            loss, logits = self.compute_loss(features, target)
         truth, labelled = foreground_target(target, self.label_manager)
         predicted = self._foreground(logits)
         mask = labelled[:, None].float()
@@ -150,14 +159,19 @@ class FrozenSamTrainer(nnUNetTrainer):
     def _settings(self) -> dict[str, Any]:
         return settings_of(self.configuration_manager.configuration, self.dataset_json)
 
-    def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _on_device(self, batch: Batch) -> tuple[Features, Tensor]:
+        """Features and target of a batch, the features encoded now unless they come from the cache."""
+        target = batch["target"].to(self.device, non_blocking=True)
+        if "features" in batch:
+            *levels, neck = (x.to(self.device, non_blocking=True).float()
+                             for x in (*batch["features"].levels, batch["features"].neck))
+            return Features(tuple(levels), neck), target
         if not torch.isfinite(batch["data"]).all():
             raise ValueError(
                 f"A batch from the cases {', '.join(batch['keys'])} holds NaN or infinite values: repair or remove "
                 "the image and preprocess again."
             )
-        data, target = (batch[key].to(self.device, non_blocking=True) for key in ("data", "target"))
-        return data, target
+        return self.bare_network.encode(batch["data"].to(self.device, non_blocking=True)), target
 
     def _autocast(self) -> AbstractContextManager:
         return torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from desam_nnunet.config import read_sections
 from desam_nnunet.networks.desam import DeSAM, build_desam
+from desam_nnunet.sam.encoder import Features
 from desam_nnunet.sam.prompts import sample_points, whole_box
 from desam_nnunet.sam.tiles import TileToImage, ct_window
 from desam_nnunet.sam.weights import load_sam
@@ -33,12 +34,12 @@ class DeSAMTrainer(FrozenSamTrainer):
             plans_manager, configuration_manager, num_input_channels, num_output_channels, whole_box=False
         )
 
-    def compute_loss(self, data: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def compute_loss(self, features: Features, target: Tensor) -> tuple[Tensor, Tensor]:
         network = self.bare_network
-        geometry = network.geometry(data)
+        geometry = network.geometry(target)
         truth, labelled = foreground_target(target, self.label_manager)
         prompts, point_targets = sample_points(truth, labelled, geometry)
-        masks, scores = self.network(network.encode(data), prompts)
+        masks, scores = self.network(features, prompts)
         logits = network.tile_logits(masks, geometry)
         return self.loss(logits, target) + score_loss(scores, point_targets), logits
 
@@ -58,10 +59,10 @@ class DeSAMTrainerWholeBox(DeSAMTrainer):
             plans_manager, configuration_manager, num_input_channels, num_output_channels, whole_box=True
         )
 
-    def compute_loss(self, data: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def compute_loss(self, features: Features, target: Tensor) -> tuple[Tensor, Tensor]:
         network = self.bare_network
-        geometry = network.geometry(data)
-        masks, _ = self.network(network.encode(data), whole_box(geometry, len(data), data.device))
+        geometry = network.geometry(target)
+        masks, _ = self.network(features, whole_box(geometry, len(target), target.device))
         logits = network.tile_logits(masks, geometry)
         return self.loss(logits, target), logits
 

@@ -1,0 +1,110 @@
+"""A file of named arrays that is checked before any of it is interpreted.
+
+Layout: magic, length and CRC-32 of a JSON header, the header, then each array's bytes as blosc2 compressed them. The
+header names every array's type, shape, length and CRC-32, so that damage is found before blosc2 sees a byte. Nothing
+is ever unpickled. Files are written under a temporary name and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import uuid
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+
+_MAGIC = b"DESAM\x00\x01\n"
+_PREFIX = struct.Struct("<8sII")  # magic, header length, header CRC
+TEMPORARY = ".tmp"
+_LARGEST_HEADER = 2**20
+_TYPES = {"float16", "float32", "int8", "int16", "uint8"}
+_COMPRESSION = {"codec": blosc2.Codec.LZ4, "clevel": 1, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1}
+
+
+class DamagedEntryError(ValueError):
+    """The file is not what was written: truncated, changed, or no entry at all."""
+
+
+def write_entry(path: Path, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> int:
+    """Writes `arrays` and JSON-able `meta`, replacing what was there; returns the file's size in bytes.
+
+    Raises:
+        OSError: The disk is full or not writable; no partial file is left under `path`.
+    """
+    payloads, rows = [], []
+    for name, array in arrays.items():
+        array = np.ascontiguousarray(array)
+        payload = blosc2.compress2(array, typesize=array.itemsize, **_COMPRESSION)
+        payloads.append(payload)
+        rows.append({"name": name, "dtype": str(array.dtype), "shape": array.shape,
+                     "bytes": len(payload), "crc": zlib.crc32(payload)})
+    header = json.dumps({"meta": meta, "arrays": rows}).encode()
+    prefix = _PREFIX.pack(_MAGIC, len(header), zlib.crc32(header))
+    return replace_file(path, [prefix, header, *payloads])
+
+
+def replace_file(path: Path, parts: Iterable[bytes]) -> int:
+    """Writes a file under a temporary name and renames it; returns its size in bytes."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{TEMPORARY}")
+    try:
+        with open(temporary, "wb") as stream:
+            stream.writelines(parts)
+            size = stream.tell()
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return size
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """Only the header's `meta`; the file's length is checked, its arrays are not.
+
+    Raises:
+        DamagedEntryError, OSError.
+    """
+    with open(path, "rb") as stream:
+        header = _read_header(path, stream.read(_PREFIX.size), stream)
+        expected = stream.tell() + sum(row["bytes"] for row in header["arrays"])
+    if path.stat().st_size != expected:
+        raise DamagedEntryError(f"{path} is truncated or longer than it was written.")
+    return header["meta"]
+
+
+def read_entry(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """All arrays and `meta`, every byte checked.
+
+    Raises:
+        DamagedEntryError, OSError.
+    """
+    with open(path, "rb") as stream:
+        header = _read_header(path, stream.read(_PREFIX.size), stream)
+        arrays = {}
+        for row in header["arrays"]:
+            payload = stream.read(row["bytes"])
+            if len(payload) != row["bytes"] or zlib.crc32(payload) != row["crc"] or row["dtype"] not in _TYPES:
+                raise DamagedEntryError(f"{path} is damaged: '{row['name']}' is not what was written.")
+            array = np.empty(row["shape"], row["dtype"])
+            blosc2.decompress2(payload, dst=array, nthreads=1)
+            arrays[row["name"]] = array
+        if stream.read(1):
+            raise DamagedEntryError(f"{path} is damaged: it is longer than it was written.")
+    return arrays, header["meta"]
+
+
+def _read_header(path: Path, prefix: bytes, stream: Any) -> dict[str, Any]:
+    if len(prefix) != _PREFIX.size:
+        raise DamagedEntryError(f"{path} is damaged: it is too short.")
+    magic, length, crc = _PREFIX.unpack(prefix)
+    if magic != _MAGIC or length > _LARGEST_HEADER:
+        raise DamagedEntryError(f"{path} is no cache entry of this version.")
+    header = stream.read(length)
+    if len(header) != length or zlib.crc32(header) != crc:
+        raise DamagedEntryError(f"{path} is damaged: its header is not what was written.")
+    return json.loads(header)

@@ -1,0 +1,142 @@
+"""Batches of cached tiles, drawn as nnU-Net draws its patches."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from torch import Tensor
+
+from desam_nnunet.cache.entry import DamagedEntryError
+from desam_nnunet.cache.store import CaseRecord, Store
+from desam_nnunet.sam.encoder import Features
+
+_AHEAD = 2  # batches read ahead per worker
+
+
+class Draw(NamedTuple):
+    """One tile of a batch: the case, the tile's number and its view."""
+
+    case: str
+    number: int
+    view: int
+
+
+class CachedLoader:
+    """Endless batches ``{"features": Features, "target": Tensor, "keys": list}``.
+
+    As in nnU-Net, cases are drawn uniformly, and the last samples of a batch are sure to hold foreground: a class
+    is drawn uniformly from those of the case, then a tile in proportion to the class's pixels in it. Where there is
+    an ignore label, other samples are drawn in proportion to their labelled pixels. The draws come from numpy's
+    global generator, in order, whatever the number of workers.
+
+    Args:
+        records: Of the cases to draw from.
+        oversample: Share of a batch that is sure to hold foreground.
+        probabilistic: Whether that share is drawn per sample.
+        transforms: nnU-Net's for targets (regions, ignore label).
+        workers: Threads that read ahead; 0 reads when asked.
+        pin_memory: For copies to a GPU.
+        in_memory: Keep every tile that was read.
+    """
+
+    def __init__(
+        self, store: Store, records: Mapping[str, CaseRecord], *, label_manager: LabelManager, batch_size: int,
+        oversample: float, probabilistic: bool, transforms: Any, workers: int, pin_memory: bool, in_memory: bool,
+    ) -> None:
+        self.store = store
+        self.records = records
+        self.cases = sorted(records)
+        self.batch_size = batch_size
+        self.oversample = oversample
+        self.probabilistic = probabilistic
+        self.transforms = transforms
+        self.pin_memory = pin_memory
+        self._shares = {case: _Shares(record, label_manager) for case, record in records.items()}
+        self._kept: dict[Draw, tuple[Features, Tensor]] | None = {} if in_memory else None
+        self._pool = ThreadPoolExecutor(workers, "cached-tiles") if workers else None
+        self._coming: deque[Future[dict[str, Any]]] = deque()
+        self._ahead = _AHEAD * workers
+
+    def __iter__(self) -> CachedLoader:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        if self._pool is None:
+            return self.read(self.draw())
+        while len(self._coming) < self._ahead:
+            self._coming.append(self._pool.submit(self.read, self.draw()))
+        return self._coming.popleft().result()
+
+    def close(self) -> None:
+        """Reads no more."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def draw(self) -> list[Draw]:
+        """The next batch's tiles."""
+        cases = np.random.choice(self.cases, self.batch_size)
+        return [Draw(str(case), *self._shares[case].draw(self._wants_foreground(place)))
+                for place, case in enumerate(cases)]
+
+    def read(self, draws: list[Draw]) -> dict[str, Any]:
+        """The batch of `draws`."""
+        samples = [self._sample(draw) for draw in draws]
+        columns = [self._stack(column) for column in zip(*((*f.levels, f.neck, t) for f, t in samples), strict=True)]
+        *levels, neck, target = columns
+        return {"features": Features(tuple(levels), neck), "target": target, "keys": [draw.case for draw in draws]}
+
+    def _sample(self, draw: Draw) -> tuple[Features, Tensor]:
+        if self._kept is not None and draw in self._kept:
+            return self._kept[draw]
+        try:
+            features, labels = self.store.read(draw.case, draw.number, draw.view, self.records[draw.case].content)
+        except DamagedEntryError as error:
+            self.store.discard_tile(draw.case, draw.number, draw.view)
+            raise DamagedEntryError(
+                f"{error} It has been removed: start again with --c, and this tile alone is built again."
+            ) from error
+        target = self.transforms(segmentation=torch.from_numpy(labels)[None])["segmentation"]
+        if self._kept is not None:
+            self._kept[draw] = features, target
+        return features, target
+
+    def _stack(self, column: tuple[Tensor, ...]) -> Tensor:
+        if not self.pin_memory:
+            return torch.stack(column)
+        out = torch.empty((len(column), *column[0].shape), dtype=column[0].dtype, pin_memory=True)
+        return torch.stack(column, out=out)
+
+    def _wants_foreground(self, place: int) -> bool:
+        if self.probabilistic:
+            return bool(np.random.uniform() < self.oversample)
+        return not place < round(self.batch_size * (1 - self.oversample))
+
+
+class _Shares:
+    """With which probability each tile and view of a case is drawn."""
+
+    def __init__(self, record: CaseRecord, label_manager: LabelManager) -> None:
+        self.entries = [(number, view) for number, views in enumerate(record.labels) for view in range(len(views))]
+        labels = [counts for views in record.labels for counts in views]
+        regions = label_manager.foreground_regions if label_manager.has_regions else label_manager.foreground_labels
+        wanted = [tuple(region) if isinstance(region, list | tuple) else (region,) for region in regions]
+        pixels = np.array([[sum(counts.get(label, 0) for label in region) for region in wanted] for counts in labels],
+                          dtype=float)  # entries, classes
+        self.of_class = [column / column.sum() for column in pixels.T if column.sum() > 0]
+        self.anywhere = None
+        if label_manager.has_ignore_label:
+            labelled = np.array([sum(counts.values()) - counts.get(label_manager.ignore_label, 0) for counts in labels],
+                                dtype=float)
+            self.anywhere = labelled / labelled.sum() if labelled.sum() > 0 else None
+
+    def draw(self, foreground: bool) -> tuple[int, int]:
+        shares = self.anywhere
+        if foreground and self.of_class:
+            shares = self.of_class[np.random.randint(len(self.of_class))]
+        return self.entries[np.random.choice(len(self.entries), p=shares)]

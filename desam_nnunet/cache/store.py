@@ -1,0 +1,285 @@
+"""One data set's embeddings on disk, for one encoder and one way to make its tiles.
+
+    nnUNet_preprocessed/Dataset501_X/desam_cache/<data identifier>_<encoder>_<key>/
+        store.json          the recipe: everything that changes a feature, in clear
+        <case>/case.json    written when the case is complete: its tiles, their labels, what it was made from
+        <case>/00012_0.tile the features and the target of tile 12, view 0
+
+Every file is written under a temporary name and renamed, and nothing is deleted but what is stale.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from desam_nnunet.cache.entry import TEMPORARY, DamagedEntryError, read_entry, read_meta, replace_file, write_entry
+from desam_nnunet.sam.encoder import Features
+
+FOLDER = "desam_cache"
+FORMAT = 1
+DTYPES = ("float16", "int8")
+_RECIPE = "store.json"
+_CASE = "case.json"
+_ABANDONED = 3600  # seconds after which a temporary file belongs to no running build
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything but the images themselves that changes a feature; two stores with one recipe are the same store.
+
+    Attributes:
+        data_identifier: nnU-Net's name of the preprocessed data.
+        encoder, identity, image_size, intensity: As in the plans' section ``sam``.
+        window: Per channel, for the intensity rule ``window``.
+        patch_size: Height and width of a tile.
+        step: Of the sliding window, in tiles.
+        views: Versions of each tile, the first as it is.
+        dtype: ``float16`` or ``int8``, on disk.
+        precision: In which the encoder computed.
+    """
+
+    data_identifier: str
+    encoder: str
+    identity: str
+    image_size: int
+    intensity: str
+    window: tuple[tuple[float, float], ...]
+    patch_size: tuple[int, int]
+    step: float
+    views: int
+    dtype: str
+    precision: str
+    format: int = FORMAT
+
+    @property
+    def key(self) -> str:
+        """SHA-256 over all of it but the encoder's path, which its identity makes superfluous."""
+        fields = asdict(self) | {"encoder": ""}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def folder(self) -> str:
+        return f"{self.data_identifier}_{Path(self.encoder).stem}_{self.key[:12]}"
+
+
+class Tile(NamedTuple):
+    """A patch-sized window: slice, and row and column of its first pixel, which padding makes negative."""
+
+    slice: int
+    top: int
+    left: int
+
+
+class CaseRecord(NamedTuple):
+    """A complete case.
+
+    Attributes:
+        content: Names the preprocessed images and labels that it was made from.
+        tiles: In the order of their numbers.
+        labels: Per tile and view, how many pixels each label has.
+        sizes: Of its files, in bytes.
+    """
+
+    content: str
+    tiles: tuple[Tile, ...]
+    labels: tuple[tuple[dict[int, int], ...], ...]
+    sizes: dict[str, int]
+
+
+class Store:
+    """Reads and writes one store.
+
+    Args:
+        root: The data set's folder in ``nnUNet_preprocessed``.
+    """
+
+    def __init__(self, root: Path, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.folder = root / FOLDER / recipe.folder
+
+    def create(self) -> None:
+        """Makes the folder and writes the recipe, where they are not there yet."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / _RECIPE
+        if not path.is_file():
+            _write_json(path, asdict(self.recipe))
+
+    def complete(self, case: str, content: str) -> CaseRecord | None:
+        """The record of `case`, if it was made from `content` and every file is there in its full length."""
+        record = self._record(case)
+        if record is None or record.content != content:
+            return None
+        sizes = {path.name: path.stat().st_size for path in (self.folder / case).glob("*.tile")}
+        return record if sizes == record.sizes else None
+
+    def missing(self, case: str, content: str, tiles: Sequence[Tile]) -> Iterator[tuple[int, int]]:
+        """Numbers and views of the tiles that are not here yet; what was made from another content is removed."""
+        record = self._record(case)
+        if record is not None and record.content != content:
+            self.discard(case)
+        for number in range(len(tiles)):
+            for view in range(self.recipe.views):
+                if not self.has(case, number, view, content):
+                    yield number, view
+
+    def has(self, case: str, number: int, view: int, content: str) -> bool:
+        """Whether a tile is here in its full length, made from `content`."""
+        try:
+            return read_meta(self._path(case, number, view))["content"] == content
+        except (FileNotFoundError, DamagedEntryError):
+            return False
+
+    def write(self, case: str, number: int, view: int, features: Features, target: np.ndarray, content: str) -> int:
+        """Stores one tile.
+
+        Args:
+            features: Of one tile, each (C, h, w).
+            target: Labels (H, W).
+
+        Returns:
+            Its size in bytes.
+        """
+        folder = self.folder / case
+        folder.mkdir(exist_ok=True)
+        arrays = {"target": target.astype(np.int16)}
+        for name, feature in zip(_names(len(features.levels)), (*features.levels, features.neck), strict=True):
+            arrays |= pack(name, feature, self.recipe.dtype)
+        values, counts = np.unique(target, return_counts=True)
+        labels = {int(value): int(count) for value, count in zip(values, counts, strict=True)}
+        meta = {"content": content, "levels": len(features.levels), "labels": labels}
+        return write_entry(self._path(case, number, view), arrays, meta)
+
+    def finish(self, case: str, content: str, tiles: Sequence[Tile]) -> None:
+        """Writes the record of a case whose tiles are all here, and removes what killed builds left behind."""
+        paths = [[self._path(case, number, view) for view in range(self.recipe.views)] for number in range(len(tiles))]
+        labels = [[read_meta(path)["labels"] for path in views] for views in paths]
+        sizes = {path.name: path.stat().st_size for views in paths for path in views}
+        record = {"content": content, "tiles": tiles, "labels": labels, "sizes": sizes}
+        _write_json(self.folder / case / _CASE, record)
+        for path in (self.folder / case).glob(f".*{TEMPORARY}"):
+            if time.time() - path.stat().st_mtime > _ABANDONED:
+                path.unlink(missing_ok=True)
+
+    def read(self, case: str, number: int, view: int, content: str) -> tuple[Features, np.ndarray]:
+        """Features (C, h, w) each, as stored and without a batch dimension, and labels (H, W) of one tile.
+
+        Raises:
+            DamagedEntryError: Naming the file; it is to be built again.
+        """
+        path = self._path(case, number, view)
+        try:
+            arrays, meta = read_entry(path)
+        except FileNotFoundError as error:
+            raise DamagedEntryError(f"{path} is missing.") from error
+        if meta["content"] != content:
+            raise DamagedEntryError(f"{path} was made from another version of the case.")
+        *levels, neck = (unpack(name, arrays) for name in _names(meta["levels"]))
+        return Features(tuple(levels), neck), arrays["target"]
+
+    def discard(self, case: str) -> None:
+        """Removes all that is stored of a case."""
+        shutil.rmtree(self.folder / case, ignore_errors=True)
+
+    def discard_tile(self, case: str, number: int, view: int) -> None:
+        """Removes one tile and the word that its case is complete."""
+        self.discard_entry(self._path(case, number, view))
+
+    def discard_entry(self, path: Path) -> None:
+        """As :meth:`discard_tile`, by the file."""
+        (path.parent / _CASE).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+
+    def entries(self, case: str) -> list[Path]:
+        """The files of a case's tiles."""
+        return sorted((self.folder / case).glob("*.tile"))
+
+    def check(self, path: Path) -> None:
+        """Reads every byte of a tile's file.
+
+        Raises:
+            DamagedEntryError: It is not what was written.
+        """
+        read_entry(path)
+
+    def cases(self) -> list[str]:
+        """The cases of which something is stored."""
+        return sorted(path.name for path in self.folder.iterdir() if path.is_dir()) if self.folder.is_dir() else []
+
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
+    def _path(self, case: str, number: int, view: int) -> Path:
+        return self.folder / case / f"{number:05d}_{view}.tile"
+
+    def _record(self, case: str) -> CaseRecord | None:
+        try:
+            record = json.loads((self.folder / case / _CASE).read_text())
+            tiles = tuple(Tile(*tile) for tile in record["tiles"])
+            labels = tuple(tuple({int(k): n for k, n in view.items()} for view in views) for views in record["labels"])
+            return CaseRecord(record["content"], tiles, labels, record["sizes"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+
+
+def store_folders(root: Path) -> list[Path]:
+    """The folders of all stores of a data set, whatever version made them."""
+    return sorted(path for path in (root / FOLDER).glob("*") if path.is_dir())
+
+
+def open_stores(root: Path) -> list[Store]:
+    """Every store of a data set that this version can read."""
+    stores = []
+    for folder in store_folders(root):
+        try:
+            given: dict[str, Any] = json.loads((folder / _RECIPE).read_text())
+            given |= {"window": tuple(map(tuple, given["window"])), "patch_size": tuple(given["patch_size"])}
+            store = Store(root, Recipe(**given))
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            continue
+        if store.folder == folder:
+            stores.append(store)
+    return stores
+
+
+def pack(name: str, feature: torch.Tensor, dtype: str) -> dict[str, np.ndarray]:
+    """A feature (C, h, w) as it is stored: float16, or int8 with one scale per channel."""
+    if dtype == "float16":
+        limit = torch.finfo(torch.float16).max
+        return {name: feature.clamp(-limit, limit).to(torch.float16).cpu().numpy()}
+    scale = (feature.float().abs().amax((1, 2)) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    values = (feature.float() / scale[:, None, None]).round().to(torch.int8)
+    return {name: values.cpu().numpy(), f"{name}_scale": scale.cpu().numpy()}
+
+
+def unpack(name: str, arrays: dict[str, np.ndarray]) -> torch.Tensor:
+    """The feature (C, h, w): float16 as stored, or float32 from int8."""
+    values = torch.from_numpy(arrays[name])
+    if (scale := arrays.get(f"{name}_scale")) is None:
+        return values
+    return values * torch.from_numpy(scale)[:, None, None]
+
+
+def entry_bytes(channels: int, side: int, patch_size: Sequence[int], dtype: str) -> int:
+    """About how many bytes a tile takes: `channels` of all features together, `side` in tokens."""
+    per_value = np.dtype(dtype).itemsize
+    scales = 4 * channels if dtype == "int8" else 0
+    return channels * side * side * per_value + scales + int(np.prod(patch_size)) // 4 + 1024
+
+
+def _names(levels: int) -> list[str]:
+    return [*(f"level{index}" for index in range(levels)), "neck"]
+
+
+def _write_json(path: Path, content: object) -> None:
+    replace_file(path, [json.dumps(content).encode()])

@@ -1,0 +1,70 @@
+"""The tiles of a preprocessed case: the windows that nnU-Net's predictor will show the network.
+
+Source: nnunetv2 2.8, ``nnUNetPredictor``: the volume is padded to the patch size, and each slice is covered by
+windows half a patch apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
+from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
+
+from desam_nnunet.cache.store import Tile
+
+STEP = 0.5  # nnU-Net's, in tiles
+
+
+def tiles_of(shape: Sequence[int], patch_size: Sequence[int]) -> tuple[Tile, ...]:
+    """Args: shape: Slices, rows and columns of the case. Returns: Its tiles, slice by slice."""
+    slices, *plane = map(int, shape)
+    missing = [max(0, patch - side) for patch, side in zip(patch_size, plane, strict=True)]
+    padded = tuple(side + more for side, more in zip(plane, missing, strict=True))
+    tops, lefts = compute_steps_for_sliding_window(padded, tuple(patch_size), STEP)
+    return tuple(
+        Tile(index, top - missing[0] // 2, left - missing[1] // 2)
+        for index in range(slices) for top in tops for left in lefts
+    )
+
+
+def crop(volume: Any, tile: Tile, patch_size: Sequence[int], fill: int) -> np.ndarray:
+    """The window (C, H, W) of a volume (C, slices, rows, columns), `fill` where it reaches out of it."""
+    bounds = [[tile.slice, tile.slice + 1]]
+    bounds += [[begin, begin + side] for begin, side in zip(tile[1:], patch_size, strict=True)]
+    return crop_and_pad_nd(volume, bounds, fill)[:, 0]
+
+
+def content_of(folder: Path, case: str) -> str:
+    """Names the preprocessed images and labels of a case: SHA-256 over their files.
+
+    Raises:
+        FileNotFoundError: The case is not preprocessed.
+    """
+    files = sorted(path for path in folder.glob(f"{case}*") if path.name in _file_names(case))
+    if not files:
+        raise FileNotFoundError(f"The case {case} is not in {folder}: run nnUNetv2_preprocess.")
+    digest = hashlib.sha256()
+    for path in files:
+        stat = path.stat()
+        digest.update(f"{path.name} {_hash_file(path, stat.st_size, stat.st_mtime_ns)}\n".encode())
+    return digest.hexdigest()
+
+
+@cache
+def _hash_file(path: Path, size: int, modified: int) -> str:
+    """Remembered while size and time of the file stay the same."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _file_names(case: str) -> set[str]:
+    return {f"{case}.b2nd", f"{case}_seg.b2nd", f"{case}.npz"}

@@ -1,0 +1,221 @@
+"""Stores of a real preprocessed data set, built by the command, by training, by several and by killed processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Workspace, make_trainer, nnunet, tiny_sections
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+from desam_nnunet.cache import build as building
+from desam_nnunet.cache.manage import build_dataset, delete_stores, describe_stores, verify_stores
+from desam_nnunet.cache.store import Store, open_stores
+from desam_nnunet.cache.tiles import content_of, crop, tiles_of
+from desam_nnunet.training.cached import cached_loaders
+
+CPU = torch.device("cpu")
+PLANS = "CachedPlans"
+
+
+@pytest.fixture(scope="module")
+def root(workspace: Workspace) -> Path:
+    return workspace.preprocessed
+
+
+@pytest.fixture(scope="module")
+def store(workspace: Workspace, root: Path) -> Store:
+    """All five cases, built by the command."""
+    workspace.write_plans(PLANS, **tiny_sections(features="cached"))
+    result = nnunet("desam", "cache", "-d", 501, "-p", PLANS, "-device", "cpu")
+    assert "tiles of 5 case(s) to encode" in result.stdout
+    (store,) = [store for store in open_stores(root) if store.recipe.dtype == "float16"]
+    return store
+
+
+@pytest.fixture
+def trainer(workspace: Workspace, store: Store) -> Any:
+    trainer = make_trainer("DeSAMTrainer", workspace, plans=workspace.plans(PLANS))
+    trainer.initialize()
+    return trainer
+
+
+def contents(store: Store) -> dict[str, bytes]:
+    """Every file but what killed processes left under temporary names."""
+    return {str(path.relative_to(store.folder)): path.read_bytes() for path in sorted(store.folder.rglob("*"))
+            if path.is_file() and not path.name.startswith(".")}
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 64), (2, 100, 70), (1, 40, 200), (1, 30, 41)])
+def test_tiles_are_those_of_the_predictor(shape: tuple[int, int, int]) -> None:
+    volume = torch.randn(1, *shape)
+    seen: list[torch.Tensor] = []
+    predictor = nnUNetPredictor(device=CPU, allow_tqdm=False, use_mirroring=False)
+    predictor.network = torch.nn.Identity()
+    predictor.network.register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0][0].clone()))
+    predictor.configuration_manager = type("Configuration", (), {"patch_size": [48, 64]})()
+    predictor.label_manager = type("Labels", (), {"num_segmentation_heads": 1})()
+    predictor.predict_sliding_window_return_logits(volume)
+    ours = [torch.from_numpy(crop(volume.numpy(), tile, (48, 64), 0)) for tile in tiles_of(shape, (48, 64))]
+    assert len(ours) == len(seen)
+    for mine, theirs in zip(ours, seen, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_cached_features_are_those_online(store: Store, trainer: Any) -> None:
+    dataset, _ = trainer.get_tr_and_val_datasets()
+    case = dataset.identifiers[0]
+    data, seg, *_ = dataset.load_case(case)
+    content = content_of(Path(dataset.source_folder), case)
+    record = store.complete(case, content)
+    assert record is not None
+    for number in (0, len(record.tiles) - 1):
+        patch_size = trainer.configuration_manager.patch_size
+        tile = torch.from_numpy(crop(data, record.tiles[number], patch_size, 0))[None]
+        features, target = store.read(case, number, 0, content)
+        online = trainer.bare_network.encode(tile)
+        for cached, now in zip((*features.levels, features.neck), (*online.levels, online.neck), strict=True):
+            assert (cached.float() - now[0]).norm() < 1e-3 * now.norm()
+        np.testing.assert_array_equal(target, crop(seg, record.tiles[number], patch_size, -1)[0])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-3), ("int8", 2e-2)])
+def test_a_training_step_from_cache_is_one_online(
+    workspace: Workspace, trainer: Any, dtype: str, tolerance: float
+) -> None:
+    """The same tiles and the same draws; the gradients agree within the precision of the cache."""
+    sections = tiny_sections(features="cached", cache_dtype=dtype)
+    workspace.write_plans("StepPlans", **sections)
+    cached = make_trainer("DeSAMTrainer", workspace, plans=workspace.plans("StepPlans"))
+    cached.initialize()
+    cached.network.load_state_dict(trainer.network.state_dict())
+    loader, _ = cached_loaders(cached)
+    batch = loader.read(draws := loader.draw())
+    dataset, _ = trainer.get_tr_and_val_datasets()
+    windows = [crop(dataset.load_case(draw.case)[0], loader.records[draw.case].tiles[draw.number],
+                    trainer.configuration_manager.patch_size, 0) for draw in draws]
+    online = {"data": torch.from_numpy(np.stack(windows)).float(), "target": batch["target"], "keys": batch["keys"]}
+    gradients = []
+    for one, given in ((trainer, online), (cached, batch)):
+        torch.manual_seed(5)
+        one.network.eval()
+        one.network.zero_grad()
+        loss, _ = one.compute_loss(*one._on_device(given))
+        loss.backward()
+        gradients.append((loss.detach(), torch.cat([p.grad.flatten() for p in one.network.parameters()
+                                                    if p.grad is not None])))
+    (loss, gradient), (cached_loss, cached_gradient) = gradients
+    assert abs(cached_loss - loss) < tolerance * abs(loss)
+    assert (cached_gradient - gradient).norm() < 10 * tolerance * gradient.norm()
+
+
+def test_training_builds_what_is_missing_says_so_and_reuses_it(workspace: Workspace, store: Store) -> None:
+    victim = store.entries(store.cases()[0])[0]
+    before = victim.read_bytes()
+    victim.unlink()
+    log = nnunet("nnUNetv2_train", 501, "2d", 0, "-tr", "DeSAMTrainer", "-p", PLANS, "-device", "cpu").stdout
+    assert "1 tiles of 1 case(s) to encode" in log
+    assert "kept in memory" in log
+    assert victim.read_bytes() == before
+    model = workspace.model("DeSAMTrainer", PLANS)
+    checkpoint = torch.load(model / "fold_0" / "checkpoint_final.pth", weights_only=False)
+    assert checkpoint["inference_allowed_mirroring_axes"] is None  # views: 1 shows no mirrored tile
+
+
+def test_twenty_kills_and_a_resumed_build_give_the_same_store(workspace: Workspace, store: Store, root: Path) -> None:
+    expected = contents(store)
+    delete_stores("501", store.folder.name)
+    killing = Path(__file__).with_name("killing.py")
+    subprocess.run([sys.executable, killing, "501", PLANS, "20", "2.5"], check=True, capture_output=True)
+    partial = contents(store) if store.folder.is_dir() else {}
+    assert {name: expected[name] for name in partial} == partial  # nothing half-written ever got its name
+    build_dataset("501", PLANS, "2d", CPU, 1, 0)
+    assert contents(store) == expected
+
+
+def test_two_processes_and_two_parts_give_the_same_store(workspace: Workspace, store: Store) -> None:
+    expected = contents(store)
+    delete_stores("501", store.folder.name)
+    desam = Path(sys.executable).with_name("desam")
+    command = [str(desam), "cache", "-d", "501", "-p", PLANS, "-device", "cpu"]
+    parts = [["-num_parts", "2", "-part_id", "0"], ["-num_parts", "2", "-part_id", "1"], []]
+    processes = [subprocess.Popen([*command, *part], stdout=subprocess.PIPE, stderr=subprocess.PIPE) for part in parts]
+    for process in processes:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors.decode()[-2000:]
+    assert contents(store) == expected
+
+
+def test_damage_is_found_removed_and_only_that_is_built_again(store: Store) -> None:
+    before = contents(store)
+    first, second = (store.entries(case)[0] for case in store.cases()[:2])
+    first.write_bytes(first.read_bytes()[:-3] + b"xyz")
+    os.truncate(second, 100)
+    findings = verify_stores("501")
+    assert sum("Removed" in finding for finding in findings) == 2
+    encoded = Counter[str]()
+    with pytest.MonkeyPatch.context() as patch:
+        write = Store.write
+        patch.setattr(Store, "write", lambda self, case, *rest: encoded.update([case]) or write(self, case, *rest))
+        build_dataset("501", PLANS, "2d", CPU, 1, 0)
+    assert encoded == dict.fromkeys(store.cases()[:2], 1)
+    assert contents(store) == before
+
+
+def test_a_changed_case_alone_is_built_again(store: Store, root: Path) -> None:
+    folder = root / store.recipe.data_identifier
+    case = store.cases()[2]
+    image = folder / f"{case}.b2nd"
+    original, before = image.read_bytes(), contents(store)
+    other = (folder / f"{store.cases()[3]}.b2nd").read_bytes()
+    try:
+        image.write_bytes(other)
+        build_dataset("501", PLANS, "2d", CPU, 1, 0)
+        changed = {name.split("/")[0] for name, content in contents(store).items() if before.get(name) != content}
+        assert changed == {case}
+    finally:
+        image.write_bytes(original)
+    build_dataset("501", PLANS, "2d", CPU, 1, 0)
+    assert contents(store) == before
+
+
+def test_a_disk_that_is_too_small_is_refused_with_the_numbers(
+    workspace: Workspace, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = type("Usage", (), {"total": 10**9, "free": 6 * 10**7})
+    monkeypatch.setattr(building.shutil, "disk_usage", lambda path: usage)
+    workspace.write_plans("BigPlans", **tiny_sections(features="cached", image_size=1024))
+    with pytest.raises(OSError, match=r"needs \d+\.\d GB for \d+ tiles, but .* has 0\.0 GB .*'int8' for half of it"):
+        build_dataset("501", "BigPlans", "2d", CPU, 1, 0)
+    assert len(open_stores(store.folder.parents[1])) >= 1
+
+
+def test_stores_are_listed_and_deleted_by_name(workspace: Workspace, store: Store) -> None:
+    line = next(line for line in describe_stores("501") if store.folder.name in line)
+    assert "5 case(s)" in line
+    assert "vit_tiny at 128, float16, computed in float32" in line
+    foreign = store.folder.with_name("older")
+    foreign.mkdir()
+    assert any("older: made by another version" in line for line in describe_stores("501"))
+    with pytest.raises(ValueError, match="no store 'nothing'"):
+        delete_stores("501", "nothing")
+    assert delete_stores("501", "older") == [foreign]
+    assert store.folder.is_dir()
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("-num_parts", 2, "-part_id", 2), "-part_id 2 of -num_parts 2 does not exist"),
+    (("-p", "NoPlans"), "NoPlans.json does not exist: run nnUNetv2_plan_and_preprocess"),
+])
+def test_bad_input_is_one_sentence(workspace: Workspace, arguments: tuple[object, ...], message: str) -> None:
+    result = nnunet("desam", "cache", "-d", 501, "-device", "cpu", *arguments, check=False)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr

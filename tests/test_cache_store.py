@@ -1,0 +1,201 @@
+"""The embedding cache's files: what is written is read, and nothing else is ever taken for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from desam_nnunet.cache.entry import DamagedEntryError, read_entry, read_meta, write_entry
+from desam_nnunet.cache.store import FOLDER, Recipe, Store, Tile, entry_bytes, open_stores, pack, unpack
+from desam_nnunet.sam.encoder import Features
+
+RECIPE = Recipe(data_identifier="plans_2d", encoder="vit_tiny", identity="random", image_size=128, intensity="unit",
+                window=(), patch_size=(6, 8), step=0.5, views=1, dtype="float16", precision="float32")
+TILES = (Tile(0, 0, 0), Tile(0, 0, 4))
+
+
+def features(seed: int = 0) -> Features:
+    generator = torch.manual_seed(seed)
+    levels = tuple(torch.randn(12, 8, 8, generator=generator) * 3 for _ in range(3))
+    return Features(levels, torch.randn(4, 8, 8, generator=generator))
+
+
+def fill(store: Store, content: str = "content") -> None:
+    store.create()
+    for number, _ in store.missing("case", content, TILES):
+        store.write("case", number, 0, features(number), np.full((6, 8), number), content)
+    store.finish("case", content, TILES)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    store = Store(tmp_path, RECIPE)
+    fill(store)
+    return store
+
+
+def test_arrays_come_back_bit_for_bit(tmp_path: Path) -> None:
+    arrays = {"a": np.random.randn(3, 5).astype(np.float32), "b": np.arange(7, dtype=np.int16), "c": np.zeros((2, 1, 3))
+              .astype(np.int8)}
+    size = write_entry(tmp_path / "entry", arrays, {"who": "é"})
+    assert (tmp_path / "entry").stat().st_size == size
+    read, meta = read_entry(tmp_path / "entry")
+    assert meta == read_meta(tmp_path / "entry") == {"who": "é"}
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(read[name], array)
+        assert read[name].dtype == array.dtype
+
+
+def test_every_flipped_byte_and_every_truncation_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "entry"
+    write_entry(path, {"a": np.arange(50, dtype=np.float16), "b": np.arange(3, dtype=np.int8)}, {"key": 1})
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        changed = bytearray(whole)
+        changed[position] ^= 0x10
+        path.write_bytes(changed)
+        with pytest.raises(DamagedEntryError, match="entry"):
+            read_entry(path)
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        for read in (read_entry, read_meta):
+            with pytest.raises(DamagedEntryError):
+                read(path)
+    path.write_bytes(whole + b"x")
+    with pytest.raises(DamagedEntryError, match="longer"):
+        read_entry(path)
+
+
+@pytest.fixture
+def quota() -> Iterator[None]:
+    """No file may grow beyond 1000 bytes, as on a full disk."""
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, quota: None) -> None:
+    path = tmp_path / "entry"
+    write_entry(path, {"a": np.arange(5, dtype=np.float32)}, {})
+    before = path.read_bytes()
+    with pytest.raises(OSError, match="File too large"):
+        write_entry(path, {"a": np.random.randn(1000).astype(np.float32)}, {})
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["entry"]
+
+
+@pytest.fixture
+def unprivileged() -> Iterator[Path]:
+    """A folder that may be read but not written, also where the tests run as the administrator."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o555)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    yield folder
+    os.seteuid(user)
+    folder.rmdir()
+
+
+def test_a_folder_that_is_not_writable_is_named(unprivileged: Path) -> None:
+    with pytest.raises(PermissionError, match=f"{unprivileged.name}/{FOLDER}"):
+        Store(unprivileged, RECIPE).create()
+
+
+def test_a_store_gives_back_features_targets_and_label_counts(store: Store) -> None:
+    record = store.complete("case", "content")
+    assert record is not None
+    assert record.tiles == TILES
+    assert record.labels == (({0: 48},), ({1: 48},))
+    for number in range(2):
+        read, target = store.read("case", number, 0, "content")
+        assert (target == number).all()
+        for ours, expected in zip((*read.levels, read.neck), (*features(number).levels, features(number).neck),
+                                  strict=True):
+            assert ours.dtype == torch.float16
+            assert (ours.float() - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_int8_is_off_by_less_than_half_a_step_of_its_channel() -> None:
+    feature = torch.randn(5, 8, 8) * torch.tensor([1e-3, 1.0, 50, 1e4, 0])[:, None, None]
+    read = unpack("x", pack("x", feature, "int8"))
+    step = feature.abs().amax((1, 2)) / 127
+    assert ((read - feature).abs().amax((1, 2)) <= 0.5001 * step).all()
+    assert read[4].eq(0).all()
+
+
+def test_float16_does_not_overflow() -> None:
+    assert torch.isfinite(unpack("x", pack("x", torch.full((1, 2, 2), 1e6), "float16"))).all()
+
+
+@pytest.mark.parametrize(("dtype", "megabytes"), [("float16", 34), ("int8", 17)])
+def test_bytes_of_a_vit_h_tile(tmp_path: Path, dtype: str, megabytes: int) -> None:
+    """Noise, which does not compress: three levels of 1280 channels and a neck of 256, at 64 x 64."""
+    store = Store(tmp_path, replace(RECIPE, dtype=dtype))
+    store.create()
+    vit_h = Features(tuple(torch.randn(1280, 64, 64) for _ in range(3)), torch.randn(256, 64, 64))
+    size = store.write("case", 0, 0, vit_h, np.random.randint(0, 3, (256, 256)), "content")
+    assert size <= megabytes * 1e6
+    assert size == pytest.approx(entry_bytes(3 * 1280 + 256, 64, (256, 256), dtype), rel=0.01)
+
+
+def test_what_is_missing_truncated_or_stale_is_made_again_and_nothing_else(store: Store) -> None:
+    paths = store.entries("case")
+    for spoil in (lambda: paths[1].unlink(), lambda: os.truncate(paths[1], 40)):
+        spoil()
+        assert store.complete("case", "content") is None
+        assert list(store.missing("case", "content", TILES)) == [(1, 0)]
+        fill(store)
+        assert store.complete("case", "content") is not None
+    other = store.folder / "other"
+    other.mkdir()
+    assert store.complete("case", "changed") is None
+    assert list(store.missing("case", "changed", TILES)) == [(0, 0), (1, 0)]
+    fill(store, "changed")
+    assert store.complete("case", "changed") is not None
+    with pytest.raises(DamagedEntryError, match="another version of the case"):
+        store.read("case", 0, 0, "content")
+    assert other.is_dir()
+
+
+def test_flipped_bytes_in_features_are_found_when_read(store: Store) -> None:
+    path = store.entries("case")[0]
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DamagedEntryError, match="00000_0.tile is damaged"):
+        store.read("case", 0, 0, "content")
+
+
+@pytest.mark.parametrize("change", [
+    {"identity": "md5:1"}, {"image_size": 256}, {"intensity": "window"}, {"patch_size": (8, 8)}, {"dtype": "int8"},
+    {"precision": "bfloat16"}, {"views": 2}, {"data_identifier": "other"}, {"format": 2}, {"window": ((0.0, 1.0),)},
+])
+def test_everything_that_changes_a_feature_changes_the_store(tmp_path: Path, change: dict[str, Any]) -> None:
+    assert replace(RECIPE, **change).folder != RECIPE.folder
+
+
+def test_the_same_weights_at_another_path_are_the_same_store() -> None:
+    assert replace(RECIPE, encoder="/elsewhere/weights.pth").key == RECIPE.key
+
+
+def test_stores_are_found_by_their_recipe(store: Store, tmp_path: Path) -> None:
+    assert [found.recipe for found in open_stores(tmp_path)] == [RECIPE]
+    foreign = tmp_path / FOLDER / "of_another_version"
+    foreign.mkdir()
+    (foreign / "store.json").write_text(json.dumps({"format": 99}))
+    assert [found.recipe for found in open_stores(tmp_path)] == [RECIPE]
