@@ -34,7 +34,7 @@ def test_defaults() -> None:
     configuration = resolved(make_plans(sam={"encoder": "vit_tiny"}))
     assert configuration["sam"] == {
         "encoder": "vit_tiny", "identity": RANDOM_IDENTITY, "image_size": 256, "intensity": "percentile",
-        "regions": False, "features": "online", "epochs": 50, "iterations_per_epoch": 250,
+        "regions": False, "features": "online", "cache_dtype": "float16", "epochs": 50, "iterations_per_epoch": 250,
         "val_iterations_per_epoch": 50,
     }
     assert configuration["desam"] == {"grid": 9, "iou_threshold": 0.5, "lr": 1e-4}
@@ -83,7 +83,7 @@ def test_regions_follow_the_data_set() -> None:
         ({"sam": {"image_size": 500}}, "sam.image_size is 500, but must be a multiple of 16"),
         ({"sam": {"intensity": "zscore"}}, "'zscore', but must be percentile or window or unit"),
         ({"sam": {"intensity": "window"}}, "needs CTNormalization in every channel"),
-        ({"sam": {"features": "cached"}}, "sam.features is 'cached', but must be online"),
+        ({"sam": {"features": "disk"}}, "sam.features is 'disk', but must be online or cached"),
         ({"sam": {"regions": True}}, "the data set's labels say False"),
         ({"sam": {"encoder": "vit_x"}}, "Unknown encoder 'vit_x': give one of vit_b, vit_l, vit_h, vit_tiny"),
         ({"sam": {"identity": "md5:0"}}, "found here is random:.* were trained or made with md5:0"),
