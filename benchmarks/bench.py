@@ -10,6 +10,7 @@ import sys
 
 import torch
 
+import cache
 import encoder
 import folds
 import grid
@@ -19,7 +20,7 @@ import startup
 import training
 
 SECTIONS = {"encoder": encoder.run, "grid": grid.run, "training": training.run, "folds": folds.run,
-            "parts": parts.run, "precision": precision.run}
+            "cache": cache.run, "parts": parts.run, "precision": precision.run}
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -82,8 +83,8 @@ def test_with_an_ignore_label_tiles_are_drawn_by_their_labelled_pixels(make: Cal
 def test_regions_are_targets_and_classes(make: Callable[..., CachedLoader]) -> None:
     loader = make({"background": 0, "whole": [1, 2], "core": 2}, [1, 2])
     draws = loader.draw()
-    batch = loader.read([draws[0]._replace(number=MOSTLY_B)])
-    assert batch["target"].sum((2, 3)).tolist() == [[35, 30]]
+    batch = loader.read([draw._replace(number=MOSTLY_B) for draw in draws])
+    assert batch["target"].sum((2, 3)).tolist() == [[35, 30]] * 4
     # whole: 20 of 55 pixels in tile 1; core: all in tile 2
     assert shares(loader, 3) == pytest.approx({ONLY_A: 10 / 55, MOSTLY_B: 45 / 55}, abs=0.04)
 
@@ -94,7 +95,7 @@ def test_threads_and_memory_change_nothing(make: Callable[..., CachedLoader], op
     batches = []
     for loader in loaders:
         np.random.seed(3)
-        batches.append([next(loader) for _ in range(5)])
+        batches.append([copy.deepcopy(next(loader)) for _ in range(5)])
         loader.close()
     for one, other in zip(*batches, strict=True):
         assert one["keys"] == other["keys"] == ["case"] * 4
@@ -104,11 +105,22 @@ def test_threads_and_memory_change_nothing(make: Callable[..., CachedLoader], op
             assert torch.equal(a, b)
 
 
+def test_a_batch_stays_valid_while_the_next_one_is_used(make: Callable[..., CachedLoader]) -> None:
+    loader = make(workers=2)
+    last = next(loader)
+    for _ in range(10):
+        before = last["features"].neck.clone()
+        batch = next(loader)
+        assert torch.equal(last["features"].neck, before)
+        last = batch
+    loader.close()
+
+
 def test_features_and_target_belong_together(make: Callable[..., CachedLoader]) -> None:
     loader = make()
-    draws = [draw._replace(number=number) for number, draw in zip((2, 0, 1), loader.draw(), strict=False)]
+    draws = [draw._replace(number=number) for number, draw in zip((2, 0, 1, 2), loader.draw(), strict=True)]
     batch = loader.read(draws)
-    for place, number in enumerate((2, 0, 1)):
+    for place, number in enumerate((2, 0, 1, 2)):
         assert torch.equal(batch["features"].neck[place], features(number).neck.half())
         assert torch.equal(batch["target"][place, 0], torch.from_numpy(target_of(number)).short())
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import os
 import struct
+import threading
 import uuid
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ _PREFIX = struct.Struct("<8sII")  # magic, header length, header CRC
 TEMPORARY = ".tmp"
 _LARGEST_HEADER = 2**20
 _TYPES = {"float16", "float32", "int8", "int16", "uint8"}
+_scratch = threading.local()
 _COMPRESSION = {"codec": blosc2.Codec.LZ4, "clevel": 1, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1}
 
 
@@ -77,25 +79,44 @@ def read_meta(path: Path) -> dict[str, Any]:
     return header["meta"]
 
 
-def read_entry(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def read_entry(
+    path: Path, into: Mapping[str, np.ndarray] | None = None
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """All arrays and `meta`, every byte checked.
 
+    Args:
+        into: Arrays to fill, where the caller has a place for them; type and shape must be those stored.
+
     Raises:
+        ValueError: An array of `into` has another type or shape.
         DamagedEntryError, OSError.
     """
     with open(path, "rb") as stream:
         header = _read_header(path, stream.read(_PREFIX.size), stream)
         arrays = {}
         for row in header["arrays"]:
-            payload = stream.read(row["bytes"])
-            if len(payload) != row["bytes"] or zlib.crc32(payload) != row["crc"] or row["dtype"] not in _TYPES:
+            payload = _scratch_of(row["bytes"])
+            whole = stream.readinto(payload) == row["bytes"] and zlib.crc32(payload) == row["crc"]
+            if not whole or row["dtype"] not in _TYPES:
                 raise DamagedEntryError(f"{path} is damaged: '{row['name']}' is not what was written.")
-            array = np.empty(row["shape"], row["dtype"])
+            array = (into or {}).get(row["name"])
+            if array is None:
+                array = np.empty(row["shape"], row["dtype"])
+            if array.dtype != row["dtype"] or list(array.shape) != row["shape"]:
+                raise ValueError(f"{path}: '{row['name']}' is {row['dtype']} {row['shape']}, not {array.dtype} "
+                                 f"{list(array.shape)}.")
             blosc2.decompress2(payload, dst=array, nthreads=1)
             arrays[row["name"]] = array
         if stream.read(1):
             raise DamagedEntryError(f"{path} is damaged: it is longer than it was written.")
     return arrays, header["meta"]
+
+
+def _scratch_of(size: int) -> memoryview:
+    """Memory of this thread's own, used again and again: new memory costs more than the reading."""
+    if len(getattr(_scratch, "buffer", b"")) < size:
+        _scratch.buffer = bytearray(size)
+    return memoryview(_scratch.buffer)[:size]
 
 
 def _read_header(path: Path, prefix: bytes, stream: Any) -> dict[str, Any]:

@@ -60,6 +60,8 @@ class CachedLoader:
         self._shares = {case: _Shares(record, label_manager) for case, record in records.items()}
         self._kept: dict[Draw, tuple[Features, Tensor]] | None = {} if in_memory else None
         self._pool = ThreadPoolExecutor(workers, "cached-tiles") if workers else None
+        self._lent: deque[Features] = deque()
+        self._free: deque[Features] = deque()
         self._coming: deque[Future[dict[str, Any]]] = deque()
         self._ahead = _AHEAD * workers
 
@@ -67,11 +69,16 @@ class CachedLoader:
         return self
 
     def __next__(self) -> dict[str, Any]:
+        if len(self._lent) > 1:
+            self._free.append(self._lent.popleft())
         if self._pool is None:
-            return self.read(self.draw())
-        while len(self._coming) < self._ahead:
-            self._coming.append(self._pool.submit(self.read, self.draw()))
-        return self._coming.popleft().result()
+            batch = self.read(self.draw())
+        else:
+            while len(self._coming) < self._ahead:
+                self._coming.append(self._pool.submit(self.read, self.draw()))
+            batch = self._coming.popleft().result()
+        self._lent.append(batch["features"])
+        return batch
 
     def close(self) -> None:
         """Reads no more."""
@@ -86,36 +93,55 @@ class CachedLoader:
 
     def read(self, draws: list[Draw]) -> dict[str, Any]:
         """The batch of `draws`."""
-        samples = [self._sample(draw) for draw in draws]
-        columns = [self._stack(column) for column in zip(*((*f.levels, f.neck, t) for f, t in samples), strict=True)]
-        *levels, neck, target = columns
-        return {"features": Features(tuple(levels), neck), "target": target, "keys": [draw.case for draw in draws]}
+        batch = self._free.popleft() if self._free else None
+        targets = []
+        for place, draw in enumerate(draws):
+            room = None if batch is None else _place(batch, place)
+            features, target = self._sample(draw, room)
+            targets.append(target)
+            if batch is None:
+                batch = self._new_batch(features)
+            elif self._kept is None:
+                continue  # the store has filled the room
+            room = _place(batch, place)
+            for there, feature in zip((*room.levels, room.neck), (*features.levels, features.neck), strict=True):
+                there.copy_(feature)
+        return {"features": batch, "target": torch.stack(targets), "keys": [draw.case for draw in draws]}
 
-    def _sample(self, draw: Draw) -> tuple[Features, Tensor]:
-        if self._kept is not None and draw in self._kept:
-            return self._kept[draw]
+    def _new_batch(self, sample: Features) -> Features:
+        """Memory for as many features as a batch has, like those of `sample`."""
+        *levels, neck = (torch.empty((self.batch_size, *x.shape), dtype=x.dtype, pin_memory=self.pin_memory)
+                         for x in (*sample.levels, sample.neck))
+        return Features(tuple(levels), neck)
+
+    def _sample(self, draw: Draw, room: Features | None) -> tuple[Features, Tensor]:
+        """Features and target of one tile; `room` is filled unless the tile is one to be kept in memory."""
+        if self._kept is None:
+            return self._from_disk(draw, room)
+        if draw not in self._kept:
+            self._kept[draw] = self._from_disk(draw, None)
+        return self._kept[draw]
+
+    def _from_disk(self, draw: Draw, room: Features | None) -> tuple[Features, Tensor]:
+        case, number, view = draw
         try:
-            features, labels = self.store.read(draw.case, draw.number, draw.view, self.records[draw.case].content)
+            features, labels = self.store.read(case, number, view, self.records[case].content, room)
         except DamagedEntryError as error:
-            self.store.discard_tile(draw.case, draw.number, draw.view)
+            self.store.discard_tile(case, number, view)
             raise DamagedEntryError(
                 f"{error} It has been removed: start again with --c, and this tile alone is built again."
             ) from error
-        target = self.transforms(segmentation=torch.from_numpy(labels)[None])["segmentation"]
-        if self._kept is not None:
-            self._kept[draw] = features, target
-        return features, target
-
-    def _stack(self, column: tuple[Tensor, ...]) -> Tensor:
-        if not self.pin_memory:
-            return torch.stack(column)
-        out = torch.empty((len(column), *column[0].shape), dtype=column[0].dtype, pin_memory=True)
-        return torch.stack(column, out=out)
+        return features, self.transforms(segmentation=torch.from_numpy(labels)[None])["segmentation"]
 
     def _wants_foreground(self, place: int) -> bool:
         if self.probabilistic:
             return bool(np.random.uniform() < self.oversample)
         return not place < round(self.batch_size * (1 - self.oversample))
+
+
+def _place(batch: Features, place: int) -> Features:
+    """One sample's part of a batch, as a view."""
+    return Features(tuple(level[place] for level in batch.levels), batch.neck[place])
 
 
 class _Shares:

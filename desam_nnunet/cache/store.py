@@ -170,20 +170,30 @@ class Store:
             if time.time() - path.stat().st_mtime > _ABANDONED:
                 path.unlink(missing_ok=True)
 
-    def read(self, case: str, number: int, view: int, content: str) -> tuple[Features, np.ndarray]:
-        """Features (C, h, w) each, as stored and without a batch dimension, and labels (H, W) of one tile.
+    def read(
+        self, case: str, number: int, view: int, content: str, into: Features | None = None
+    ) -> tuple[Features, np.ndarray]:
+        """Features (C, h, w) each, in float16 and without a batch dimension, and labels (H, W) of one tile.
+
+        Args:
+            into: Tensors to fill and return, such as a place in a batch.
 
         Raises:
             DamagedEntryError: Naming the file; it is to be built again.
         """
         path = self._path(case, number, view)
+        places: dict[str, np.ndarray] = {}
+        if into is not None and self.recipe.dtype == "float16":
+            names = _names(len(into.levels))
+            places = {name: x.numpy() for name, x in zip(names, (*into.levels, into.neck), strict=True)}
         try:
-            arrays, meta = read_entry(path)
+            arrays, meta = read_entry(path, places)
         except FileNotFoundError as error:
             raise DamagedEntryError(f"{path} is missing.") from error
         if meta["content"] != content:
             raise DamagedEntryError(f"{path} was made from another version of the case.")
-        *levels, neck = (unpack(name, arrays) for name in _names(meta["levels"]))
+        outputs = [None] * (meta["levels"] + 1) if into is None else [*into.levels, into.neck]
+        *levels, neck = (unpack(name, arrays, out) for name, out in zip(_names(meta["levels"]), outputs, strict=True))
         return Features(tuple(levels), neck), arrays["target"]
 
     def discard(self, case: str) -> None:
@@ -262,12 +272,14 @@ def pack(name: str, feature: torch.Tensor, dtype: str) -> dict[str, np.ndarray]:
     return {name: values.cpu().numpy(), f"{name}_scale": scale.cpu().numpy()}
 
 
-def unpack(name: str, arrays: dict[str, np.ndarray]) -> torch.Tensor:
-    """The feature (C, h, w): float16 as stored, or float32 from int8."""
+def unpack(name: str, arrays: dict[str, np.ndarray], out: torch.Tensor | None = None) -> torch.Tensor:
+    """The feature (C, h, w) in float16. Args: out: Where int8 is unpacked to."""
     values = torch.from_numpy(arrays[name])
     if (scale := arrays.get(f"{name}_scale")) is None:
         return values
-    return values * torch.from_numpy(scale)[:, None, None]
+    if out is None:
+        out = torch.empty(values.shape, dtype=torch.float16)
+    return torch.mul(values, torch.from_numpy(scale)[:, None, None], out=out)
 
 
 def entry_bytes(channels: int, side: int, patch_size: Sequence[int], dtype: str) -> int:
