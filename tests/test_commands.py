@@ -48,13 +48,15 @@ def test_training_fills_nnunets_folders(trained: Workspace) -> None:
             assert (folder / "progress.png").is_file()
             assert "foreground_mean" in json.loads((folder / "validation" / "summary.json").read_text())
             assert not list(folder.glob("*.tmp"))
+            log = next(folder.glob("training_log_*.txt")).read_text()
+            assert "The frozen encoder vit_tiny computes in" in log
 
 
 def test_model_folder_holds_every_resolved_setting(trained: Workspace) -> None:
     configuration = json.loads((trained.model("DeSAMTrainer") / "plans.json").read_text())["configurations"]["2d"]
     assert configuration["sam"] == {
         "encoder": "vit_tiny", "identity": "random:RandomState:1:seed0", "image_size": 128,
-        "intensity": "percentile", "regions": False, "features": "online", "epochs": 1,
+        "intensity": "percentile", "regions": False, "features": "online", "cache_dtype": "float16", "epochs": 1,
         "iterations_per_epoch": 3, "val_iterations_per_epoch": 1,
     }
     assert configuration["desam"] == {"grid": 3, "iou_threshold": 0.0, "lr": 1e-4}

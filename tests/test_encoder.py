@@ -12,7 +12,9 @@ from desam_nnunet.sam.weights import load_sam
 
 @pytest.fixture(scope="module")
 def encoder() -> FrozenEncoder:
-    return load_sam("vit_tiny", 128).encoder
+    encoder = load_sam("vit_tiny", 128).encoder
+    encoder.dtype = torch.float32  # also where the CPU has bfloat16
+    return encoder
 
 
 @torch.no_grad()
@@ -36,17 +38,17 @@ def test_neck_is_sams_forward_and_levels_are_its_blocks(encoder: FrozenEncoder) 
     ("cpu", False, torch.float32), ("mps", True, torch.float32),
 ])
 def test_precision_suits_the_device(
-    monkeypatch: pytest.MonkeyPatch, encoder: FrozenEncoder, device: str, natively: bool, expected: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, device: str, natively: bool, expected: torch.dtype
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: natively)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": natively}, raising=False)
-    assert encoder.precision(torch.device(device)) == expected
+    assert load_sam("vit_tiny", 128).encoder.precision(torch.device(device)) == expected
 
 
 def test_bfloat16_changes_little_and_hands_on_float32() -> None:
     """About three decimal digits remain."""
     exact, rough = (load_sam("vit_tiny", 128).encoder for _ in range(2))
-    rough.dtype = torch.bfloat16
+    exact.dtype, rough.dtype = torch.float32, torch.bfloat16
     images = torch.randn(1, 3, 128, 128)
     for one, other in zip((*exact(images).levels, exact(images).neck), (*rough(images).levels, rough(images).neck),
                           strict=True):

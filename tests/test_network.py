@@ -25,6 +25,7 @@ def make(num_classes: int = 1, **options: Any) -> DeSAM:
     to_image = TileToImage(128, "percentile")
     network = build_desam(sam=load_sam("vit_tiny", 128), to_image=to_image, num_classes=num_classes,
                           **(defaults | options))
+    network.encoder.dtype = torch.float32  # also where the CPU has bfloat16
     return network.eval()
 
 

@@ -102,6 +102,8 @@ class FrozenSamTrainer(nnUNetTrainer):
         training, validation = self.get_tr_and_val_datasets()
         missing = missing_labels(check_cases(training, self.num_input_channels), self.label_manager)
         check_cases(validation, self.num_input_channels)
+        precision = str(self.bare_network.encoder.precision(self.device)).removeprefix("torch.")
+        self.print_to_log_file(f"The frozen encoder {self.sam.encoder} computes in {precision} on {self.device.type}.")
         if missing:
             self.print_to_log_file(f"WARNING: the labels {missing} occur in no training case of this fold.")
         super().on_train_start()
