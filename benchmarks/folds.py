@@ -65,7 +65,7 @@ def one_by_one(predictor: nnUNetPredictor, volume: Tensor) -> Tensor:
         for weights in folds:
             predictor.list_of_parameters = [weights]
             logits = together(predictor, volume)
-            total = logits if total is None else total.add_(logits)
+            total = logits.clone() if total is None else total.add_(logits)
     finally:
         predictor.list_of_parameters = folds
     return total.div_(len(folds))

@@ -114,7 +114,8 @@ def add_tokens_to_image(attention: Attention, image: Tensor, q: Tensor, k: Tenso
     weights = scores.softmax(2).flatten(1, 2)  # N heads·T P
     answers = _split(attention.v_proj(v), heads) @ attention.out_proj.weight.T.unflatten(0, (heads, -1))
     answers = answers + attention.out_proj.bias / heads  # every head's weights sum to one
-    return torch.baddbmm(image, weights.transpose(1, 2), answers.flatten(1, 2))
+    # Not baddbmm: under autocast it would round the stream itself to half precision.
+    return image + weights.transpose(1, 2) @ answers.flatten(1, 2)
 
 
 def _split(x: Tensor, heads: int) -> Tensor:

@@ -94,11 +94,14 @@ class ExactAttention(nn.Module):
     def _fill_windows(self, qkv: Tensor, padding: Tensor) -> Tensor:
         """Appends rows and columns of `padding` (3 D) up to whole windows."""
         batch, height, width, _ = qkv.shape
-        if missing := -width % self.window:
-            qkv = torch.cat([qkv, padding.expand(batch, height, missing, -1)], dim=2)
-        if missing := -height % self.window:
-            qkv = torch.cat([qkv, padding.expand(batch, missing, qkv.shape[2], -1)], dim=1)
-        return qkv
+        rows, columns = (side + -side % self.window for side in (height, width))
+        if (rows, columns) == (height, width):
+            return qkv
+        filled = qkv.new_empty(batch, rows, columns, qkv.shape[-1])
+        filled[:, :height, :width] = qkv
+        filled[:, height:] = padding
+        filled[:, :height, width:] = padding
+        return filled
 
 
 def relative_table(table: Tensor, size: int) -> Tensor:
@@ -146,16 +149,21 @@ def _appended(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor, sc
 
 def _banded(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor, scale: float) -> Tensor:
     """The same, from the bias of a band of query rows at a time; arguments as :func:`_appended`."""
-    batch, heads, tokens, _ = q.shape
+    batch, heads, tokens, dim = q.shape
     height, width = rows.shape[-1], columns.shape[-1]
     band = max(1, min(height, _BAND // (width * tokens))) * width  # query tokens
-    at_once = max(1, _BAND // (band * tokens))  # heads
-    q, k, v, rows, columns = (x.flatten(0, 1) for x in (q, k, v, rows, columns))  # B heads N . -> B·heads N .
-    attended = torch.empty_like(q)
-    for i in range(0, batch * heads, at_once):
-        some = slice(i, i + at_once)
-        for begin in range(0, tokens, band):
-            here = (some, slice(begin, begin + band))
-            bias = (rows[here][..., :, None] + columns[here][..., None, :]).flatten(2)
-            attended[here] = F.scaled_dot_product_attention(q[here], k[some], v[some], attn_mask=bias, scale=scale)
-    return attended.unflatten(0, (batch, heads))
+    some_heads = max(1, min(heads, _BAND // (band * tokens)))
+    some_windows = max(1, _BAND // (some_heads * band * tokens))
+    attended = q.new_empty(batch, tokens, heads, dim).transpose(1, 2)  # as the caller joins the heads without a copy
+    for windows in _parts(batch, some_windows):
+        for group in _parts(heads, some_heads):
+            keys, values = k[windows, group], v[windows, group]
+            for queries in _parts(tokens, band):
+                here = (windows, group, queries)
+                bias = (rows[here][..., :, None] + columns[here][..., None, :]).flatten(3)
+                attended[here] = F.scaled_dot_product_attention(q[here], keys, values, attn_mask=bias, scale=scale)
+    return attended
+
+
+def _parts(length: int, size: int) -> list[slice]:
+    return [slice(begin, begin + size) for begin in range(0, length, size)]
