@@ -82,6 +82,9 @@ def _cache(options: argparse.Namespace) -> int:
             print(f"Removed {folder}")
     else:
         device = torch.device(options.device)
+        here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        if not here[device.type]:
+            raise ValueError(f"PyTorch finds no {device.type} device here: add -device cpu.")
         store = manage.build_dataset(options.d, options.p, options.c, device, options.num_parts, options.part_id)
         print(f"{store.folder}: {store.size() / 1e9:.2f} GB, {len(store.cases())} case(s)")
     return 0

@@ -13,7 +13,7 @@ _UNLIMITED = 2**60  # control groups without a limit say "max" or a number above
 
 def memory_limit() -> int:
     """Bytes of main memory that this process may use: the machine's, or its control group's limit."""
-    return min([psutil.virtual_memory().total, *_group_limits(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+    return min([psutil.virtual_memory().total, *(limit for limit, _ in _groups())])
 
 
 def free_memory(device: torch.device) -> int:
@@ -21,21 +21,38 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved
-    return min(psutil.virtual_memory().available, memory_limit() - psutil.Process().memory_info().rss)
+    return min([psutil.virtual_memory().available, *(limit - used for limit, used in _groups())])
 
 
-def _group_limits(membership: Path, root: Path) -> Iterator[int]:
-    """The memory limits of the process's control group and those above it, versions 1 and 2; none elsewhere."""
-    lines = membership.read_text().splitlines() if membership.is_file() else []
-    for line in lines:
+def _groups(
+    membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> Iterator[tuple[int, int]]:
+    """Limit and use of the process's control group and those above it that have a limit; none where there are none.
+
+    File caches count as free: the system gives them up.
+    """
+    for line in membership.read_text().splitlines() if membership.is_file() else []:
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
-        name = "memory/memory.limit_in_bytes" if controllers else "memory.max"
-        folder, _, file = name.rpartition("/")
+        kind, limit_file, used_file, cached = (
+            ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file") if controllers
+            else ("", "memory.max", "memory.current", "inactive_file")
+        )
         group = Path(path.lstrip("/"))
         for level in (group, *group.parents):
-            limit = root / folder / level / file
-            text = limit.read_text().strip() if limit.is_file() else ""
-            if text.isdigit() and int(text) < _UNLIMITED:
-                yield int(text)
+            folder = root / kind / level
+            limit = _number(folder / limit_file)
+            if limit is not None and limit < _UNLIMITED:
+                used = (_number(folder / used_file) or 0) - _statistic(folder / "memory.stat", cached)
+                yield limit, max(0, used)
+
+
+def _number(file: Path) -> int | None:
+    text = file.read_text().strip() if file.is_file() else ""
+    return int(text) if text.isdigit() else None
+
+
+def _statistic(file: Path, name: str) -> int:
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return next((int(line.split()[1]) for line in lines if line.split()[:1] == [name]), 0)

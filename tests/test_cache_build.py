@@ -136,12 +136,44 @@ def test_training_builds_what_is_missing_says_so_and_reuses_it(workspace: Worksp
     assert checkpoint["inference_allowed_mirroring_axes"] is None  # views: 1 shows no mirrored tile
 
 
+def test_loaders_of_all_cases_close_when_training_ends(workspace: Workspace, store: Store) -> None:
+    trainer = make_trainer("DeSAMTrainer", workspace, plans=workspace.plans(PLANS), fold="all")
+    trainer.on_train_start()
+    loaders = trainer.dataloader_train, trainer.dataloader_val
+    assert [len(loader.cases) for loader in loaders] == [5, 5]
+    batch = next(loaders[0])
+    assert batch["features"].neck.shape[0] == batch["target"].shape[0] == trainer.batch_size
+    trainer.train_step(batch)
+    trainer.on_train_end()
+    assert not any(loader._kept for loader in loaders)
+
+
+def test_nan_in_any_slice_names_case_and_slice(workspace: Workspace, store: Store, tmp_path: Path) -> None:
+    class Dataset:
+        source_folder = str(store.folder.parents[1] / store.recipe.data_identifier)
+
+        @staticmethod
+        def load_case(case: str) -> tuple[np.ndarray, np.ndarray]:
+            data = np.zeros((1, 3, 96, 96), np.float32)
+            data[0, 2, 5, 5] = np.nan
+            return data, np.zeros((1, 3, 96, 96), np.int8)
+
+    trainer = make_trainer("DeSAMTrainer", workspace, plans=workspace.plans(PLANS))
+    trainer.initialize()
+    case = store.cases()[0]
+    fresh = Store(tmp_path, store.recipe)
+    plan = building.plan_build(fresh, Dataset(), [case], trainer.bare_network)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"Case {case}, slice 2: The image holds NaN"):
+        building.build(fresh, Dataset(), plan, trainer.bare_network, CPU)  # type: ignore[arg-type]
+
+
 def test_twenty_kills_and_a_resumed_build_give_the_same_store(workspace: Workspace, store: Store, root: Path) -> None:
     expected = contents(store)
     delete_stores("501", store.folder.name)
     killing = Path(__file__).with_name("killing.py")
     subprocess.run([sys.executable, killing, "501", PLANS, "20", "2.5"], check=True, capture_output=True)
-    partial = contents(store) if store.folder.is_dir() else {}
+    partial = contents(store)
+    assert any(name.endswith(".tile") for name in partial)
     assert {name: expected[name] for name in partial} == partial  # nothing half-written ever got its name
     build_dataset("501", PLANS, "2d", CPU, 1, 0)
     assert contents(store) == expected
@@ -218,11 +250,12 @@ def test_stores_are_listed_and_deleted_by_name(workspace: Workspace, store: Stor
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (("-num_parts", 2, "-part_id", 2), "-part_id 2 of -num_parts 2 does not exist"),
-    (("-p", "NoPlans"), "NoPlans.json does not exist: run nnUNetv2_plan_and_preprocess"),
+    (("-device", "cpu", "-num_parts", 2, "-part_id", 2), "-part_id 2 of -num_parts 2 does not exist"),
+    (("-device", "cpu", "-p", "NoPlans"), "NoPlans.json does not exist: run nnUNetv2_plan_and_preprocess"),
+    (("-device", "mps"), "PyTorch finds no mps device here: add -device cpu"),
 ])
 def test_bad_input_is_one_sentence(workspace: Workspace, arguments: tuple[object, ...], message: str) -> None:
-    result = nnunet("desam", "cache", "-d", 501, "-device", "cpu", *arguments, check=False)
+    result = nnunet("desam", "cache", "-d", 501, *arguments, check=False)
     assert result.returncode == 1
     assert message in result.stderr
     assert "Traceback" not in result.stderr

@@ -6,7 +6,9 @@ import json
 import os
 import resource
 import signal
+import struct
 import tempfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -172,6 +174,38 @@ def test_what_is_missing_truncated_or_stale_is_made_again_and_nothing_else(store
     assert other.is_dir()
 
 
+def test_a_case_that_lost_tiles_after_a_killed_build_is_complete_again(tmp_path: Path) -> None:
+    store = Store(tmp_path, RECIPE)
+    store.create()
+    for number in range(4):
+        store.write("case", number, 0, features(number), np.zeros((6, 8)), "before")
+    fill(store, "now")
+    assert store.complete("case", "now") is not None
+    assert len(store.entries("case")) == len(TILES)
+
+
+def test_an_entry_whose_arrays_are_not_as_long_as_they_say_is_refused(tmp_path: Path) -> None:
+    """Not damage, which checksums find, but a file that someone made: nothing is written past an array's end."""
+    path = tmp_path / "entry"
+    write_entry(path, {"a": np.arange(50, dtype=np.float16)}, {})
+    whole = path.read_bytes()
+    length = struct.unpack("<8sII", whole[:16])[1]
+    header = whole[16 : 16 + length].replace(b"[50]", b"[40]")
+    path.write_bytes(struct.pack("<8sII", whole[:8], length, zlib.crc32(header)) + header + whole[16 + length :])
+    with pytest.raises(DamagedEntryError, match="another length than its shape says"):
+        read_entry(path)
+
+
+def test_leftovers_of_killed_builds_are_removed_when_old(store: Store) -> None:
+    old, young = (store.folder / "case" / f".00001_0.tile.{name}.tmp" for name in ("old", "young"))
+    for path in (old, young):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    store.create()
+    assert not old.exists()
+    assert young.exists()
+
+
 def test_flipped_bytes_in_features_are_found_when_read(store: Store) -> None:
     path = store.entries("case")[0]
     content = bytearray(path.read_bytes())
@@ -190,7 +224,7 @@ def test_everything_that_changes_a_feature_changes_the_store(tmp_path: Path, cha
 
 
 def test_the_same_weights_at_another_path_are_the_same_store() -> None:
-    assert replace(RECIPE, encoder="/elsewhere/weights.pth").key == RECIPE.key
+    assert replace(RECIPE, encoder="/elsewhere/weights.pth").folder == RECIPE.folder
 
 
 def test_stores_are_found_by_their_recipe(store: Store, tmp_path: Path) -> None:

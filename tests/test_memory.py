@@ -12,7 +12,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from test_network import make
 from torch import Tensor
 
-from desam_nnunet.machine import _group_limits, free_memory, memory_limit
+from desam_nnunet.machine import _groups, free_memory, memory_limit
 from desam_nnunet.networks.desam import DeSAM
 from desam_nnunet.sam.encoder import Features
 from desam_nnunet.sam.memory import FeatureMemory, content_key
@@ -73,6 +73,39 @@ def test_a_new_volume_is_recognised_though_weights_are_read_anew() -> None:
     look_up(memory, "a")
     memory.weights_loaded(2)
     assert look_up(memory, "b", "b") == [False, True]
+
+
+def test_a_single_fold_keeps_nothing_from_the_second_volume_on() -> None:
+    memory = FeatureMemory(budget=9 * TILE_BYTES)
+    memory.weights_loaded(1)  # nnU-Net loads the first fold once more than it predicts
+    for volume, kept in (("a", 1), ("b", 0), ("c", 0)):
+        memory.weights_loaded(1)
+        look_up(memory, volume)
+        assert len(memory) == kept
+    memory.weights_loaded(2)  # an ensemble after all
+    assert look_up(memory, "d", "d") == [False, True]
+
+
+def test_a_device_that_runs_out_of_memory_is_given_back_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = make(grid=None)
+    tiles = torch.randn(2, 1, 1, 64, 64)
+    encode = network.encode
+
+    def scarce(tile: Tensor) -> Features:
+        if len(network.memory):
+            raise torch.OutOfMemoryError("no room")
+        return encode(tile)
+
+    with torch.inference_mode():
+        expected = [network(tile) for tile in tiles]
+        network.memory.clear()
+        monkeypatch.setattr(network, "encode", scarce)
+        for tile, logits in zip(tiles, expected, strict=True):
+            assert torch.equal(network(tile), logits)
+        assert len(network.memory) == 0
+        monkeypatch.setattr(network, "encode", lambda tile: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
+        with pytest.raises(torch.OutOfMemoryError, match="none"):
+            network(tiles[0])
 
 
 def test_budget_is_a_share_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,16 +194,19 @@ def test_machine_memory_is_plausible() -> None:
     assert 2**28 < free_memory(torch.device("cpu")) <= memory_limit() < 2**48
 
 
-@pytest.mark.parametrize(("line", "limits"), [
-    ("0::/slurm/job_7/step_0", {"slurm/job_7/memory.max": "4096", "slurm/job_7/step_0/memory.max": "max"}),
+@pytest.mark.parametrize(("line", "files"), [
+    ("0::/slurm/job_7/step_0", {"slurm/job_7/memory.max": "4096", "slurm/job_7/step_0/memory.max": "max",
+                                "slurm/job_7/memory.current": "1000",
+                                "slurm/job_7/memory.stat": "anon 300\ninactive_file 600"}),
     ("5:cpu,cpuacct:/x", {}),
-    ("7:memory:/job", {"memory/job/memory.limit_in_bytes": "4096", "memory/memory.limit_in_bytes": str(2**63 - 4096)}),
-    ("7:memory:/docker/abc", {"memory/memory.limit_in_bytes": "4096"}),
+    ("7:memory:/job", {"memory/job/memory.limit_in_bytes": "4096", "memory/job/memory.usage_in_bytes": "400",
+                       "memory/memory.limit_in_bytes": str(2**63 - 4096)}),
+    ("7:memory:/docker/abc", {"memory/memory.limit_in_bytes": "4096", "memory/memory.usage_in_bytes": "400"}),
 ])
-def test_limits_of_control_groups_count(tmp_path: Path, line: str, limits: dict[str, str]) -> None:
+def test_limits_of_control_groups_count(tmp_path: Path, line: str, files: dict[str, str]) -> None:
     (tmp_path / "cgroup").write_text(f"11:cpuset:/\n{line}\n")
-    for name, text in limits.items():
+    for name, text in files.items():
         file = tmp_path / "fs" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text + "\n")
-    assert list(_group_limits(tmp_path / "cgroup", tmp_path / "fs")) == ([4096] if limits else [])
+    assert list(_groups(tmp_path / "cgroup", tmp_path / "fs")) == ([(4096, 400)] if files else [])

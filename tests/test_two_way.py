@@ -59,13 +59,26 @@ def test_each_attention_is_sams(transformer: nn.Module, images: int) -> None:
     torch.testing.assert_close(changed, expected, rtol=0, atol=1e-4)
 
 
-def test_gradients_are_sams_and_a_keys_bias_has_none(transformer: nn.Module) -> None:
-    image, positions, tokens = inputs(PROMPTS)
+@pytest.mark.parametrize("images", [1, PROMPTS])
+@pytest.mark.parametrize("images", [1, PROMPTS])
+def test_half_precision_is_no_worse_than_sams(transformer: nn.Module, images: int) -> None:
+    image, positions, tokens = inputs(images)
+    with torch.no_grad():
+        truth = run_layers(transformer, image, positions, tokens)[1]
+        maps = [x.expand(PROMPTS, -1, -1).transpose(1, 2).unflatten(2, (SIDE, SIDE)) for x in (image, positions)]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            ours, theirs = run_layers(transformer, image, positions, tokens)[1], transformer(*maps, tokens)[1]
+    error, allowed = ((x - truth).norm() / truth.norm() for x in (ours, theirs))
+    assert error < 1.2 * allowed
+
+
+def test_gradients_are_sams_and_a_keys_bias_has_none(transformer: nn.Module, images: int) -> None:
+    image, positions, tokens = inputs(images)
     theirs = copy.deepcopy(transformer)
     freeze_key_biases(transformer)
     weight = torch.randn(PROMPTS, SIDE * SIDE, DIM)
     (run_layers(transformer, image, positions, tokens)[1] * weight).sum().backward()
-    maps = [x.transpose(1, 2).unflatten(2, (SIDE, SIDE)) for x in (image, positions.expand_as(image))]
+    maps = [x.expand(PROMPTS, -1, -1).transpose(1, 2).unflatten(2, (SIDE, SIDE)) for x in (image, positions)]
     (theirs(*maps, tokens)[1] * weight).sum().backward()
     for (name, ours), parameter in zip(transformer.named_parameters(), theirs.parameters(), strict=True):
         if "final" in name:

@@ -86,7 +86,11 @@ def build(store: Store, dataset: nnUNetBaseDataset, plan: Plan, network: Any, de
                 here = [(number, view) for number, view in batch if not store.has(case, number, view, content)]
                 if here:
                     windows = [crop(data, tiles[number], store.recipe.patch_size, 0) for number, _ in here]
-                    features = _encode(network, windows, device)
+                    try:
+                        features = _encode(network, windows, device)
+                    except ValueError as error:
+                        slices = sorted({tiles[number].slice for number, _ in here})
+                        raise ValueError(f"Case {case}, slice {', '.join(map(str, slices))}: {error}") from error
                 for index, (number, view) in enumerate(here):
                     target = crop(seg, tiles[number], store.recipe.patch_size, -1)[0]
                     one = Features(tuple(level[index] for level in features.levels), features.neck[index])

@@ -105,6 +105,8 @@ def read_entry(
             if array.dtype != row["dtype"] or list(array.shape) != row["shape"]:
                 raise ValueError(f"{path}: '{row['name']}' is {row['dtype']} {row['shape']}, not {array.dtype} "
                                  f"{list(array.shape)}.")
+            if blosc2.get_cbuffer_sizes(payload)[0] != array.nbytes:
+                raise DamagedEntryError(f"{path} is damaged: '{row['name']}' has another length than its shape says.")
             blosc2.decompress2(payload, dst=array, nthreads=1)
             arrays[row["name"]] = array
         if stream.read(1):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import blosc2
 import numpy as np
 import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
@@ -16,7 +17,7 @@ from desam_nnunet.cache.entry import DamagedEntryError
 from desam_nnunet.cache.store import CaseRecord, Store
 from desam_nnunet.sam.encoder import Features
 
-_AHEAD = 2  # batches read ahead per worker
+_AHEAD = 4  # batches at most that are read ahead: they are large
 
 
 class Draw(NamedTuple):
@@ -63,7 +64,8 @@ class CachedLoader:
         self._lent: deque[Features] = deque()
         self._free: deque[Features] = deque()
         self._coming: deque[Future[dict[str, Any]]] = deque()
-        self._ahead = _AHEAD * workers
+        self._ahead = min(_AHEAD, 2 * workers)
+        blosc2.set_releasegil(True)  # else the threads unpack one after the other
 
     def __iter__(self) -> CachedLoader:
         return self
@@ -81,9 +83,12 @@ class CachedLoader:
         return batch
 
     def close(self) -> None:
-        """Reads no more."""
+        """Reads no more, and lets go of the memory."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
+        for held in (self._coming, self._lent, self._free):
+            held.clear()
+        self._kept = None if self._kept is None else {}
 
     def draw(self) -> list[Draw]:
         """The next batch's tiles."""
@@ -93,7 +98,7 @@ class CachedLoader:
 
     def read(self, draws: list[Draw]) -> dict[str, Any]:
         """The batch of `draws`."""
-        batch = self._free.popleft() if self._free else None
+        batch = self._take_free()
         targets = []
         for place, draw in enumerate(draws):
             room = None if batch is None else _place(batch, place)
@@ -107,6 +112,12 @@ class CachedLoader:
             for there, feature in zip((*room.levels, room.neck), (*features.levels, features.neck), strict=True):
                 there.copy_(feature)
         return {"features": batch, "target": torch.stack(targets), "keys": [draw.case for draw in draws]}
+
+    def _take_free(self) -> Features | None:
+        try:
+            return self._free.popleft()
+        except IndexError:
+            return None
 
     def _new_batch(self, sample: Features) -> Features:
         """Memory for as many features as a batch has, like those of `sample`."""

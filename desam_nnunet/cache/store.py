@@ -1,6 +1,6 @@
 """One data set's embeddings on disk, for one encoder and one way to make its tiles.
 
-    nnUNet_preprocessed/Dataset501_X/desam_cache/<data identifier>_<encoder>_<key>/
+    nnUNet_preprocessed/Dataset501_X/desam_cache/<data identifier>_<key>/
         store.json          the recipe: everything that changes a feature, in clear
         <case>/case.json    written when the case is complete: its tiles, their labels, what it was made from
         <case>/00012_0.tile the features and the target of tile 12, view 0
@@ -10,6 +10,7 @@ Every file is written under a temporary name and renamed, and nothing is deleted
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -69,7 +70,7 @@ class Recipe:
 
     @property
     def folder(self) -> str:
-        return f"{self.data_identifier}_{Path(self.encoder).stem}_{self.key[:12]}"
+        return f"{self.data_identifier}_{self.key[:12]}"
 
 
 class Tile(NamedTuple):
@@ -108,19 +109,21 @@ class Store:
         self.folder = root / FOLDER / recipe.folder
 
     def create(self) -> None:
-        """Makes the folder and writes the recipe, where they are not there yet."""
+        """Makes the folder, writes the recipe, and removes what killed builds left under temporary names."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / _RECIPE
-        if not path.is_file():
-            _write_json(path, asdict(self.recipe))
+        _write_json(self.folder / _RECIPE, asdict(self.recipe))
+        for path in self.folder.glob(f"*/.*{TEMPORARY}"):
+            with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
+                if time.time() - path.stat().st_mtime > _ABANDONED:
+                    path.unlink()
 
     def complete(self, case: str, content: str) -> CaseRecord | None:
         """The record of `case`, if it was made from `content` and every file is there in its full length."""
         record = self._record(case)
         if record is None or record.content != content:
             return None
-        sizes = {path.name: path.stat().st_size for path in (self.folder / case).glob("*.tile")}
-        return record if sizes == record.sizes else None
+        sizes = {path.name: path.stat().st_size for path in self.entries(case)}
+        return record if record.sizes.items() <= sizes.items() else None
 
     def missing(self, case: str, content: str, tiles: Sequence[Tile]) -> Iterator[tuple[int, int]]:
         """Numbers and views of the tiles that are not here yet; what was made from another content is removed."""
@@ -160,14 +163,14 @@ class Store:
         return write_entry(self._path(case, number, view), arrays, meta)
 
     def finish(self, case: str, content: str, tiles: Sequence[Tile]) -> None:
-        """Writes the record of a case whose tiles are all here, and removes what killed builds left behind."""
+        """Writes the record of a case whose tiles are all here, and removes tiles that it no longer has."""
         paths = [[self._path(case, number, view) for view in range(self.recipe.views)] for number in range(len(tiles))]
         labels = [[read_meta(path)["labels"] for path in views] for views in paths]
         sizes = {path.name: path.stat().st_size for views in paths for path in views}
         record = {"content": content, "tiles": tiles, "labels": labels, "sizes": sizes}
         _write_json(self.folder / case / _CASE, record)
-        for path in (self.folder / case).glob(f".*{TEMPORARY}"):
-            if time.time() - path.stat().st_mtime > _ABANDONED:
+        for path in self.entries(case):
+            if path.name not in sizes:
                 path.unlink(missing_ok=True)
 
     def read(
@@ -226,8 +229,8 @@ class Store:
         return sorted(path.name for path in self.folder.iterdir() if path.is_dir()) if self.folder.is_dir() else []
 
     def size(self) -> int:
-        """Bytes on disk."""
-        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        """Bytes of all tiles on disk."""
+        return sum(path.stat().st_size for case in self.cases() for path in self.entries(case))
 
     def _path(self, case: str, number: int, view: int) -> Path:
         return self.folder / case / f"{number:05d}_{view}.tile"

@@ -19,6 +19,7 @@ from nnunetv2.inference.sliding_window_prediction import compute_steps_for_slidi
 from desam_nnunet.cache.store import Tile
 
 STEP = 0.5  # nnU-Net's, in tiles
+_SUFFIXES = (".b2nd", "_seg.b2nd", ".npz")  # of images and labels, in nnU-Net's two formats
 
 
 def tiles_of(shape: Sequence[int], patch_size: Sequence[int]) -> tuple[Tile, ...]:
@@ -46,7 +47,7 @@ def content_of(folder: Path, case: str) -> str:
     Raises:
         FileNotFoundError: The case is not preprocessed.
     """
-    files = sorted(path for path in folder.glob(f"{case}*") if path.name in _file_names(case))
+    files = [path for path in (folder / f"{case}{suffix}" for suffix in _SUFFIXES) if path.is_file()]
     if not files:
         raise FileNotFoundError(f"The case {case} is not in {folder}: run nnUNetv2_preprocess.")
     digest = hashlib.sha256()
@@ -64,7 +65,3 @@ def _hash_file(path: Path, size: int, modified: int) -> str:
         while chunk := stream.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _file_names(case: str) -> set[str]:
-    return {f"{case}.b2nd", f"{case}_seg.b2nd", f"{case}.npz"}

@@ -155,6 +155,18 @@ class DeSAM(nn.Module):
 
     @_uncompiled
     def _predict(self, tiles: Tensor) -> Tensor:
+        """Predicts, without the features of other tiles if a device's memory is too small for both."""
+        try:
+            return self._predict_tiles(tiles)
+        except torch.OutOfMemoryError:
+            if len(self.memory) == 0:
+                raise
+        self.memory.clear()
+        self.memory.budget = 0
+        return self._predict_tiles(tiles)
+
+    @_uncompiled
+    def _predict_tiles(self, tiles: Tensor) -> Tensor:
         geometry = self.geometry(tiles)
         features = self._remembered(tiles)
         if self.grid is None:

@@ -22,7 +22,8 @@ class FeatureMemory:
 
     It never drops one tile for another: a pass over more tiles than fit would then find none of them in the
     next fold. Nothing tells a network that a new volume has begun, so it is inferred: weights come back that
-    were loaded before, or the first tile after weights were loaded is a new one.
+    were loaded before, or the first tile after weights were loaded is a new one. Where a volume was seen with
+    one set of weights alone, there is no ensemble, and nothing is kept any more.
 
     Args:
         budget: Bytes; None for a quarter of what is free on the features' device when a volume begins.
@@ -34,6 +35,7 @@ class FeatureMemory:
         self._left: int | None = None  # bytes; None before the first tile of a volume
         self._weights: set[int] = set()
         self._just_loaded = False
+        self._single = False
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -49,19 +51,21 @@ class FeatureMemory:
 
     @torch.compiler.disable
     def keep(self, key: bytes, features: Features) -> None:
-        """Keeps `features` under `key` if they still fit."""
+        """Keeps `features` under `key` if they still fit and another fold may ask for them."""
         if self._left is None:
             self._left = free_memory(features.neck.device) // _SHARE if self.budget is None else self.budget
         size = sum(x.nbytes for x in (*features.levels, features.neck))
-        if size <= self._left:
+        if size <= self._left and not self._single:
             self._kept[key] = features
             self._left -= size
 
     def weights_loaded(self, weights: int) -> None:
         """Args: weights: Tells one fold's weights from another's."""
         if weights in self._weights:
+            self._single = len(self._weights) == 1 and self._left is not None
             self.clear()
         self._weights.add(weights)
+        self._single &= len(self._weights) == 1
         self._just_loaded = True
 
     def clear(self) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
+from desam_nnunet.cache.loader import CachedLoader
 from desam_nnunet.config import read_sections, resolve_plans
 from desam_nnunet.sam.encoder import Features
 from desam_nnunet.training.cached import cached_loaders
@@ -107,6 +108,12 @@ class FrozenSamTrainer(nnUNetTrainer):
         if missing:
             self.print_to_log_file(f"WARNING: the labels {missing} occur in no training case of this fold.")
         super().on_train_start()
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        for loader in (self.dataloader_train, self.dataloader_val):
+            if isinstance(loader, CachedLoader):
+                loader.close()
 
     def train_step(self, batch: Batch) -> dict[str, np.ndarray]:
         features, target = self._on_device(batch)

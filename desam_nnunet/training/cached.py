@@ -6,12 +6,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from desam_nnunet.cache.build import build, plan_build
+from desam_nnunet.cache.entry import DamagedEntryError
 from desam_nnunet.cache.loader import CachedLoader
 from desam_nnunet.cache.store import CaseRecord, Recipe, Store
 from desam_nnunet.cache.tiles import STEP, content_of
@@ -59,14 +61,15 @@ def cached_loaders(trainer: FrozenSamTrainer) -> tuple[CachedLoader, CachedLoade
     for dataset in datasets:
         build_missing(store, dataset, dataset.identifiers[rank::ranks], network, trainer.device)
     for dataset in datasets:
-        records.append({case: _await(store, dataset, case) for case in dataset.identifiers})
-    cases = set(records[0]) | set(records[1])
-    needed = sum(path.stat().st_size for case in cases for path in (store.folder / case).iterdir())
-    in_memory = needed * ranks <= free_memory(torch.device("cpu")) // _RAM_SHARE
+        records.append({case: _await(store, dataset, case, alone=ranks == 1) for case in dataset.identifiers})
+    stored = {case: sum(record.sizes.values()) for rows in records for case, record in rows.items()}
+    unpacked = np.dtype(np.float16).itemsize // np.dtype(recipe.dtype).itemsize
+    held = unpacked * ranks * sum(stored[case] for rows in records for case in rows)  # each loader keeps its own
+    in_memory = held <= free_memory(torch.device("cpu")) // _RAM_SHARE
     trainer.print_to_log_file(
-        f"Embedding cache {store.folder}: {needed / 1e9:.2f} GB of {len(cases)} case(s), "
+        f"Embedding cache {store.folder}: {sum(stored.values()) / 1e9:.2f} GB of {len(stored)} case(s), "
         f"{'kept in memory' if in_memory else 'read from disk'}.")
-    manager = trainer.label_manager
+    manager, processes = trainer.label_manager, get_allowed_n_proc_DA()
     transforms = trainer.get_validation_transforms(
         None, foreground_labels=manager.foreground_labels,
         regions=manager.foreground_regions if manager.has_regions else None, ignore_label=manager.ignore_label)
@@ -74,17 +77,23 @@ def cached_loaders(trainer: FrozenSamTrainer) -> tuple[CachedLoader, CachedLoade
         CachedLoader(
             store, rows, label_manager=manager, batch_size=trainer.batch_size,
             oversample=trainer.oversample_foreground_percent, probabilistic=trainer.probabilistic_oversampling,
-            transforms=transforms, workers=get_allowed_n_proc_DA(), pin_memory=trainer.device.type == "cuda",
+            transforms=transforms, workers=workers, pin_memory=trainer.device.type == "cuda",
             in_memory=in_memory)
-        for rows in records
+        for rows, workers in zip(records, (processes, processes // 2), strict=True)
     )
     return training, validation
 
 
-def _await(store: Store, dataset: nnUNetBaseDataset, case: str) -> CaseRecord:
+def _await(store: Store, dataset: nnUNetBaseDataset, case: str, *, alone: bool) -> CaseRecord:
     """The case's record; where another process of this training builds it, as soon as it is there."""
     content = content_of(Path(dataset.source_folder), case)
+    said = False
     while (record := store.complete(case, content)) is None:
+        if alone:
+            raise DamagedEntryError(f"{store.folder / case} was changed after it was built: start again.")
+        if not said:
+            print(f"Waiting for another process to encode {case}.", flush=True)
+        said = True
         time.sleep(_WAIT)
     return record
 
