@@ -46,6 +46,17 @@ def test_a_block_is_sams_block(window: int, table: int, height: int, width: int,
         torch.testing.assert_close(exact(stock)(tokens), stock(tokens), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [0, 7])
+def test_small_steps_are_one_large_step(monkeypatch: pytest.MonkeyPatch, window: int) -> None:
+    stock = stock_block(window=window, table=window or 16)
+    tokens = torch.randn(2, 16, 16, 64)
+    with torch.no_grad():
+        at_once = exact(stock)(tokens)
+        monkeypatch.setattr(attention, "_STEP", 100)
+        torch.testing.assert_close(exact(stock)(tokens), at_once, rtol=0, atol=1e-5)
+        torch.testing.assert_close(at_once, stock(tokens), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("band", [1, 200, 4096, 10**9])
 def test_bands_of_any_size_agree(monkeypatch: pytest.MonkeyPatch, band: int) -> None:
     monkeypatch.setattr(attention, "_BAND", band)
@@ -133,4 +144,4 @@ def test_padding_is_not_projected() -> None:
     for layer in (block.attn.qkv, block.attn.proj):
         layer.register_forward_hook(lambda _module, inputs, _output: tokens.append(inputs[0].numel() // 64))
     block(torch.randn(1, 8, 8, 64))
-    assert tokens == [64, 1, 64]  # 1: what padding becomes
+    assert tokens == [1, 64, 64]  # 1: what padding becomes

@@ -10,6 +10,9 @@ whole is as large as the attention matrix. It is never made as a whole:
 - *banded*: for float32 without gradients on a CPU, the bias of a few rows of queries at a time is handed over
   as a mask that stays in the processor's cache; appended dimensions would triple the products there.
 
+Without gradients, a CPU also takes one row of windows, and some tokens of the feed-forward, at a time: memory that
+is used again costs less than new memory.
+
 Source: Kirillov et al., Segment Anything, ICCV 2023 (image encoder); Li et al., MViTv2, CVPR 2022, section 4.1
 (decomposed relative position embeddings).
 """
@@ -24,6 +27,7 @@ from torch.nn import functional as F
 
 # Elements of the bias made at once on a CPU: 8 MiB in float32, found by measuring (docs/performance.md).
 _BAND = 2**21
+_STEP = 2048  # tokens that a CPU feeds forward at once: 24 MiB at ViT-B, which the allocator keeps
 _ALIGNMENT = 8  # flash kernels want the head dimension in multiples of this
 
 
@@ -46,7 +50,9 @@ class ExactBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Args: x: Tokens (B, H, W, D). Returns: The same shape."""
         x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        tokens = self.norm2(x).flatten(0, 2)  # B H W D -> BHW D
+        steps = tokens.split(_STEP) if _in_small_steps(x) else [tokens]
+        return x + torch.cat([self.mlp(step) for step in steps]).view_as(x)
 
 
 class ExactAttention(nn.Module):
@@ -73,11 +79,15 @@ class ExactAttention(nn.Module):
         """Args: x: Normalised tokens (B, H, W, D). Returns: The same shape."""
         if not self.window:
             return self.proj(self._attend(self.qkv(x)))
-        height, width = x.shape[1:3]
-        qkv = self._fill_windows(self.qkv(x), self.qkv(x.new_zeros(x.shape[-1])))
-        windows, padded = window_partition(qkv, self.window)
-        attended = window_unpartition(self._attend(windows), self.window, padded, (height, width))
-        return self.proj(attended)
+        padding = self.qkv(x.new_zeros(x.shape[-1]))
+        large = x[..., 0].numel() > _STEP and _in_small_steps(x)
+        rows = x.split(self.window, dim=1) if large else [x]
+        return torch.cat([self._attend_in_windows(row, padding) for row in rows], dim=1)
+
+    def _attend_in_windows(self, x: Tensor, padding: Tensor) -> Tensor:
+        """Windowed attention on whole rows of windows. Args: padding: What a zero token is projected to (3 D)."""
+        windows, padded = window_partition(self._fill_windows(self.qkv(x), padding), self.window)
+        return self.proj(window_unpartition(self._attend(windows), self.window, padded, x.shape[1:3]))
 
     def _attend(self, qkv: Tensor) -> Tensor:
         """Attention within each image or window: (B, H, W, 3 D) -> (B, H, W, D)."""
@@ -87,7 +97,7 @@ class ExactAttention(nn.Module):
         queries = q.unflatten(2, (height, width))
         rows = torch.einsum("bnyxd,yid->bnyxi", queries, relative_table(self.rel_pos_h, height)).flatten(2, 3)
         columns = torch.einsum("bnyxd,xjd->bnyxj", queries, relative_table(self.rel_pos_w, width)).flatten(2, 3)
-        attend = _banded if _prefers_bands(q) else _appended
+        attend = _banded if _in_small_steps(q) and q.dtype == torch.float32 else _appended
         attended = attend(q, k, v, rows, columns, self.scale)
         return attended.transpose(1, 2).flatten(2).unflatten(1, (height, width))
 
@@ -117,11 +127,10 @@ def relative_table(table: Tensor, size: int) -> Tensor:
     return table[positions[:, None] - positions + size - 1]
 
 
-def _prefers_bands(q: Tensor) -> bool:
-    wants_gradient = torch.is_grad_enabled() and q.requires_grad
-    if wants_gradient or torch.compiler.is_compiling():
-        return False
-    return q.device.type == "cpu" and q.dtype == torch.float32
+def _in_small_steps(x: Tensor) -> bool:
+    """Whether to compute in steps whose memory a CPU uses again and keeps in its cache. Gradients need it all."""
+    wants_gradient = torch.is_grad_enabled() and x.requires_grad
+    return x.device.type == "cpu" and not wants_gradient and not torch.compiler.is_compiling()
 
 
 def _appended(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor, scale: float) -> Tensor:
