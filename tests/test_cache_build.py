@@ -171,7 +171,7 @@ def test_twenty_kills_and_a_resumed_build_give_the_same_store(workspace: Workspa
     expected = contents(store)
     delete_stores("501", store.folder.name)
     killing = Path(__file__).with_name("killing.py")
-    subprocess.run([sys.executable, killing, "501", PLANS, "20", "2.5"], check=True, capture_output=True)
+    subprocess.run([sys.executable, killing, "501", PLANS, "20", "1.5"], check=True, capture_output=True)
     partial = contents(store)
     assert any(name.endswith(".tile") for name in partial)
     assert {name: expected[name] for name in partial} == partial  # nothing half-written ever got its name

@@ -108,7 +108,7 @@ def test_the_ignore_label_changes_no_gradient(workspace: Workspace) -> None:
     trainer.initialize()
     batch = make_batch(trainer)
     batch["target"][:, :, 40:] = 2
-    loss, logits = trainer.compute_loss(batch["data"], batch["target"])
+    loss, logits = trainer.compute_loss(*trainer._on_device(batch))
     gradient = torch.autograd.grad(loss, logits)[0]
     assert gradient[:, :, :40].abs().sum() > 0
     assert gradient[:, :, 40:].eq(0).all()

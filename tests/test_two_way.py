@@ -60,7 +60,6 @@ def test_each_attention_is_sams(transformer: nn.Module, images: int) -> None:
 
 
 @pytest.mark.parametrize("images", [1, PROMPTS])
-@pytest.mark.parametrize("images", [1, PROMPTS])
 def test_half_precision_is_no_worse_than_sams(transformer: nn.Module, images: int) -> None:
     image, positions, tokens = inputs(images)
     with torch.no_grad():
@@ -72,6 +71,7 @@ def test_half_precision_is_no_worse_than_sams(transformer: nn.Module, images: in
     assert error < 1.2 * allowed
 
 
+@pytest.mark.parametrize("images", [1, PROMPTS])
 def test_gradients_are_sams_and_a_keys_bias_has_none(transformer: nn.Module, images: int) -> None:
     image, positions, tokens = inputs(images)
     theirs = copy.deepcopy(transformer)
