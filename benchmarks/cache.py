@@ -95,7 +95,7 @@ def _save_npz(folder: Path, save: Callable[..., None]) -> None:
     folder.mkdir()
     for number in range(TILES):
         features = _features(number)
-        arrays = dict(zip(LEVELS, (*features.levels, features.neck), strict=True))
+        arrays = dict(zip(LEVELS, features.tensors, strict=True))
         save(folder / f"{number}.npz", **{name: array.numpy() for name, array in arrays.items()})
 
 
@@ -148,8 +148,8 @@ def _steps(report: Report, store: Store, device: torch.device, repeats: int) -> 
         backward(network, *network(network.encode(tile), points))
 
     def cached() -> None:
-        *levels, neck = (x.to(device).float() for x in (lambda f: (*f.levels, f.neck))(next(loader)["features"]))
-        backward(network, *network(Features(tuple(levels), neck), points))
+        features = next(loader)["features"].map(lambda x: x.to(device).float())
+        backward(network, *network(features, points))
 
     online()
     cached()

@@ -58,7 +58,7 @@ def check(subject: Subject, images: Tensor) -> float:
     encoder = subject.network.encoder
     encoder.dtype = torch.float32
     ours, theirs = encoder(images), stock_features(subject.stock, encoder.level_blocks, images)
-    errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(_all(ours), _all(theirs), strict=True)]
+    errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours.tensors, theirs.tensors, strict=True)]
     assert max(errors) < TOLERANCE, f"outputs differ by {max(errors):.1e} of their largest value"
     return max(errors)
 
@@ -93,10 +93,6 @@ def _share_of_the_machine(report: Report, variant: str, device: torch.device) ->
     report.fact(f"{variant}, 1024, batch {batch}, {_name(dtype)}", (
         f"{counter.get_total_flops() / batch / 1e12:.2f} TFLOP an image, {achieved / 1e12:.3g} TFLOP/s achieved, "
         f"{achieved / possible:.0%} of the {possible / 1e12:.3g} TFLOP/s of a large matrix product in the same run"))
-
-
-def _all(features: Features) -> tuple[Tensor, ...]:
-    return (*features.levels, features.neck)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import statistics
 import time
@@ -14,6 +13,8 @@ from typing import Any
 
 import psutil
 import torch
+
+from desam_nnunet.cache.entry import replace_file
 
 RESULTS = Path(__file__).resolve().parent / "results"
 Work = Callable[[], Any]
@@ -126,8 +127,8 @@ class Report:
         tables = {name: [asdict(row) | {"passed": row.passed} for row in rows] for name, rows in self.tables.items()}
         result = {"benchmark": self.name, "settings": self.settings, "machine": machine(self.device),
                   "tables": tables, "facts": self.facts}
-        _replace(RESULTS / f"{stem}.json", json.dumps(result, indent=2) + "\n")
-        _replace(RESULTS / f"{stem}.md", self._markdown())
+        replace_file(RESULTS / f"{stem}.json", [json.dumps(result, indent=2).encode(), b"\n"])
+        replace_file(RESULTS / f"{stem}.md", [self._markdown().encode()])
 
     def _markdown(self) -> str:
         where = ", ".join(f"{key} {value}" for key, value in machine(self.device).items())
@@ -148,9 +149,3 @@ def _table(rows: list[Row]) -> str:
                       f"{row.ratio:.2f} ({row.low:.2f} to {row.high:.2f})", required,
                       *(row.notes.get(key, "") for key in extra)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

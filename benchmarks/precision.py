@@ -49,7 +49,7 @@ def run(device: torch.device, repeats: int) -> Report:
 
 
 def _errors(features: Features, exact: Features) -> list[float]:
-    pairs = zip((*features.levels, features.neck), (*exact.levels, exact.neck), strict=True)
+    pairs = zip(features.tensors, exact.tensors, strict=True)
     return [float((x.float() - y).norm() / y.norm()) for x, y in pairs]
 
 

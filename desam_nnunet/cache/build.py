@@ -93,8 +93,7 @@ def build(store: Store, dataset: nnUNetBaseDataset, plan: Plan, network: Any, de
                         raise ValueError(f"Case {case}, slice {', '.join(map(str, slices))}: {error}") from error
                 for index, (number, view) in enumerate(here):
                     target = crop(seg, tiles[number], store.recipe.patch_size, -1)[0]
-                    one = Features(tuple(level[index] for level in features.levels), features.neck[index])
-                    store.write(case, number, view, one, target, content)
+                    store.write(case, number, view, features.sample(index), target, content)
                 progress.update(len(batch))
             store.finish(case, content, tiles)
 

@@ -101,15 +101,15 @@ class CachedLoader:
         batch = self._take_free()
         targets = []
         for place, draw in enumerate(draws):
-            room = None if batch is None else _place(batch, place)
+            room = None if batch is None else batch.sample(place)
             features, target = self._sample(draw, room)
             targets.append(target)
             if batch is None:
                 batch = self._new_batch(features)
             elif self._kept is None:
                 continue  # the store has filled the room
-            room = _place(batch, place)
-            for there, feature in zip((*room.levels, room.neck), (*features.levels, features.neck), strict=True):
+            room = batch.sample(place)
+            for there, feature in zip(room.tensors, features.tensors, strict=True):
                 there.copy_(feature)
         return {"features": batch, "target": torch.stack(targets), "keys": [draw.case for draw in draws]}
 
@@ -121,9 +121,9 @@ class CachedLoader:
 
     def _new_batch(self, sample: Features) -> Features:
         """Memory for as many features as a batch has, like those of `sample`."""
-        *levels, neck = (torch.empty((self.batch_size, *x.shape), dtype=x.dtype, pin_memory=self.pin_memory)
-                         for x in (*sample.levels, sample.neck))
-        return Features(tuple(levels), neck)
+        return sample.map(
+            lambda x: torch.empty((self.batch_size, *x.shape), dtype=x.dtype, pin_memory=self.pin_memory)
+        )
 
     def _sample(self, draw: Draw, room: Features | None) -> tuple[Features, Tensor]:
         """Features and target of one tile; `room` is filled unless the tile is one to be kept in memory."""
@@ -148,11 +148,6 @@ class CachedLoader:
         if self.probabilistic:
             return bool(np.random.uniform() < self.oversample)
         return not place < round(self.batch_size * (1 - self.oversample))
-
-
-def _place(batch: Features, place: int) -> Features:
-    """One sample's part of a batch, as a view."""
-    return Features(tuple(level[place] for level in batch.levels), batch.neck[place])
 
 
 class _Shares:

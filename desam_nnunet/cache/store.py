@@ -155,7 +155,7 @@ class Store:
         folder = self.folder / case
         folder.mkdir(exist_ok=True)
         arrays = {"target": target.astype(np.int16)}
-        for name, feature in zip(_names(len(features.levels)), (*features.levels, features.neck), strict=True):
+        for name, feature in zip(_names(len(features.levels)), features.tensors, strict=True):
             arrays |= pack(name, feature, self.recipe.dtype)
         values, counts = np.unique(target, return_counts=True)
         labels = {int(value): int(count) for value, count in zip(values, counts, strict=True)}
@@ -188,14 +188,14 @@ class Store:
         places: dict[str, np.ndarray] = {}
         if into is not None and self.recipe.dtype == "float16":
             names = _names(len(into.levels))
-            places = {name: x.numpy() for name, x in zip(names, (*into.levels, into.neck), strict=True)}
+            places = {name: x.numpy() for name, x in zip(names, into.tensors, strict=True)}
         try:
             arrays, meta = read_entry(path, places)
         except FileNotFoundError as error:
             raise DamagedEntryError(f"{path} is missing.") from error
         if meta["content"] != content:
             raise DamagedEntryError(f"{path} was made from another version of the case.")
-        outputs = [None] * (meta["levels"] + 1) if into is None else [*into.levels, into.neck]
+        outputs = [None] * (meta["levels"] + 1) if into is None else into.tensors
         *levels, neck = (unpack(name, arrays, out) for name, out in zip(_names(meta["levels"]), outputs, strict=True))
         return Features(tuple(levels), neck), arrays["target"]
 

@@ -126,11 +126,10 @@ class DeSAM(nn.Module):
         self._check(tiles)
         images = self.to_image(tiles)  # B G 3 S S
         batch, groups = images.shape[:2]
-        levels, neck = self.encoder(images.flatten(0, 1))
+        features = self.encoder(images.flatten(0, 1))
         if groups == 1:
-            return Features(levels, neck)
-        averaged = [x.unflatten(0, (batch, groups)).mean(1) for x in (*levels, neck)]
-        return Features(tuple(averaged[:-1]), averaged[-1])
+            return features
+        return features.map(lambda x: x.unflatten(0, (batch, groups)).mean(1))
 
     def geometry(self, tiles: Tensor) -> Geometry:
         return Geometry((tiles.shape[-2], tiles.shape[-1]), self.to_image.image_size)
@@ -173,8 +172,7 @@ class DeSAM(nn.Module):
             prompts = whole_box(geometry, len(tiles), tiles.device)
             masks, _ = self._decode(features, self.pdmm.context(features.levels), prompts, score=False)
             return self.tile_logits(masks, geometry)
-        singles = (Features(tuple(x[i : i + 1] for x in features.levels), features.neck[i : i + 1])
-                   for i in range(len(tiles)))
+        singles = (features.map(lambda x, i=i: x[i : i + 1]) for i in range(len(tiles)))
         return torch.cat([self.predict_from_grid(single, geometry) for single in singles])
 
     @_uncompiled

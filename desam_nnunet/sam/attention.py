@@ -52,7 +52,7 @@ class ExactBlock(nn.Module):
         x = x + self.attn(self.norm1(x))
         tokens = self.norm2(x).flatten(0, 2)  # B H W D -> BHW D
         steps = tokens.split(_STEP) if _in_small_steps(x) else [tokens]
-        return x + torch.cat([self.mlp(step) for step in steps]).view_as(x)
+        return x + _join([self.mlp(step) for step in steps], 0).view_as(x)
 
 
 class ExactAttention(nn.Module):
@@ -82,7 +82,7 @@ class ExactAttention(nn.Module):
         padding = self.qkv(x.new_zeros(x.shape[-1]))
         large = x[..., 0].numel() > _STEP and _in_small_steps(x)
         rows = x.split(self.window, dim=1) if large else [x]
-        return torch.cat([self._attend_in_windows(row, padding) for row in rows], dim=1)
+        return _join([self._attend_in_windows(row, padding) for row in rows], 1)
 
     def _attend_in_windows(self, x: Tensor, padding: Tensor) -> Tensor:
         """Windowed attention on whole rows of windows. Args: padding: What a zero token is projected to (3 D)."""
@@ -172,6 +172,11 @@ def _banded(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor, scal
                 bias = (rows[here][..., :, None] + columns[here][..., None, :]).flatten(3)
                 attended[here] = F.scaled_dot_product_attention(q[here], keys, values, attn_mask=bias, scale=scale)
     return attended
+
+
+def _join(steps: list[Tensor], dim: int) -> Tensor:
+    """One step is handed on as it is: a copy of it would be for nothing."""
+    return steps[0] if len(steps) == 1 else torch.cat(steps, dim)
 
 
 def _parts(length: int, size: int) -> list[slice]:

@@ -7,6 +7,7 @@ al., Segment Anything, ICCV 2023.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,19 @@ class Features(NamedTuple):
     levels: tuple[Tensor, ...]
     neck: Tensor
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Levels and neck in one row."""
+        return (*self.levels, self.neck)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Features:
+        """Every tensor changed alike."""
+        return Features(tuple(map(change, self.levels)), change(self.neck))
+
+    def sample(self, number: int) -> Features:
+        """One sample's part of a batch, as views without the batch dimension."""
+        return self.map(lambda x: x[number])
+
 
 class FrozenEncoder(nn.Module):
     """Runs SAM's ``ImageEncoderViT`` without gradients and always in eval mode.
@@ -36,18 +50,18 @@ class FrozenEncoder(nn.Module):
         vit: SAM's encoder with its weights loaded.
         level_blocks: Indexes of the blocks whose outputs are handed on as levels.
         identity: Names the weights beyond doubt, see :func:`desam_nnunet.sam.weights.load_sam`.
-        dtype: Precision of the matrix products; None for what suits the device of the images. The sum that runs
-            from block to block, and what comes out, is float32 in any case.
+
+    Attributes:
+        dtype: Precision of the matrix products; None, from the start, for what suits the device of the images. The
+            sum that runs from block to block, and what comes out, is float32 in any case.
     """
 
-    def __init__(
-        self, vit: ImageEncoderViT, level_blocks: tuple[int, ...], identity: str, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, vit: ImageEncoderViT, level_blocks: tuple[int, ...], identity: str) -> None:
         super().__init__()
         self.vit = vit.requires_grad_(False)
         self.level_blocks = level_blocks
         self.identity = identity
-        self.dtype = dtype
+        self.dtype: torch.dtype | None = None
         self.eval()
 
     def train(self, mode: bool = True) -> FrozenEncoder:

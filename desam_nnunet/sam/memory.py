@@ -54,7 +54,7 @@ class FeatureMemory:
         """Keeps `features` under `key` if they still fit and another fold may ask for them."""
         if self._left is None:
             self._left = free_memory(features.neck.device) // _SHARE if self.budget is None else self.budget
-        size = sum(x.nbytes for x in (*features.levels, features.neck))
+        size = sum(x.nbytes for x in features.tensors)
         if size <= self._left and not self._single:
             self._kept[key] = features
             self._left -= size

@@ -172,9 +172,7 @@ class FrozenSamTrainer(nnUNetTrainer):
         """Features and target of a batch, the features encoded now unless they come from the cache."""
         target = batch["target"].to(self.device, non_blocking=True)
         if "features" in batch:
-            *levels, neck = (x.to(self.device, non_blocking=True).float()
-                             for x in (*batch["features"].levels, batch["features"].neck))
-            return Features(tuple(levels), neck), target
+            return batch["features"].map(lambda x: x.to(self.device, non_blocking=True).float()), target
         if not torch.isfinite(batch["data"]).all():
             raise ValueError(
                 f"A batch from the cases {', '.join(batch['keys'])} holds NaN or infinite values: repair or remove "
