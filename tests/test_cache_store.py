@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
 import signal
 import struct
-import tempfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -100,22 +100,23 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, quota: None) -
     assert os.listdir(tmp_path) == ["entry"]
 
 
-@pytest.fixture
-def unprivileged() -> Iterator[Path]:
-    """A folder that may be read but not written, also where the tests run as the administrator."""
-    folder = Path(tempfile.mkdtemp())
-    folder.chmod(0o555)
+@contextlib.contextmanager
+def unprivileged() -> Iterator[None]:
+    """Nobody's rights, where the tests run as the administrator. For the call alone: even pytest could read nothing."""
     user = os.geteuid()
     if user == 0:
         os.seteuid(65534)
-    yield folder
-    os.seteuid(user)
-    folder.rmdir()
+    try:
+        yield
+    finally:
+        os.seteuid(user)
 
 
-def test_a_folder_that_is_not_writable_is_named(unprivileged: Path) -> None:
-    with pytest.raises(PermissionError, match=f"{unprivileged.name}/{FOLDER}"):
-        Store(unprivileged, RECIPE).create()
+def test_a_folder_that_is_not_writable_is_named(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    with pytest.raises(PermissionError, match=f"{tmp_path.name}/{FOLDER}"), unprivileged():
+        Store(tmp_path, RECIPE).create()
+    tmp_path.chmod(0o755)
 
 
 def test_a_store_gives_back_features_targets_and_label_counts(store: Store) -> None:
