@@ -1,4 +1,8 @@
-"""Reading the embedding cache against float32 ``.npz`` files, and training from it against training online."""
+"""Reading the embedding cache against the published files, and training from it against training online.
+
+The published way: ``np.savez_compressed`` of the four float32 outputs as one object array, read with
+``allow_pickle=True`` (DeSAM's precompute_embeddings.py and utils/datasets.py).
+"""
 
 from __future__ import annotations
 
@@ -31,22 +35,25 @@ LEVELS = ("level0", "level1", "level2", "neck")
 def run(device: torch.device, repeats: int) -> Report:
     report = Report("cache", "The embedding cache", (
         f"RANDOM features of ViT-B at 1024, {TILES} tiles in the system's file cache, batches of {BATCH}, {THREADS} "
-        f"threads for both, a consumer that does nothing, {BATCHES} batches per repeat. Reference: one .npz of float32 "
-        "per tile, read with numpy and stacked. float16 on disk unless said otherwise."), device)
+        f"threads for both, a consumer that does nothing, {BATCHES} batches per repeat. Reference: float32, one file "
+        "per tile, stacked: as published (a compressed .npz of pickled arrays), and as a plain .npz of four arrays."
+    ), device)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         stores = {dtype: _fill(root, dtype, device) for dtype in ("float16", "int8")}
-        for name, save in (("plain", np.savez), ("compressed", np.savez_compressed)):
-            _save_npz(root / name, save)
-        published = {name: NpzLoader(root / name) for name in ("plain", "compressed")}
-        for what, reference, dtype, in_memory, required in (
-            ("float16, against plain .npz", "plain", "float16", False, 3.0),
-            ("float16, against compressed .npz", "compressed", "float16", False, 3.0),
-            ("int8, against plain .npz", "plain", "int8", False, None),
-            ("float16 kept in memory, against plain .npz", "plain", "float16", True, None),
+        references = {"published": NpzLoader(root / "published", _save_published, _read_published),
+                      "plain .npz": NpzLoader(root / "plain", _save_plain, _read_plain)}
+        for reference, dtype, in_memory, required in (
+            ("published", "float16", False, 3.0),
+            ("published", "int8", False, 3.0),
+            ("published", "float16", True, None),
+            ("plain .npz", "float16", False, None),
+            ("plain .npz", "int8", False, None),
+            ("plain .npz", "float16", True, None),
         ):
+            what = f"{dtype}{' kept in memory' if in_memory else ''}, against {reference}"
             loader = _loader(stores[dtype], BATCH, in_memory)
-            theirs = published[reference]
+            theirs = references[reference]
             for batches, coming in ((theirs, theirs.coming), (loader, loader._coming)):
                 _take(batches, coming)
             row = compare(what, lambda loader=theirs: _take(loader, loader.coming),
@@ -65,8 +72,8 @@ def run(device: torch.device, repeats: int) -> Report:
 
 def _recipe(dtype: str, device: torch.device) -> Recipe:
     return Recipe(data_identifier="bench", encoder="vit_b", identity="random", image_size=1024, intensity="percentile",
-                  window=(), patch_size=(TILE, TILE), step=0.5, views=1, dtype=dtype,
-                  precision=str(encoder_dtype(device)))
+                  window=(), patch_size=(TILE, TILE), step=0.5, views=1, augmentation="",
+                  dtype=dtype, precision=str(encoder_dtype(device)))
 
 
 def _features(number: int) -> Features:
@@ -91,19 +98,38 @@ def _fill(root: Path, dtype: str, device: torch.device) -> Store:
     return store
 
 
-def _save_npz(folder: Path, save: Callable[..., None]) -> None:
-    folder.mkdir()
-    for number in range(TILES):
-        features = _features(number)
-        arrays = dict(zip(LEVELS, features.tensors, strict=True))
-        save(folder / f"{number}.npz", **{name: array.numpy() for name, array in arrays.items()})
+def _save_published(path: Path, features: Features) -> None:
+    embeddings = np.empty(len(LEVELS), object)
+    for place, x in enumerate(features.tensors):
+        embeddings[place] = x.numpy()
+    np.savez_compressed(path, img_embeddings=embeddings)
+
+
+def _read_published(path: Path) -> list[Tensor]:
+    with np.load(path, allow_pickle=True) as arrays:
+        return [torch.tensor(x).float() for x in arrays["img_embeddings"]]
+
+
+def _save_plain(path: Path, features: Features) -> None:
+    np.savez(path, **dict(zip(LEVELS, [x.numpy() for x in features.tensors], strict=True)))
+
+
+def _read_plain(path: Path) -> list[Tensor]:
+    with np.load(path) as arrays:
+        return [torch.from_numpy(arrays[name]) for name in LEVELS]
 
 
 class NpzLoader:
     """Reads ahead in as many threads as ours."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, save: Callable[[Path, Features], None], read: Callable[[Path], list[Tensor]]
+    ) -> None:
+        folder.mkdir()
+        for number in range(TILES):
+            save(folder / f"{number}.npz", _features(number))
         self.folder = folder
+        self.read_tile = read
         self.pool = ThreadPoolExecutor(THREADS)
         self.coming: deque[Future[list[Tensor]]] = deque()
 
@@ -113,12 +139,8 @@ class NpzLoader:
         return self.coming.popleft().result()
 
     def read(self, numbers: list[int]) -> list[Tensor]:
-        columns: list[list[Tensor]] = [[] for _ in LEVELS]
-        for number in numbers:
-            with np.load(self.folder / f"{number}.npz") as arrays:
-                for column, name in zip(columns, LEVELS, strict=True):
-                    column.append(torch.from_numpy(arrays[name]))
-        return [torch.stack(column) for column in columns]
+        tiles = [self.read_tile(self.folder / f"{number}.npz") for number in numbers]
+        return [torch.stack(column) for column in zip(*tiles, strict=True)]
 
 
 def _loader(store: Store, batch: int, in_memory: bool) -> CachedLoader:
@@ -128,7 +150,7 @@ def _loader(store: Store, batch: int, in_memory: bool) -> CachedLoader:
     transforms = nnUNetTrainer.get_validation_transforms(None, foreground_labels=manager.foreground_labels)
     return CachedLoader(store, {"case": record}, label_manager=manager, batch_size=batch, oversample=0.33,
                         probabilistic=False, transforms=transforms, workers=THREADS,
-                        pin_memory=torch.cuda.is_available(), in_memory=in_memory)
+                        pin_memory=torch.cuda.is_available(), in_memory=in_memory, views=1)
 
 
 def _take(batches: Any, coming: deque[Future[Any]]) -> None:

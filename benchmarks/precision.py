@@ -1,4 +1,4 @@
-"""What the encoder's precision costs: in its features and in the final masks.
+"""What the encoder's precision costs, and the type in which the cache stores: in features and in final masks.
 
 As part of the benchmarks, with random weights for every variant. By itself, on a trained model:
 
@@ -8,6 +8,8 @@ As part of the benchmarks, with random weights for every variant. By itself, on 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,9 @@ import SimpleITK as sitk
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-from desam_nnunet.sam.encoder import Features
+from desam_nnunet.cache.store import DTYPES as STORED
+from desam_nnunet.cache.store import pack, unpack
+from desam_nnunet.sam.encoder import Features, FrozenEncoder
 from desam_nnunet.sam.variants import VARIANTS
 from measure import Report
 from reference import build, stock_features
@@ -26,10 +30,10 @@ LARGEST = 512  # pixels: products of half precision are emulated on a CPU withou
 
 def run(device: torch.device, repeats: int) -> Report:
     """`repeats` changes nothing: these are no times."""
-    report = Report("precision", "What bfloat16 and float16 cost", (
+    report = Report("precision", "What half precision and the cache's types cost", (
         "RANDOM weights and a random whole-box decoder in float32. Relative error |x - y| / |y| against float32 of "
         "the three intermediate outputs and of the neck, and the same of stock segment_anything under the same "
-        "autocast; share of the tile's pixels whose class changes."), device)
+        "autocast; share of the tile's pixels whose class changes. Stored: what the cache makes of float32."), device)
     with torch.inference_mode():
         for variant, row in VARIANTS.items():
             size = min(row.image_size, LARGEST)
@@ -45,7 +49,26 @@ def run(device: torch.device, repeats: int) -> Report:
                 report.fact(f"{variant}, {size}, {str(dtype)[6:]}", (
                     f"levels and neck {_row(mine)} (stock {_row(theirs)}), "
                     f"{float(changed.float().mean()):.2%} of the pixels change"))
+            encoder.dtype = torch.float32
+            for name in STORED:
+                with stored(encoder, name):
+                    mine, changed = _errors(encoder(images), exact), network(tile).argmax(1) != classes
+                report.fact(f"{variant}, {size}, stored as {name}", (
+                    f"levels and neck {_row(mine)}, {float(changed.float().mean()):.2%} of the pixels change"))
     return report
+
+
+@contextmanager
+def stored(encoder: FrozenEncoder, dtype: str) -> Iterator[None]:
+    """The encoder's output as it comes back from the cache."""
+    def store(_module: object, _inputs: object, features: Features) -> Features:
+        return features.map(lambda x: torch.stack([unpack("x", pack("x", one, dtype)).float() for one in x]))
+
+    hook = encoder.register_forward_hook(store)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _errors(features: Features, exact: Features) -> list[float]:
@@ -67,16 +90,19 @@ def of_model(model: Path, images: Path, labels: Path) -> None:
     truth = {case: sitk.GetArrayFromImage(sitk.ReadImage(labels / f"{case}.nii.gz")) > 0 for case in cases}
     exact: dict[str, np.ndarray] = {}
     reader = predictor.plans_manager.image_reader_writer_class()
-    for dtype in (torch.float32, *DTYPES):
-        predictor.network.encoder.dtype = dtype
+    encoder = predictor.network.encoder
+    for what in (torch.float32, *DTYPES, *STORED):
+        encoder.dtype = what if isinstance(what, torch.dtype) else torch.float32
         against_truth, against_exact = [], []
         for case in cases:
             files = sorted(str(path) for path in images.glob(f"{case}_*.nii.gz"))
-            mask = predictor.predict_single_npy_array(*reader.read_images(files)) > 0
+            with stored(encoder, what) if isinstance(what, str) else nullcontext():
+                mask = predictor.predict_single_npy_array(*reader.read_images(files)) > 0
             exact.setdefault(case, mask)
             against_truth.append(dice(mask, truth[case]))
             against_exact.append(dice(mask, exact[case]))
-        print(f"{dtype}: Dice {np.mean(against_truth):.4f}, against float32 mean {np.mean(against_exact):.4f}, "
+        name = f"stored as {what}" if isinstance(what, str) else str(what)[6:]
+        print(f"{name}: Dice {np.mean(against_truth):.4f}, against float32 mean {np.mean(against_exact):.4f}, "
               f"least {np.min(against_exact):.4f}, {len(cases)} cases", flush=True)
 
 

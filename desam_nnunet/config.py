@@ -32,6 +32,7 @@ class SamSection:
         intensity: ``percentile``, ``window`` or ``unit``.
         features: ``online``: augmented tiles are encoded as they come; ``cached``: every tile is encoded once, as it
             is, and read from disk.
+        views: Versions of each cached tile, the first as it is, the others augmented as nnU-Net augments.
         cache_dtype: ``float16`` or ``int8``, of the cache on disk.
         regions: Whether the data set trains regions (no background output); filled in from it.
         epochs, iterations_per_epoch, val_iterations_per_epoch: As nnU-Net counts them.
@@ -42,7 +43,8 @@ class SamSection:
     image_size: int
     intensity: str
     regions: bool
-    features: str = "online"
+    features: str = "cached"
+    views: int = 1
     cache_dtype: str = "float16"
     epochs: int = 50
     iterations_per_epoch: int = 250
@@ -54,7 +56,7 @@ class SamSection:
         _require(self.intensity in INTENSITY_RULES, "sam.intensity", self.intensity, " or ".join(INTENSITY_RULES))
         _require(self.features in FEATURES, "sam.features", self.features, " or ".join(FEATURES))
         _require(self.cache_dtype in DTYPES, "sam.cache_dtype", self.cache_dtype, " or ".join(DTYPES))
-        for name in ("epochs", "iterations_per_epoch", "val_iterations_per_epoch"):
+        for name in ("views", "epochs", "iterations_per_epoch", "val_iterations_per_epoch"):
             _require(getattr(self, name) > 0, f"sam.{name}", getattr(self, name), "a positive number")
 
 

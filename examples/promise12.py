@@ -15,27 +15,37 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from desam_nnunet.cache.store import open_stores
+
 DATASET, NAME, PLANS = 512, "Dataset512_RUNMC", "Promise12Plans"
 SOURCE, TARGET = "RUNMC", "UCL"
 TRAINERS = ("DeSAMTrainer", "DeSAMTrainerWholeBox", "nnUNetTrainer")
+BATCH_SIZE, VALIDATION_ITERATIONS = 8, 5
 
 
 class Row(NamedTuple):
-    """Mean whole-volume Dice of one trainer, on all slices; minutes of training, its validation included."""
+    """Mean whole-volume Dice of one trainer, on all slices.
+
+    `minutes` are of training, its validation included; `step` is the median epoch over its iterations, in seconds.
+    """
 
     trainer: str
     source: float
     target: float
     minutes: float
+    step: float
 
 
 def main() -> None:
@@ -44,6 +54,9 @@ def main() -> None:
     parser.add_argument("work", type=Path, metavar="WORK", help="folder to work in")
     parser.add_argument("--encoder", default="vit_tiny", help="default: vit_tiny, whose weights are random")
     parser.add_argument("--image-size", type=int, default=256, help="SAM's input in pixels (default: 256)")
+    parser.add_argument("--features", default="cached", choices=["cached", "online"], help="default: cached")
+    parser.add_argument("--views", type=int, default=1, help="versions of each cached tile (default: 1)")
+    parser.add_argument("--cache-dtype", default="float16", choices=["float16", "int8"], help="default: float16")
     parser.add_argument("--epochs", type=int, default=6, help="default: 6")
     parser.add_argument("--iterations", type=int, default=50, help="per epoch (default: 50)")
     parser.add_argument("--lr", type=float, default=5e-4, help="DeSAM's learning rate (default: 5e-4)")
@@ -57,8 +70,9 @@ def main() -> None:
     work = options.work.resolve()
     remember_settings(parser, options, work)
     prepare(options, work)
+    cache = encode(options, work) if options.features == "cached" else "none: tiles are encoded as training goes"
     rows = [evaluate(options, work, trainer) for trainer in TRAINERS]
-    text = report(options, rows)
+    text = report(options, cache, rows)
     (work / "promise12.md").write_text(text)
     print(text)
 
@@ -103,10 +117,23 @@ def convert(site: Path, images: Path, labels: Path) -> None:
 def write_plans(preprocessed: Path, options: argparse.Namespace) -> None:
     plans = json.loads((preprocessed / "nnUNetPlans.json").read_text())
     plans["plans_name"] = PLANS
-    sam = {"encoder": options.encoder, "image_size": options.image_size, "epochs": options.epochs,
-           "iterations_per_epoch": options.iterations, "val_iterations_per_epoch": 5}
-    plans["configurations"]["2d"] |= {"batch_size": 8, "sam": sam, "desam": {"lr": options.lr}}
+    sam = {"encoder": options.encoder, "image_size": options.image_size, "features": options.features,
+           "views": options.views, "cache_dtype": options.cache_dtype, "epochs": options.epochs,
+           "iterations_per_epoch": options.iterations, "val_iterations_per_epoch": VALIDATION_ITERATIONS}
+    plans["configurations"]["2d"] |= {"batch_size": BATCH_SIZE, "sam": sam, "desam": {"lr": options.lr}}
     (preprocessed / f"{PLANS}.json").write_text(json.dumps(plans, indent=4))
+
+
+def encode(options: argparse.Namespace, work: Path) -> str:
+    """Builds the embedding cache of all cases, and says how long that took and how large it is."""
+    done = work / "encoded"
+    minutes = minutes_of(
+        lambda: run("desam", "cache", "-d", DATASET, "-p", PLANS, "-device", options.device),
+        work / "encoding_minutes.txt", done=done.exists())
+    done.touch()
+    (store,) = open_stores(work / "nnUNet_preprocessed" / NAME)
+    tiles = sum(len(store.entries(case)) for case in store.cases())
+    return f"{tiles} tiles in {minutes:.1f} minutes, {store.size() / 1e9:.2f} GB as {options.cache_dtype}"
 
 
 def evaluate(options: argparse.Namespace, work: Path, trainer: str) -> Row:
@@ -120,23 +147,27 @@ def evaluate(options: argparse.Namespace, work: Path, trainer: str) -> Row:
             *["--disable_tta"] * options.disable_tta)
         run("nnUNetv2_evaluate_folder", work / TARGET / "labels", out, "-djfile", out / "dataset.json",
             "-pfile", out / "plans.json", "-np", 1)
-    return Row(trainer, dice(model / "fold_0" / "validation"), dice(out), minutes)
+    return Row(trainer, dice(model / "fold_0" / "validation"), dice(out), minutes, step_seconds(options, model))
 
 
 def train(options: argparse.Namespace, model: Path, trainer: str) -> float:
-    """Minutes that training took, all attempts together, noted beside the model."""
-    noted, done = model / "minutes.txt", model / "fold_0" / "validation" / "summary.json"
+    """Minutes that training took, noted beside the model."""
+    model.mkdir(parents=True, exist_ok=True)
+    command = ("nnUNetv2_train", DATASET, "2d", 0, "-tr", trainer, "-p", PLANS, "-device", options.device, "--c")
+    return minutes_of(
+        lambda: train_plain(options) if trainer == "nnUNetTrainer" else run(*command),
+        model / "minutes.txt", done=(model / "fold_0" / "validation" / "summary.json").is_file())
+
+
+def minutes_of(work: Callable[[], None], noted: Path, *, done: bool) -> float:
+    """How long `work` takes, earlier attempts that were stopped counted in."""
     before = float(noted.read_text()) if noted.is_file() else 0.0
-    if done.is_file():
+    if done:
         return before
     started = time.monotonic()
     try:
-        if trainer == "nnUNetTrainer":
-            train_plain(options)
-        else:
-            run("nnUNetv2_train", DATASET, "2d", 0, "-tr", trainer, "-p", PLANS, "-device", options.device, "--c")
+        work()
     finally:
-        model.mkdir(parents=True, exist_ok=True)
         minutes = before + (time.monotonic() - started) / 60
         noted.write_text(str(minutes))
     return minutes
@@ -149,27 +180,39 @@ def train_plain(options: argparse.Namespace) -> None:
     trainer = get_trainer_from_args(str(DATASET), "2d", 0, "nnUNetTrainer", PLANS, device=torch.device(options.device))
     trainer.num_epochs = options.epochs
     trainer.num_iterations_per_epoch = options.iterations
-    trainer.num_val_iterations_per_epoch = 5
+    trainer.num_val_iterations_per_epoch = VALIDATION_ITERATIONS
     trainer.run_training()
     trainer.perform_actual_validation()
+
+
+def step_seconds(options: argparse.Namespace, model: Path) -> float:
+    """From nnU-Net's log: the median epoch, validation iterations counted as training's."""
+    logs = "".join(path.read_text() for path in sorted((model / "fold_0").glob("training_log_*.txt")))
+    epochs = [float(seconds) for seconds in re.findall(r"Epoch time: ([\d.]+) s", logs)]
+    return statistics.median(epochs) / (options.iterations + VALIDATION_ITERATIONS)
 
 
 def dice(folder: Path) -> float:
     return json.loads((folder / "summary.json").read_text())["foreground_mean"]["Dice"]
 
 
-def report(options: argparse.Namespace, rows: list[Row]) -> str:
+def report(options: argparse.Namespace, cache: str, rows: list[Row]) -> str:
     weights = "RANDOM weights" if options.encoder == "vit_tiny" else "weights from its file"
     settings: dict[str, Any] = {
         "encoder": f"{options.encoder}, {weights}", "image size": options.image_size,
-        "iterations": f"{options.epochs} epochs of {options.iterations}, batch 8", "DeSAM learning rate": options.lr,
+        "embedding cache": cache,
+        "views of a tile": options.views if options.features == "cached" else "each patch is augmented anew",
+        "iterations": f"{options.epochs} epochs of {options.iterations}, batch {BATCH_SIZE}",
+        "DeSAM learning rate": options.lr,
         f"mirroring when predicting {TARGET}": "off" if options.disable_tta else "on",
         "device": f"{options.device} ({torch.get_num_threads()} threads, {platform.machine()})",
         "torch": torch.__version__,
     }
     lines = [f"- {name}: {value}" for name, value in settings.items()]
-    lines += ["", f"| trainer | {SOURCE}, fold 0 validation | {TARGET}, unseen | minutes |", "|---|---|---|---|"]
-    lines += [f"| {row.trainer} | {row.source:.3f} | {row.target:.3f} | {row.minutes:.1f} |" for row in rows]
+    lines += ["", f"| trainer | {SOURCE}, fold 0 validation | {TARGET}, unseen | minutes | seconds an iteration |",
+              "|---|---|---|---|---|"]
+    lines += [f"| {row.trainer} | {row.source:.3f} | {row.target:.3f} | {row.minutes:.1f} | {row.step:.3f} |"
+              for row in rows]
     return "\n".join(lines) + "\n"
 
 

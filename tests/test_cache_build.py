@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -34,9 +35,10 @@ def root(workspace: Workspace) -> Path:
 @pytest.fixture(scope="module")
 def store(workspace: Workspace, root: Path) -> Store:
     """All five cases, built by the command."""
-    workspace.write_plans(PLANS, **tiny_sections(features="cached"))
+    workspace.write_plans(PLANS, **tiny_sections())
     result = nnunet("desam", "cache", "-d", 501, "-p", PLANS, "-device", "cpu")
-    assert "tiles of 5 case(s) to encode" in result.stdout
+    assert re.search(r"tiles of 5 case\(s\) to encode, about 0\.\d\d GB \(.* GB free\) and (less than a|\d+) min",
+                     result.stdout)
     (store,) = open_stores(root)
     return store
 
@@ -98,7 +100,7 @@ def test_a_training_step_from_cache_is_one_online(
     workspace: Workspace, trainer: Any, dtype: str, tolerance: float
 ) -> None:
     """The same tiles and the same draws; the gradients agree within the precision of the cache."""
-    sections = tiny_sections(features="cached", cache_dtype=dtype)
+    sections = tiny_sections(cache_dtype=dtype)
     workspace.write_plans("StepPlans", **sections)
     cached = make_trainer("DeSAMTrainer", workspace, plans=workspace.plans("StepPlans"))
     cached.initialize()
@@ -164,7 +166,7 @@ def test_nan_in_any_slice_names_case_and_slice(workspace: Workspace, store: Stor
     fresh = Store(tmp_path, store.recipe)
     plan = building.plan_build(fresh, Dataset(), [case], trainer.bare_network)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=f"Case {case}, slice 2: The image holds NaN"):
-        building.build(fresh, Dataset(), plan, trainer.bare_network, CPU)  # type: ignore[arg-type]
+        building.build(fresh, Dataset(), plan, trainer.bare_network, CPU, None)  # type: ignore[arg-type]
 
 
 def test_twenty_kills_and_a_resumed_build_give_the_same_store(workspace: Workspace, store: Store, root: Path) -> None:
@@ -190,6 +192,18 @@ def test_two_processes_and_two_parts_give_the_same_store(workspace: Workspace, s
         _, errors = process.communicate()
         assert process.returncode == 0, errors.decode()[-2000:]
     assert contents(store) == expected
+
+
+def test_under_torchrun_each_process_builds_its_share(
+    workspace: Workspace, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace.write_plans("TorchrunPlans", **tiny_sections(image_size=64))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    built = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        built.append(build_dataset("501", "TorchrunPlans", "2d", CPU, 1, 0).cases())
+    assert built == [store.cases()[::2], store.cases()]
 
 
 def test_damage_is_found_removed_and_only_that_is_built_again(store: Store) -> None:
@@ -230,7 +244,7 @@ def test_a_disk_that_is_too_small_is_refused_with_the_numbers(
 ) -> None:
     usage = type("Usage", (), {"total": 10**9, "free": 6 * 10**7})
     monkeypatch.setattr(building.shutil, "disk_usage", lambda path: usage)
-    workspace.write_plans("BigPlans", **tiny_sections(features="cached", image_size=1024))
+    workspace.write_plans("BigPlans", **tiny_sections(image_size=1024))
     with pytest.raises(OSError, match=r"needs \d+\.\d GB for \d+ tiles, but .* has 0\.0 GB .*'int8' for half of it"):
         build_dataset("501", "BigPlans", "2d", CPU, 1, 0)
     assert len(open_stores(store.folder.parents[1])) >= 1

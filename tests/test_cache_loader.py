@@ -49,7 +49,7 @@ def make(tmp_path: Path) -> Callable[..., CachedLoader]:
         record = store.complete("case", "content")
         assert record is not None
         defaults = {"batch_size": 4, "oversample": 0.5, "probabilistic": False, "workers": 0, "pin_memory": False,
-                    "in_memory": False}
+                    "in_memory": False, "views": 1}
         return CachedLoader(store, {"case": record}, label_manager=manager, transforms=transforms,
                             **(defaults | options))
 

@@ -23,7 +23,7 @@ from desam_nnunet.cache.store import FOLDER, Recipe, Store, Tile, entry_bytes, o
 from desam_nnunet.sam.encoder import Features
 
 RECIPE = Recipe(data_identifier="plans_2d", encoder="vit_tiny", identity="random", image_size=128, intensity="unit",
-                window=(), patch_size=(6, 8), step=0.5, views=1, dtype="float16", precision="float32")
+                window=(), patch_size=(6, 8), step=0.5, views=1, augmentation="", dtype="float16", precision="float32")
 TILES = (Tile(0, 0, 0), Tile(0, 0, 4))
 
 

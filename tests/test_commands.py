@@ -56,8 +56,8 @@ def test_model_folder_holds_every_resolved_setting(trained: Workspace) -> None:
     configuration = json.loads((trained.model("DeSAMTrainer") / "plans.json").read_text())["configurations"]["2d"]
     assert configuration["sam"] == {
         "encoder": "vit_tiny", "identity": "random:RandomState:1:seed0", "image_size": 128,
-        "intensity": "percentile", "regions": False, "features": "online", "cache_dtype": "float16", "epochs": 1,
-        "iterations_per_epoch": 3, "val_iterations_per_epoch": 1,
+        "intensity": "percentile", "regions": False, "features": "cached", "views": 1, "cache_dtype": "float16",
+        "epochs": 1, "iterations_per_epoch": 3, "val_iterations_per_epoch": 1,
     }
     assert configuration["desam"] == {"grid": 3, "iou_threshold": 0.0, "lr": 1e-4}
     assert configuration["architecture"]["network_class_name"].endswith("PlainConvUNet")
@@ -68,7 +68,7 @@ def test_checkpoint_holds_no_encoder(trained: Workspace) -> None:
     checkpoint = torch.load(path, map_location="cpu", weights_only=False)
     assert {key.split(".")[0] for key in checkpoint["network_weights"]} == {"prim", "pdmm", "prompt_encoder"}
     assert checkpoint["init_args"]["plans"]["configurations"]["2d"]["sam"]["encoder"] == "vit_tiny"
-    assert checkpoint["inference_allowed_mirroring_axes"] == (0, 1)
+    assert checkpoint["inference_allowed_mirroring_axes"] is None  # views: 1 shows no mirrored tile
 
 
 def test_prediction_of_an_unseen_site(trained: Workspace, predicted: Path) -> None:
@@ -129,7 +129,7 @@ def test_pretrained_weights_go_from_one_prompt_mode_to_the_other(trained: Worksp
 
 def test_killed_training_continues(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # with nnU-Net's augmentation workers, as users have them
-    workspace.write_plans("Killed", **tiny_sections(epochs=3, iterations_per_epoch=2))
+    workspace.write_plans("Killed", **tiny_sections(features="online", epochs=3, iterations_per_epoch=2))
     arguments = ["501", "2d", "0", "-tr", "DeSAMTrainer", "-p", "Killed", "-device", "cpu"]
     latest = workspace.model("DeSAMTrainer", "Killed") / "fold_0" / "checkpoint_latest.pth"
     program = Path(sys.executable).with_name("nnUNetv2_train")

@@ -34,7 +34,8 @@ def test_defaults() -> None:
     configuration = resolved(make_plans(sam={"encoder": "vit_tiny"}))
     assert configuration["sam"] == {
         "encoder": "vit_tiny", "identity": RANDOM_IDENTITY, "image_size": 256, "intensity": "percentile",
-        "regions": False, "features": "online", "cache_dtype": "float16", "epochs": 50, "iterations_per_epoch": 250,
+        "regions": False, "features": "cached", "views": 1, "cache_dtype": "float16", "epochs": 50,
+        "iterations_per_epoch": 250,
         "val_iterations_per_epoch": 50,
     }
     assert configuration["desam"] == {"grid": 9, "iou_threshold": 0.5, "lr": 1e-4}

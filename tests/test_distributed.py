@@ -1,4 +1,4 @@
-"""Training steps in two processes: gloo on the CPU, DistributedDataParallel as nnU-Net wraps the network."""
+"""Training in two processes: gloo on the CPU, DistributedDataParallel as nnU-Net wraps the network."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from conftest import TRAINERS, Workspace, make_trainer
+from conftest import TRAINERS, Workspace, make_trainer, tiny_sections
 from torch import distributed as dist
 from torch import multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
+
+from desam_nnunet.cache.store import open_stores
+from desam_nnunet.training.cached import cached_loaders
 
 
 def free_port() -> int:
@@ -56,3 +60,33 @@ def test_two_processes_stay_equal(workspace: Workspace, tmp_path: Path, name: st
         torch.testing.assert_close(one["second"][key], value, rtol=0, atol=0)
     changed = {key.split(".")[0] for key, value in one["first"].items() if not torch.equal(value, one["before"][key])}
     assert changed == {"prim", "pdmm"}
+
+
+def train_cached(rank: int, port: int, workspace: Workspace, out: Path) -> None:
+    """Builds the cache together, then takes one step on what each process draws for itself."""
+    torch.set_num_threads(1)
+    np.random.seed(rank)
+    trainer = make_trainer("DeSAMTrainer", workspace, plans=workspace.plans("SharedPlans"))
+    trainer.initialize()
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    trainer.network = DistributedDataParallel(trainer.network)
+    training, validation = cached_loaders(trainer)
+    batch = next(training)
+    trainer.train_step(batch)
+    torch.save({"state": copy_state(trainer), "cases": [*training.cases, *validation.cases],
+                "target": batch["target"].clone()}, out / f"{rank}.pth")
+    training.close()
+    validation.close()
+    dist.destroy_process_group()
+
+
+def test_two_processes_share_the_building_of_a_cache(workspace: Workspace, tmp_path: Path) -> None:
+    workspace.write_plans("SharedPlans", **tiny_sections(image_size=96))
+    mp.spawn(train_cached, (free_port(), workspace, tmp_path), nprocs=2)
+    one, other = (torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in range(2))
+    (store,) = (store for store in open_stores(workspace.preprocessed) if store.recipe.image_size == 96)
+    assert sorted(one["cases"]) == sorted(other["cases"]) == store.cases()
+    assert len(store.cases()) == 5
+    assert not torch.equal(one["target"], other["target"])  # each process draws its own part of the batch
+    for key, value in one["state"].items():
+        torch.testing.assert_close(other["state"][key], value, rtol=0, atol=0)

@@ -27,10 +27,11 @@ def test_real_data_from_end_to_end(tmp_path: Path) -> None:
     subprocess.run(command, check=True, env=os.environ | {"nnUNet_def_n_proc": "2"})
     report = (tmp_path / "work" / "promise12.md").read_text()
     assert "vit_tiny, RANDOM weights" in report
+    assert re.search(r"embedding cache: \d+ tiles in [\d.]+ minutes, [\d.]+ GB as float16", report)
     other = subprocess.run([*command[:-1], "6"], capture_output=True, text=True)
     assert other.returncode == 2
     assert "holds a run with other settings" in other.stderr
-    rows = re.findall(r"\| (\w+Trainer\w*) \| ([\d.]+) \| ([\d.]+) \| [\d.]+ \|", report)
+    rows = re.findall(r"\| (\w+Trainer\w*) \| ([\d.]+) \| ([\d.]+) \| [\d.]+ \| [\d.]+ \|", report)
     assert [name for name, *_ in rows] == ["DeSAMTrainer", "DeSAMTrainerWholeBox", "nnUNetTrainer"]
     assert all(0 <= float(score) <= 1 for _, *scores in rows for score in scores)
 

@@ -44,11 +44,13 @@ class CachedLoader:
         workers: Threads that read ahead; 0 reads when asked.
         pin_memory: For copies to a GPU.
         in_memory: Keep every tile that was read.
+        views: How many views of a tile are drawn from, the first as it is.
     """
 
     def __init__(
         self, store: Store, records: Mapping[str, CaseRecord], *, label_manager: LabelManager, batch_size: int,
         oversample: float, probabilistic: bool, transforms: Any, workers: int, pin_memory: bool, in_memory: bool,
+        views: int,
     ) -> None:
         self.store = store
         self.records = records
@@ -58,7 +60,7 @@ class CachedLoader:
         self.probabilistic = probabilistic
         self.transforms = transforms
         self.pin_memory = pin_memory
-        self._shares = {case: _Shares(record, label_manager) for case, record in records.items()}
+        self._shares = {case: _Shares(record, label_manager, views) for case, record in records.items()}
         self._kept: dict[Draw, tuple[Features, Tensor]] | None = {} if in_memory else None
         self._pool = ThreadPoolExecutor(workers, "cached-tiles") if workers else None
         self._lent: deque[Features] = deque()
@@ -153,9 +155,9 @@ class CachedLoader:
 class _Shares:
     """With which probability each tile and view of a case is drawn."""
 
-    def __init__(self, record: CaseRecord, label_manager: LabelManager) -> None:
-        self.entries = [(number, view) for number, views in enumerate(record.labels) for view in range(len(views))]
-        labels = [counts for views in record.labels for counts in views]
+    def __init__(self, record: CaseRecord, label_manager: LabelManager, views: int) -> None:
+        self.entries = [(number, view) for number in range(len(record.tiles)) for view in range(views)]
+        labels = [record.labels[number][view] for number, view in self.entries]
         regions = label_manager.foreground_regions if label_manager.has_regions else label_manager.foreground_labels
         wanted = [tuple(region) if isinstance(region, list | tuple) else (region,) for region in regions]
         pixels = np.array([[sum(counts.get(label, 0) for label in region) for region in wanted] for counts in labels],

@@ -13,10 +13,11 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from desam_nnunet.cache.entry import DamagedEntryError
 from desam_nnunet.cache.store import Store, open_stores, store_folders
+from desam_nnunet.cache.views import not_started
 from desam_nnunet.config import read_sections, resolve_plans
 from desam_nnunet.preprocessed import dataset_folder, read_preprocessed
-from desam_nnunet.training.cached import build_missing, recipe_of
-from desam_nnunet.training.desam import network_from_plans
+from desam_nnunet.training.cached import augmentation_of, build_missing, recipe_of
+from desam_nnunet.training.desam import DeSAMTrainer, network_from_plans
 
 
 def build_dataset(
@@ -50,8 +51,9 @@ def build_dataset(
     network = network_from_plans(manager, configuration, channels, outputs, whole_box=True).to(device).eval()
     sam, _ = read_sections(configuration.configuration)
     data = infer_dataset_class(str(data_folder))(str(data_folder))
-    store = Store(folder, recipe_of(configuration, sam, network, device))
-    build_missing(store, data, data.identifiers[part_id::num_parts], network, device)
+    augmentation = augmentation_of(not_started(DeSAMTrainer, configuration), sam)
+    store = Store(folder, recipe_of(configuration, sam, network, device, augmentation))
+    build_missing(store, data, data.identifiers[part_id::num_parts], network, device, augmentation)
     return store
 
 
@@ -63,7 +65,7 @@ def describe_stores(dataset: str) -> list[str]:
     return lines + [
         f"{store.folder.name}: {len(store.cases())} case(s), {store.size() / 1e9:.2f} GB, {store.recipe.encoder} at "
         f"{store.recipe.image_size}, {store.recipe.dtype}, computed in {store.recipe.precision}, "
-        f"tiles {store.recipe.patch_size[0]} x {store.recipe.patch_size[1]}"
+        f"tiles {store.recipe.patch_size[0]} x {store.recipe.patch_size[1]}, {store.recipe.views} view(s)"
         for store in stores
     ]
 

@@ -45,6 +45,7 @@ class Recipe:
         patch_size: Height and width of a tile.
         step: Of the sliding window, in tiles.
         views: Versions of each tile, the first as it is.
+        augmentation: Names what the others are made with; empty where there are none.
         dtype: ``float16`` or ``int8``, on disk.
         precision: In which the encoder computed.
     """
@@ -58,6 +59,7 @@ class Recipe:
     patch_size: tuple[int, int]
     step: float
     views: int
+    augmentation: str
     dtype: str
     precision: str
     format: int = FORMAT

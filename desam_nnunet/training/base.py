@@ -70,10 +70,9 @@ class FrozenSamTrainer(nnUNetTrainer):
         raise NotImplementedError
 
     def get_dataloaders(self) -> tuple[Any, Any]:
-        """nnU-Net's loaders, or those of the embedding cache, which is built first. Cached tiles are not mirrored."""
+        """nnU-Net's loaders, or those of the embedding cache, which is built first."""
         if self.sam.features == "online":
             return super().get_dataloaders()
-        self.inference_allowed_mirroring_axes = None
         return cached_loaders(self)
 
     @property

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
-from desam_nnunet.cache.build import build, plan_build
+from desam_nnunet.cache.build import build, plan_build, seconds_of
 from desam_nnunet.cache.entry import DamagedEntryError
 from desam_nnunet.cache.loader import CachedLoader
 from desam_nnunet.cache.store import CaseRecord, Recipe, Store
 from desam_nnunet.cache.tiles import STEP, content_of
+from desam_nnunet.cache.views import Augmentation
 from desam_nnunet.config import SamSection
 from desam_nnunet.machine import free_memory
 
@@ -27,39 +29,55 @@ _RAM_SHARE = 2  # a store is kept in memory if it takes at most one part in so m
 _WAIT = 5.0  # seconds between two looks at what another process builds
 
 
-def recipe_of(configuration: ConfigurationManager, sam: SamSection, network: Any, device: torch.device) -> Recipe:
+def augmentation_of(trainer: nnUNetTrainer, sam: SamSection) -> Augmentation | None:
+    """How the views after the first are made, if there are any."""
+    return Augmentation(trainer) if sam.views > 1 else None
+
+
+def recipe_of(
+    configuration: ConfigurationManager, sam: SamSection, network: Any, device: torch.device,
+    augmentation: Augmentation | None,
+) -> Recipe:
     """What the features of this configuration are made of, on this device."""
     height, width = configuration.patch_size
     return Recipe(
         data_identifier=configuration.data_identifier, encoder=sam.encoder, identity=sam.identity,
         image_size=sam.image_size, intensity=sam.intensity, window=network.to_image.window,
-        patch_size=(int(height), int(width)), step=STEP, views=1, dtype=sam.cache_dtype,
+        patch_size=(int(height), int(width)), step=STEP, views=sam.views,
+        augmentation=augmentation.name if augmentation else "", dtype=sam.cache_dtype,
         precision=str(network.encoder.precision(device)).removeprefix("torch."),
     )
 
 
 def build_missing(
-    store: Store, dataset: nnUNetBaseDataset, cases: list[str], network: Any, device: torch.device
+    store: Store, dataset: nnUNetBaseDataset, cases: list[str], network: Any, device: torch.device,
+    augmentation: Augmentation | None,
 ) -> None:
     """Says what is missing and what it takes, then encodes it."""
     plan = plan_build(store, dataset, cases, network)
     if plan.todo:
         print(f"Embedding cache {store.folder}: {plan.tiles} tiles of {len(plan.todo)} case(s) to encode, about "
-              f"{plan.needed / 1e9:.2f} GB ({plan.free / 1e9:.1f} GB free).", flush=True)
-        build(store, dataset, plan, network, device)
+              f"{plan.needed / 1e9:.2f} GB ({plan.free / 1e9:.1f} GB free) and "
+              f"{_duration(seconds_of(plan, store, network, device))}.", flush=True)
+        build(store, dataset, plan, network, device, augmentation)
 
 
 def cached_loaders(trainer: FrozenSamTrainer) -> tuple[CachedLoader, CachedLoader]:
-    """Loaders of training and validation, after everything that they need has been encoded."""
+    """Loaders of training and validation, after everything that they need has been encoded.
+
+    Prediction may mirror along the axes that the views were mirrored along, and along none where there is one view.
+    """
     network = trainer.bare_network
-    recipe = recipe_of(trainer.configuration_manager, trainer.sam, network, trainer.device)
+    augmentation = augmentation_of(trainer, trainer.sam)
+    trainer.inference_allowed_mirroring_axes = augmentation.mirror_axes if augmentation else None
+    recipe = recipe_of(trainer.configuration_manager, trainer.sam, network, trainer.device, augmentation)
     store = Store(Path(trainer.preprocessed_dataset_folder_base), recipe)
     datasets = trainer.get_tr_and_val_datasets()
     rank, ranks = _place_among_processes()
     network.eval()
     records = []
     for dataset in datasets:
-        build_missing(store, dataset, dataset.identifiers[rank::ranks], network, trainer.device)
+        build_missing(store, dataset, dataset.identifiers[rank::ranks], network, trainer.device, augmentation)
     for dataset in datasets:
         records.append({case: _await(store, dataset, case, alone=ranks == 1) for case in dataset.identifiers})
     stored = {case: sum(record.sizes.values()) for rows in records for case, record in rows.items()}
@@ -78,8 +96,8 @@ def cached_loaders(trainer: FrozenSamTrainer) -> tuple[CachedLoader, CachedLoade
             store, rows, label_manager=manager, batch_size=trainer.batch_size,
             oversample=trainer.oversample_foreground_percent, probabilistic=trainer.probabilistic_oversampling,
             transforms=transforms, workers=workers, pin_memory=trainer.device.type == "cuda",
-            in_memory=in_memory)
-        for rows, workers in zip(records, (processes, processes // 2), strict=True)
+            in_memory=in_memory, views=views)
+        for rows, workers, views in zip(records, (processes, processes // 2), (trainer.sam.views, 1), strict=True)
     )
     return training, validation
 
@@ -96,6 +114,11 @@ def _await(store: Store, dataset: nnUNetBaseDataset, case: str, *, alone: bool) 
         said = True
         time.sleep(_WAIT)
     return record
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes else "less than a minute"
 
 
 def _place_among_processes() -> tuple[int, int]:
