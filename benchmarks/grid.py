@@ -11,13 +11,16 @@ from measure import Report, compare
 from peak import peak_memory
 from reference import build, let_points_pass, published_grid
 
+ROUNDING = 1e-6  # of the largest logit
+
 
 def run(device: torch.device, repeats: int) -> Report:
     report = Report("grid", "Grid prediction against the published procedure", (
         "RANDOM weights, ViT-B's sizes, one tile of 320 x 320, features given. Reference: all points, nine at a time, "
         "each through segment_anything's transformer and the whole PDMM. The scores are shifted so that at least 40 "
-        "points of 81 pass and the best leads by more than 1e-3; the masks of both are identical and not empty, "
-        "checked in float32 before timing; timed under nnU-Net's autocast, which is float32 on a CPU."), device)
+        "points of 81 pass and the best leads by more than 1e-3; the masks of both are not empty and identical but for "
+        "pixels whose logit is zero within rounding, which are counted; checked in float32 before timing; timed under "
+        "nnU-Net's autocast, which is float32 on a CPU."), device)
     with torch.inference_mode():
         for size, points, classes, required in (
             (1024, 9, 1, 25.0), (512, 9, 1, None), (256, 9, 1, None),
@@ -50,11 +53,13 @@ def prepare(
     assert passing > points * points // 2 - 1
     theirs, mine = published_grid(network, features, tile), ours(network, features, tile)
     masks = theirs[:, 1:] > 0
-    assert torch.equal(masks, mine[:, 1:] > 0), "the masks differ"
+    differ = masks != (mine[:, 1:] > 0)
+    assert bool((theirs[:, 1:][differ].abs() < ROUNDING * theirs.abs().max()).all()), "the masks differ"
     filled = [float(share) for share in masks[0].float().mean((1, 2))]
     assert all(0 < share < 1 for share in filled), "a mask is empty or full: nothing is compared"
     error = float((theirs - mine).abs().max() / theirs.abs().max())
     return network, features, tile, {"points that pass": str(passing), "largest error / largest logit": f"{error:.1e}",
+                                     "pixels that differ": str(int(differ.sum())),
                                      "mask": ", ".join(f"{share:.0%}" for share in filled)}
 
 

@@ -59,6 +59,7 @@ def _add_cache(cache: argparse.ArgumentParser) -> None:
     cache.add_argument("-d", required=True, help="data set, name or id")
     cache.add_argument("-p", default="nnUNetPlans", help="plans (default: nnUNetPlans)")
     cache.add_argument("-c", default="2d", help="configuration (default: 2d)")
+    cache.add_argument("-tr", default="DeSAMTrainer", help="whose augmentation sam.views show (default: DeSAMTrainer)")
     cache.add_argument("-device", default="cuda", choices=["cuda", "cpu", "mps"], help="default: cuda, as nnU-Net")
     cache.add_argument("-num_parts", type=int, default=1, help="share the cases among so many machines or GPUs")
     cache.add_argument("-part_id", type=int, default=0, help="which share this is, from 0")
@@ -85,7 +86,8 @@ def _cache(options: argparse.Namespace) -> int:
         here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         if not here[device.type]:
             raise ValueError(f"PyTorch finds no {device.type} device here: add -device cpu.")
-        store = manage.build_dataset(options.d, options.p, options.c, device, options.num_parts, options.part_id)
+        store = manage.build_dataset(
+            options.d, options.p, options.c, options.tr, device, options.num_parts, options.part_id)
         print(f"{store.folder}: {store.size() / 1e9:.2f} GB, {len(store.cases())} case(s)")
     return 0
 

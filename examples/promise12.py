@@ -131,7 +131,7 @@ def encode(options: argparse.Namespace, work: Path) -> str:
         lambda: run("desam", "cache", "-d", DATASET, "-p", PLANS, "-device", options.device),
         work / "encoding_minutes.txt", done=done.exists())
     done.touch()
-    (store,) = open_stores(work / "nnUNet_preprocessed" / NAME)
+    store = max(open_stores(work / "nnUNet_preprocessed" / NAME), key=lambda store: store.folder.stat().st_mtime)
     tiles = sum(len(store.entries(case)) for case in store.cases())
     return f"{tiles} tiles in {minutes:.1f} minutes, {store.size() / 1e9:.2f} GB as {options.cache_dtype}"
 
@@ -204,7 +204,7 @@ def report(options: argparse.Namespace, cache: str, rows: list[Row]) -> str:
         "views of a tile": options.views if options.features == "cached" else "each patch is augmented anew",
         "iterations": f"{options.epochs} epochs of {options.iterations}, batch {BATCH_SIZE}",
         "DeSAM learning rate": options.lr,
-        f"mirroring when predicting {TARGET}": "off" if options.disable_tta else "on",
+        f"mirroring when predicting {TARGET}": "off" if options.disable_tta else "where training mirrored",
         "device": f"{options.device} ({torch.get_num_threads()} threads, {platform.machine()})",
         "torch": torch.__version__,
     }

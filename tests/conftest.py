@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -104,6 +105,7 @@ def trained(workspace: Workspace) -> Workspace:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+    np.random.seed(0)
 
 
 def make_trainer(name: str, workspace: Workspace, *, plans: dict[str, Any] | None = None,

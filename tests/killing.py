@@ -22,7 +22,7 @@ def main() -> None:
         child = os.fork()
         if child == 0:
             torch.set_num_threads(1)
-            build_dataset(dataset, plans, "2d", torch.device("cpu"), 1, 0)
+            build_dataset(dataset, plans, "2d", "DeSAMTrainer", torch.device("cpu"), 1, 0)
             os._exit(0)
         time.sleep(chance.uniform(0, longest))
         os.kill(child, signal.SIGKILL)

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,19 @@ import pytest
 import torch
 from conftest import Workspace, make_trainer, nnunet, tiny_sections
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from test_cache_store import unprivileged
 
 from desam_nnunet.cache import build as building
 from desam_nnunet.cache.manage import build_dataset, delete_stores, describe_stores, verify_stores
 from desam_nnunet.cache.store import Store, open_stores
 from desam_nnunet.cache.tiles import content_of, crop, tiles_of
+from desam_nnunet.cli import main
 from desam_nnunet.sam.precision import encoder_dtype
 from desam_nnunet.training.cached import cached_loaders
 
 CPU = torch.device("cpu")
 PLANS = "CachedPlans"
+SIZE = 112  # no other test has stores of it
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +39,11 @@ def root(workspace: Workspace) -> Path:
 @pytest.fixture(scope="module")
 def store(workspace: Workspace, root: Path) -> Store:
     """All five cases, built by the command."""
-    workspace.write_plans(PLANS, **tiny_sections())
+    workspace.write_plans(PLANS, **tiny_sections(image_size=SIZE))
     result = nnunet("desam", "cache", "-d", 501, "-p", PLANS, "-device", "cpu")
     assert re.search(r"tiles of 5 case\(s\) to encode, about 0\.\d\d GB \(.* GB free\) and (less than a|\d+) min",
                      result.stdout)
-    (store,) = open_stores(root)
+    (store,) = (store for store in open_stores(root) if store.recipe.image_size == SIZE)
     return store
 
 
@@ -95,12 +99,13 @@ def test_cached_features_are_those_online(store: Store, trainer: Any) -> None:
         np.testing.assert_array_equal(target, crop(seg, record.tiles[number], patch_size, -1)[0])
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-3), ("int8", 2e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance", "of_gradient"), [("float16", 1e-3, 0.03), ("int8", 1e-2, 0.1)])
 def test_a_training_step_from_cache_is_one_online(
-    workspace: Workspace, trainer: Any, dtype: str, tolerance: float
+    workspace: Workspace, trainer: Any, dtype: str, tolerance: float, of_gradient: float
 ) -> None:
-    """The same tiles and the same draws; the gradients agree within the precision of the cache."""
-    sections = tiny_sections(cache_dtype=dtype)
+    """The same tiles and the same draws. The gradient differs by more than the features, because rectifiers near zero
+    switch: noise of 1e-5 in the features changes it by 3e-3, noise of 3e-4 by 1e-2."""
+    sections = tiny_sections(image_size=SIZE, cache_dtype=dtype)
     workspace.write_plans("StepPlans", **sections)
     cached = make_trainer("DeSAMTrainer", workspace, plans=workspace.plans("StepPlans"))
     cached.initialize()
@@ -122,7 +127,7 @@ def test_a_training_step_from_cache_is_one_online(
                                                     if p.grad is not None])))
     (loss, gradient), (cached_loss, cached_gradient) = gradients
     assert abs(cached_loss - loss) < tolerance * abs(loss)
-    assert (cached_gradient - gradient).norm() < 10 * tolerance * gradient.norm()
+    assert (cached_gradient - gradient).norm() < of_gradient * gradient.norm()
 
 
 def test_training_builds_what_is_missing_says_so_and_reuses_it(workspace: Workspace, store: Store) -> None:
@@ -152,6 +157,7 @@ def test_loaders_of_all_cases_close_when_training_ends(workspace: Workspace, sto
 
 def test_nan_in_any_slice_names_case_and_slice(workspace: Workspace, store: Store, tmp_path: Path) -> None:
     class Dataset:
+        identifiers = store.cases()[:1]
         source_folder = str(store.folder.parents[1] / store.recipe.data_identifier)
 
         @staticmethod
@@ -164,7 +170,7 @@ def test_nan_in_any_slice_names_case_and_slice(workspace: Workspace, store: Stor
     trainer.initialize()
     case = store.cases()[0]
     fresh = Store(tmp_path, store.recipe)
-    plan = building.plan_build(fresh, Dataset(), [case], trainer.bare_network)  # type: ignore[arg-type]
+    plan = building.plan_build(fresh, Dataset(), trainer.bare_network, building.Share())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=f"Case {case}, slice 2: The image holds NaN"):
         building.build(fresh, Dataset(), plan, trainer.bare_network, CPU, None)  # type: ignore[arg-type]
 
@@ -177,7 +183,7 @@ def test_twenty_kills_and_a_resumed_build_give_the_same_store(workspace: Workspa
     partial = contents(store)
     assert any(name.endswith(".tile") for name in partial)
     assert {name: expected[name] for name in partial} == partial  # nothing half-written ever got its name
-    build_dataset("501", PLANS, "2d", CPU, 1, 0)
+    build_dataset("501", PLANS, "2d", "DeSAMTrainer", CPU, 1, 0)
     assert contents(store) == expected
 
 
@@ -202,7 +208,7 @@ def test_under_torchrun_each_process_builds_its_share(
     built = []
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
-        built.append(build_dataset("501", "TorchrunPlans", "2d", CPU, 1, 0).cases())
+        built.append(build_dataset("501", "TorchrunPlans", "2d", "DeSAMTrainer", CPU, 1, 0).cases())
     assert built == [store.cases()[::2], store.cases()]
 
 
@@ -217,7 +223,7 @@ def test_damage_is_found_removed_and_only_that_is_built_again(store: Store) -> N
     with pytest.MonkeyPatch.context() as patch:
         write = Store.write
         patch.setattr(Store, "write", lambda self, case, *rest: encoded.update([case]) or write(self, case, *rest))
-        build_dataset("501", PLANS, "2d", CPU, 1, 0)
+        build_dataset("501", PLANS, "2d", "DeSAMTrainer", CPU, 1, 0)
     assert encoded == dict.fromkeys(store.cases()[:2], 1)
     assert contents(store) == before
 
@@ -230,12 +236,12 @@ def test_a_changed_case_alone_is_built_again(store: Store, root: Path) -> None:
     other = (folder / f"{store.cases()[3]}.b2nd").read_bytes()
     try:
         image.write_bytes(other)
-        build_dataset("501", PLANS, "2d", CPU, 1, 0)
+        build_dataset("501", PLANS, "2d", "DeSAMTrainer", CPU, 1, 0)
         changed = {name.split("/")[0] for name, content in contents(store).items() if before.get(name) != content}
         assert changed == {case}
     finally:
         image.write_bytes(original)
-    build_dataset("501", PLANS, "2d", CPU, 1, 0)
+    build_dataset("501", PLANS, "2d", "DeSAMTrainer", CPU, 1, 0)
     assert contents(store) == before
 
 
@@ -246,17 +252,59 @@ def test_a_disk_that_is_too_small_is_refused_with_the_numbers(
     monkeypatch.setattr(building.shutil, "disk_usage", lambda path: usage)
     workspace.write_plans("BigPlans", **tiny_sections(image_size=1024))
     with pytest.raises(OSError, match=r"needs \d+\.\d GB for \d+ tiles, but .* has 0\.0 GB .*'int8' for half of it"):
-        build_dataset("501", "BigPlans", "2d", CPU, 1, 0)
+        build_dataset("501", "BigPlans", "2d", "DeSAMTrainer", CPU, 1, 0)
     assert len(open_stores(store.folder.parents[1])) >= 1
+
+
+def test_a_folder_that_can_not_be_written_is_one_sentence(
+    workspace: Workspace, store: Store, trainer: Any, tmp_path: Path
+) -> None:
+    dataset, _ = trainer.get_tr_and_val_datasets()
+    network, fresh = trainer.bare_network, Store(tmp_path, store.recipe)
+    plan = building.plan_build(fresh, dataset, network, building.Share())
+    tmp_path.chmod(0o555)
+    message = r"can't be written: Permission denied\. What is stored stays valid\. Make room"
+    with pytest.raises(OSError, match=message), unprivileged():
+        building.build(fresh, dataset, plan, network, CPU, None)
+    tmp_path.chmod(0o755)
+
+
+def test_a_store_in_another_precision_is_named(
+    workspace: Workspace, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Store(store.folder.parents[1], replace(store.recipe, precision="float64"))
+    other.create()
+    store.entries(store.cases()[0])[0].unlink()
+    build_dataset("501", PLANS, "2d", "DeSAMTrainer", CPU, 1, 0)
+    delete_stores("501", other.folder.name)
+    assert f"{other.folder.name} has these tiles in float64, but the encoder computes in" in capsys.readouterr().out
+
+
+def test_the_disk_must_hold_the_shares_of_all(
+    workspace: Workspace, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer("DeSAMTrainer", workspace, plans=workspace.plans(PLANS))
+    trainer.initialize()
+    dataset, _ = trainer.get_tr_and_val_datasets()
+    fresh = Store(tmp_path, store.recipe)
+    alone = building.plan_build(fresh, dataset, trainer.bare_network, building.Share())
+    halves = [building.plan_build(fresh, dataset, trainer.bare_network, building.Share(part, 2)) for part in (0, 1)]
+    assert sorted([*halves[0].todo, *halves[1].todo]) == sorted(alone.todo)
+    assert halves[0].tiles + halves[1].tiles == alone.tiles
+    assert halves[0].needed == halves[1].needed == alone.needed
+    usage = type("Usage", (), {"total": 0, "free": alone.needed - 1})
+    monkeypatch.setattr(building.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match="The cache needs"):
+        building.plan_build(fresh, dataset, trainer.bare_network, building.Share(0, 2))
 
 
 def test_stores_are_listed_and_deleted_by_name(workspace: Workspace, store: Store) -> None:
     line = next(line for line in describe_stores("501") if store.folder.name in line)
     assert "5 case(s)" in line
-    assert f"vit_tiny at 128, float16, computed in {str(encoder_dtype(CPU))[6:]}" in line
+    assert f"vit_tiny at {SIZE}, float16, computed in {str(encoder_dtype(CPU))[6:]}" in line
     foreign = store.folder.with_name("older")
     foreign.mkdir()
-    assert any("older: made by another version" in line for line in describe_stores("501"))
+    assert any("older: damaged, or made by another version" in line for line in describe_stores("501"))
     with pytest.raises(ValueError, match="no store 'nothing'"):
         delete_stores("501", "nothing")
     assert delete_stores("501", "older") == [foreign]
@@ -264,12 +312,13 @@ def test_stores_are_listed_and_deleted_by_name(workspace: Workspace, store: Stor
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (("-device", "cpu", "-num_parts", 2, "-part_id", 2), "-part_id 2 of -num_parts 2 does not exist"),
+    (("-device", "cpu", "-num_parts", "2", "-part_id", "2"), "-part_id 2 of -num_parts 2 does not exist"),
     (("-device", "cpu", "-p", "NoPlans"), "NoPlans.json does not exist: run nnUNetv2_plan_and_preprocess"),
+    (("-device", "cpu", "-tr", "nnUNetTrainer"), "-tr nnUNetTrainer does not train on a frozen encoder's features"),
     (("-device", "mps"), "PyTorch finds no mps device here: add -device cpu"),
 ])
-def test_bad_input_is_one_sentence(workspace: Workspace, arguments: tuple[object, ...], message: str) -> None:
-    result = nnunet("desam", "cache", "-d", 501, *arguments, check=False)
-    assert result.returncode == 1
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
+def test_bad_input_is_one_sentence(
+    workspace: Workspace, store: Store, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    assert main(["cache", "-d", "501", "-p", PLANS, *arguments]) == 1
+    assert message in capsys.readouterr().err

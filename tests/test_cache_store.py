@@ -19,7 +19,18 @@ import pytest
 import torch
 
 from desam_nnunet.cache.entry import DamagedEntryError, read_entry, read_meta, write_entry
-from desam_nnunet.cache.store import FOLDER, Recipe, Store, Tile, entry_bytes, open_stores, pack, unpack
+from desam_nnunet.cache.store import (
+    DTYPES,
+    FOLDER,
+    ChangedCaseError,
+    Recipe,
+    Store,
+    Tile,
+    entry_bytes,
+    open_stores,
+    pack,
+    unpack,
+)
 from desam_nnunet.sam.encoder import Features
 
 RECIPE = Recipe(data_identifier="plans_2d", encoder="vit_tiny", identity="random", image_size=128, intensity="unit",
@@ -141,8 +152,9 @@ def test_int8_is_off_by_half_a_step_of_its_channel_and_the_rounding_of_float16()
     assert read[4].eq(0).all()
 
 
-def test_float16_does_not_overflow() -> None:
-    assert torch.isfinite(unpack("x", pack("x", torch.full((1, 2, 2), 1e6), "float16"))).all()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_values_do_not_overflow(dtype: str) -> None:
+    assert torch.isfinite(unpack("x", pack("x", torch.full((1, 2, 2), 1e6), dtype))).all()
 
 
 @pytest.mark.parametrize(("dtype", "megabytes"), [("float16", 34), ("int8", 17)])
@@ -170,7 +182,7 @@ def test_what_is_missing_truncated_or_stale_is_made_again_and_nothing_else(store
     assert list(store.missing("case", "changed", TILES)) == [(0, 0), (1, 0)]
     fill(store, "changed")
     assert store.complete("case", "changed") is not None
-    with pytest.raises(DamagedEntryError, match="another version of the case"):
+    with pytest.raises(ChangedCaseError, match="another version of the case"):
         store.read("case", 0, 0, "content")
     assert other.is_dir()
 
@@ -218,7 +230,8 @@ def test_flipped_bytes_in_features_are_found_when_read(store: Store) -> None:
 
 @pytest.mark.parametrize("change", [
     {"identity": "md5:1"}, {"image_size": 256}, {"intensity": "window"}, {"patch_size": (8, 8)}, {"dtype": "int8"},
-    {"precision": "bfloat16"}, {"views": 2}, {"data_identifier": "other"}, {"format": 2}, {"window": ((0.0, 1.0),)},
+    {"precision": "bfloat16"}, {"views": 2}, {"augmentation": "other"}, {"step": 0.25},
+    {"data_identifier": "other"}, {"format": 2}, {"window": ((0.0, 1.0),)},
 ])
 def test_everything_that_changes_a_feature_changes_the_store(tmp_path: Path, change: dict[str, Any]) -> None:
     assert replace(RECIPE, **change).folder != RECIPE.folder
@@ -233,4 +246,19 @@ def test_stores_are_found_by_their_recipe(store: Store, tmp_path: Path) -> None:
     foreign = tmp_path / FOLDER / "of_another_version"
     foreign.mkdir()
     (foreign / "store.json").write_text(json.dumps({"format": 99}))
+    later = Store(tmp_path, replace(RECIPE, format=2))
+    later.create()
+    assert later.folder != store.folder
     assert [found.recipe for found in open_stores(tmp_path)] == [RECIPE]
+
+
+@pytest.mark.parametrize("letter", ["content", "48"])
+def test_a_flipped_byte_in_a_cases_record_costs_the_record_alone(store: Store, letter: str) -> None:
+    record = store.folder / "case" / "case.json"
+    text = record.read_text()
+    place = text.index(letter)
+    record.write_text(text[:place] + chr(ord(text[place]) ^ 1) + text[place + 1:])
+    assert store.complete("case", "content") is None
+    assert list(store.missing("case", "content", TILES)) == []
+    store.finish("case", "content", TILES)
+    assert record.read_text() == text

@@ -94,7 +94,7 @@ def test_the_name_says_what_would_change_a_view() -> None:
 def test_views_in_the_store_the_loaders_and_the_checkpoint(workspace: Workspace) -> None:
     """The command and training name the same store; validation draws tiles as they are; prediction may mirror."""
     workspace.write_plans(PLANS, **tiny_sections(views=3))
-    store = build_dataset("501", PLANS, "2d", torch.device("cpu"), 1, 0)
+    store = build_dataset("501", PLANS, "2d", "DeSAMTrainer", torch.device("cpu"), 1, 0)
     assert any("3 view(s)" in line for line in describe_stores("501") if store.folder.name in line)
     case = store.cases()[0]
     tiles = {path.name.split("_")[0] for path in store.entries(case)}
@@ -108,6 +108,6 @@ def test_views_in_the_store_the_loaders_and_the_checkpoint(workspace: Workspace)
     assert {draw.view for _ in range(30) for draw in training.draw()} == {0, 1, 2}
     assert {draw.view for _ in range(30) for draw in validation.draw()} == {0}
     store.discard_tile(case, 0, 1)
-    build_dataset("501", PLANS, "2d", torch.device("cpu"), 1, 0)
+    build_dataset("501", PLANS, "2d", "DeSAMTrainer", torch.device("cpu"), 1, 0)
     assert {path: path.read_bytes() for path in store.entries(case)} == before
     assert store.folder in [other.folder for other in open_stores(workspace.preprocessed)]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -29,9 +30,10 @@ class Plan(NamedTuple):
     """What a build will do.
 
     Attributes:
-        todo: Per case its content, its tiles, and the numbers and views that are missing.
-        tiles: How many tiles are missing in all.
-        needed, free: Bytes on disk.
+        todo: Per case of this process's share its content, its tiles, and the numbers and views that are missing.
+        tiles: How many tiles are missing in its share.
+        needed: Bytes on disk that all shares together will take.
+        free: Bytes that the disk has.
     """
 
     todo: dict[str, tuple[str, tuple[Tile, ...], list[tuple[int, int]]]]
@@ -40,8 +42,15 @@ class Plan(NamedTuple):
     free: int
 
 
-def plan_build(store: Store, dataset: nnUNetBaseDataset, cases: Sequence[str], network: Any) -> Plan:
-    """Looks at every case, without encoding.
+class Share(NamedTuple):
+    """Every `parts`-th case, from the `part`-th on."""
+
+    part: int = 0
+    parts: int = 1
+
+
+def plan_build(store: Store, dataset: nnUNetBaseDataset, network: Any, share: Share) -> Plan:
+    """Looks at every case, without encoding. The disk must hold what all shares together lack.
 
     Args:
         network: With ``encode`` and ``encoder``, whose widths say how large a tile's entry is.
@@ -50,34 +59,37 @@ def plan_build(store: Store, dataset: nnUNetBaseDataset, cases: Sequence[str], n
         OSError: The disk can't hold what is missing; the message has the numbers and the remedies.
     """
     patch_size = store.recipe.patch_size
-    todo = {}
-    for case in cases:
+    side = store.recipe.image_size // PATCH
+    per_tile = entry_bytes(network.encoder.channels, side, patch_size, store.recipe.dtype)
+    todo, needed, total = {}, 0, 0
+    for place, case in enumerate(sorted(dataset.identifiers)):
         content = content_of(Path(dataset.source_folder), case)
         if store.complete(case, content) is not None:
             continue
         tiles = tiles_of(dataset.load_case(case)[0].shape[1:], patch_size)
-        todo[case] = (content, tiles, list(store.missing(case, content, tiles)))
-    missing = sum(len(row[2]) for row in todo.values())
-    side = store.recipe.image_size // PATCH
-    needed = missing * entry_bytes(network.encoder.channels, side, patch_size, store.recipe.dtype)
+        missing = list(store.missing(case, content, tiles))
+        total += len(missing)
+        needed += sum(max(0, per_tile - store.bytes_of(case, *tile)) for tile in missing)  # stale ones are replaced
+        if place % share.parts == share.part:
+            todo[case] = (content, tiles, missing)
     disk = shutil.disk_usage(_existing(store.folder))
     free = max(0, disk.free - int(_MARGIN * disk.total))
     if needed > free:
         raise OSError(
-            f"The cache needs {needed / 1e9:.1f} GB for {missing} tiles, but {store.folder} has {free / 1e9:.1f} GB "
+            f"The cache needs {needed / 1e9:.1f} GB for {total} tiles, but {store.folder} has {free / 1e9:.1f} GB "
             f"(with {_MARGIN:.0%} of the disk kept free): make room, set sam.cache_dtype to 'int8' for half of it, "
             "or set sam.features to 'online' to train without a cache."
         )
-    return Plan(todo, missing, needed, free)
+    return Plan(todo, sum(len(row[2]) for row in todo.values()), needed, free)
 
 
 def seconds_of(plan: Plan, store: Store, network: Any, device: torch.device) -> float:
     """About how long a build takes: one blank batch is encoded, and timed once the device is warm."""
-    at_once = _at_once(store, device)
+    at_once = min(plan.tiles, _at_once(store, network, device))
     blank = [np.zeros((network.num_channels, *store.recipe.patch_size), np.float32)] * at_once
     for _ in range(1 if device.type == "cpu" else 2):
         begin = time.perf_counter()
-        _encode(network, blank, device).neck.cpu()
+        _encode(network, blank, device)[0].neck.cpu()
         seconds = time.perf_counter() - begin
     return seconds * plan.tiles / at_once
 
@@ -95,11 +107,26 @@ def build(
 
     Raises:
         OSError: The disk is full or not writable. What is stored stays valid.
+        ValueError: An image holds NaN; case and slice are named.
     """
-    store.create()
-    at_once = _at_once(store, device)
+    try:
+        store.create()
+        _build(store, dataset, plan, network, device, augmentation)
+    except OSError as error:
+        raise OSError(
+            f"The cache {store.folder} can't be written: {error.strerror or error}. What is stored stays valid. Make "
+            "room or get the right to write there and start again, or set sam.features to 'online' to train without "
+            "a cache."
+        ) from error
+
+
+def _build(
+    store: Store, dataset: nnUNetBaseDataset, plan: Plan, network: Any, device: torch.device,
+    augmentation: Augmentation | None,
+) -> None:
+    at_once = _at_once(store, network, device)
     with tqdm(total=plan.tiles, unit="tile", desc=f"Encoding for {store.folder.name}") as progress:
-        for case, (content, tiles, missing) in plan.todo.items():
+        for case, (content, tiles, missing) in _rotated(list(plan.todo.items())):
             data, seg, *_ = dataset.load_case(case)
             for batch in _batches(missing, at_once):
                 here = [(number, view) for number, view in batch if not store.has(case, number, view, content)]
@@ -111,14 +138,25 @@ def build(
                     except ValueError as error:
                         slices = sorted({tiles[number].slice for number, _ in here})
                         raise ValueError(f"Case {case}, slice {', '.join(map(str, slices))}: {error}") from error
-                for index, (number, view) in enumerate(here):
-                    store.write(case, number, view, features.sample(index), samples[index][1], content)
+                    for (number, view), feature, (_, target) in zip(here, features, samples, strict=True):
+                        if not store.has(case, number, view, content):
+                            store.write(case, number, view, feature, target, content)
                 progress.update(len(batch))
             store.finish(case, content, tiles)
 
 
-def _at_once(store: Store, device: torch.device) -> int:
-    return max(1, _BATCH_TOKENS // (store.recipe.image_size // PATCH) ** 2) if device.type == "cuda" else 1
+def _at_once(store: Store, network: Any, device: torch.device) -> int:
+    """Tiles; each has as many images as it has groups of three channels."""
+    if device.type != "cuda":
+        return 1
+    images = -(-network.num_channels // 3)
+    return max(1, _BATCH_TOKENS // (images * (store.recipe.image_size // PATCH) ** 2))
+
+
+def _rotated(cases: list[T]) -> list[T]:
+    """Processes that build one store together begin at different cases."""
+    begin = os.getpid() % max(1, len(cases))
+    return cases[begin:] + cases[:begin]
 
 
 def _sample(
@@ -133,8 +171,16 @@ def _sample(
 
 
 @torch.inference_mode()
-def _encode(network: Any, images: list[np.ndarray], device: torch.device) -> Features:
-    return network.encode(torch.from_numpy(np.stack(images)).float().to(device))
+def _encode(network: Any, images: list[np.ndarray], device: torch.device) -> list[Features]:
+    """Features of each image; where the GPU's memory is too small for all at once, in halves."""
+    try:
+        features = network.encode(torch.from_numpy(np.stack(images)).float().to(device))
+        return [features.sample(index) for index in range(len(images))]
+    except torch.OutOfMemoryError:
+        if len(images) == 1:
+            raise
+    half = len(images) // 2
+    return _encode(network, images[:half], device) + _encode(network, images[half:], device)
 
 
 def _batches(rows: Iterable[T], size: int) -> Iterator[list[T]]:

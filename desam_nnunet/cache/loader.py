@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +15,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 
 from desam_nnunet.cache.entry import DamagedEntryError
-from desam_nnunet.cache.store import CaseRecord, Store
+from desam_nnunet.cache.store import CaseRecord, ChangedCaseError, Store
 from desam_nnunet.sam.encoder import Features
 
 _AHEAD = 4  # batches at most that are read ahead: they are large
@@ -140,9 +141,13 @@ class CachedLoader:
         try:
             features, labels = self.store.read(case, number, view, self.records[case].content, room)
         except DamagedEntryError as error:
-            self.store.discard_tile(case, number, view)
-            raise DamagedEntryError(
-                f"{error} It has been removed: start again with --c, and this tile alone is built again."
+            with contextlib.suppress(OSError):
+                self.store.discard_tile(case, number, view)
+            raise DamagedEntryError(f"{error} Start again with --c: this tile alone is built again.") from error
+        except (ChangedCaseError, FileNotFoundError) as error:
+            raise ChangedCaseError(
+                f"Tile {number} of {case} in {self.store.folder} was replaced or removed while training ran: "
+                "start again with --c."
             ) from error
         return features, self.transforms(segmentation=torch.from_numpy(labels)[None])["segmentation"]
 
@@ -165,8 +170,9 @@ class _Shares:
         self.of_class = [column / column.sum() for column in pixels.T if column.sum() > 0]
         self.anywhere = None
         if label_manager.has_ignore_label:
-            labelled = np.array([sum(counts.values()) - counts.get(label_manager.ignore_label, 0) for counts in labels],
-                                dtype=float)
+            # a view has padding that counts as background: what is labelled is what the tile itself has
+            labelled = np.array([sum(pixels for label, pixels in record.labels[number][0].items()
+                                     if 0 <= label != label_manager.ignore_label) for number, _ in self.entries], float)
             self.anywhere = labelled / labelled.sum() if labelled.sum() > 0 else None
 
     def draw(self, foreground: bool) -> tuple[int, int]:

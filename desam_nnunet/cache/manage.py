@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import shutil
 from pathlib import Path
 
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from desam_nnunet.cache.build import Share
 from desam_nnunet.cache.entry import DamagedEntryError
 from desam_nnunet.cache.store import Store, open_stores, store_folders
 from desam_nnunet.cache.views import not_started
 from desam_nnunet.config import read_sections, resolve_plans
 from desam_nnunet.preprocessed import dataset_folder, read_preprocessed
+from desam_nnunet.training.base import FrozenSamTrainer
 from desam_nnunet.training.cached import augmentation_of, build_missing, recipe_of
-from desam_nnunet.training.desam import DeSAMTrainer, network_from_plans
+from desam_nnunet.training.desam import network_from_plans
 
 
 def build_dataset(
-    dataset: str, plans_name: str, configuration_name: str, device: torch.device, num_parts: int, part_id: int
+    dataset: str, plans_name: str, configuration_name: str, trainer_name: str, device: torch.device, num_parts: int,
+    part_id: int,
 ) -> Store:
     """Encodes all cases of a data set, or every `num_parts`-th of them; under ``torchrun`` each process its share.
+
+    Args:
+        trainer_name: Whose augmentation the views show, where there is more than one.
 
     Raises:
         ValueError: Bad parts, or plans that are not valid.
@@ -51,18 +60,24 @@ def build_dataset(
     network = network_from_plans(manager, configuration, channels, outputs, whole_box=True).to(device).eval()
     sam, _ = read_sections(configuration.configuration)
     data = infer_dataset_class(str(data_folder))(str(data_folder))
-    augmentation = augmentation_of(not_started(DeSAMTrainer, configuration), sam)
+    augmentation = augmentation_of(not_started(_find_trainer(trainer_name), configuration), sam)
     store = Store(folder, recipe_of(configuration, sam, network, device, augmentation))
-    build_missing(store, data, data.identifiers[part_id::num_parts], network, device, augmentation)
+    build_missing(store, data, network, device, augmentation, Share(part_id, num_parts))
     return store
+
+
+def _find_trainer(name: str) -> type[FrozenSamTrainer]:
+    with contextlib.redirect_stdout(io.StringIO()):  # the look-up talks
+        found = recursive_find_trainer_class_by_name(name)
+    if not issubclass(found, FrozenSamTrainer):
+        raise ValueError(f"-tr {name} does not train on a frozen encoder's features, so it has nothing to cache.")
+    return found
 
 
 def describe_stores(dataset: str) -> list[str]:
     """One line per store, and one for each that this version can't read."""
     stores = open_stores(dataset_folder(dataset))
-    unknown = {path.name for path in store_folders(dataset_folder(dataset))} - {store.folder.name for store in stores}
-    lines = [f"{name}: made by another version of desam_nnunet; --delete {name} removes it" for name in sorted(unknown)]
-    return lines + [
+    return _unreadable(dataset, stores) + [
         f"{store.folder.name}: {len(store.cases())} case(s), {store.size() / 1e9:.2f} GB, {store.recipe.encoder} at "
         f"{store.recipe.image_size}, {store.recipe.dtype}, computed in {store.recipe.precision}, "
         f"tiles {store.recipe.patch_size[0]} x {store.recipe.patch_size[1]}, {store.recipe.views} view(s)"
@@ -70,10 +85,17 @@ def describe_stores(dataset: str) -> list[str]:
     ]
 
 
+def _unreadable(dataset: str, stores: list[Store]) -> list[str]:
+    unknown = {path.name for path in store_folders(dataset_folder(dataset))} - {store.folder.name for store in stores}
+    return [f"{name}: damaged, or made by another version of desam_nnunet; --delete {name} removes it"
+            for name in sorted(unknown)]
+
+
 def verify_stores(dataset: str) -> list[str]:
     """Reads every byte of every store; what is damaged is removed, to be built again. One line per finding."""
-    findings = []
-    for store in open_stores(dataset_folder(dataset)):
+    stores = open_stores(dataset_folder(dataset))
+    findings = _unreadable(dataset, stores)
+    for store in stores:
         tiles = 0
         for case in store.cases():
             for path in store.entries(case):

@@ -13,8 +13,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import shutil
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -99,6 +99,10 @@ class CaseRecord(NamedTuple):
     sizes: dict[str, int]
 
 
+class ChangedCaseError(ValueError):
+    """The case was preprocessed again since, and what is stored belongs to its new version."""
+
+
 class Store:
     """Reads and writes one store.
 
@@ -128,10 +132,7 @@ class Store:
         return record if record.sizes.items() <= sizes.items() else None
 
     def missing(self, case: str, content: str, tiles: Sequence[Tile]) -> Iterator[tuple[int, int]]:
-        """Numbers and views of the tiles that are not here yet; what was made from another content is removed."""
-        record = self._record(case)
-        if record is not None and record.content != content:
-            self.discard(case)
+        """Numbers and views of the tiles that are not here yet, or were made from another content."""
         for number in range(len(tiles)):
             for view in range(self.recipe.views):
                 if not self.has(case, number, view, content):
@@ -143,6 +144,11 @@ class Store:
             return read_meta(self._path(case, number, view))["content"] == content
         except (FileNotFoundError, DamagedEntryError):
             return False
+
+    def bytes_of(self, case: str, number: int, view: int) -> int:
+        """What a tile takes on disk now, whatever it was made from."""
+        path = self._path(case, number, view)
+        return path.stat().st_size if path.is_file() else 0
 
     def write(self, case: str, number: int, view: int, features: Features, target: np.ndarray, content: str) -> int:
         """Stores one tile.
@@ -170,7 +176,7 @@ class Store:
         labels = [[read_meta(path)["labels"] for path in views] for views in paths]
         sizes = {path.name: path.stat().st_size for views in paths for path in views}
         record = {"content": content, "tiles": tiles, "labels": labels, "sizes": sizes}
-        _write_json(self.folder / case / _CASE, record)
+        _write_json(self.folder / case / _CASE, {"crc": _crc_of(record), "record": record})
         for path in self.entries(case):
             if path.name not in sizes:
                 path.unlink(missing_ok=True)
@@ -185,25 +191,20 @@ class Store:
 
         Raises:
             DamagedEntryError: Naming the file; it is to be built again.
+            ChangedCaseError: It is sound, but belongs to another version of the case.
+            FileNotFoundError: It is not here.
         """
         path = self._path(case, number, view)
         places: dict[str, np.ndarray] = {}
         if into is not None and self.recipe.dtype == "float16":
             names = _names(len(into.levels))
             places = {name: x.numpy() for name, x in zip(names, into.tensors, strict=True)}
-        try:
-            arrays, meta = read_entry(path, places)
-        except FileNotFoundError as error:
-            raise DamagedEntryError(f"{path} is missing.") from error
+        arrays, meta = read_entry(path, places)
         if meta["content"] != content:
-            raise DamagedEntryError(f"{path} was made from another version of the case.")
+            raise ChangedCaseError(f"{path} was made from another version of the case.")
         outputs = [None] * (meta["levels"] + 1) if into is None else into.tensors
         *levels, neck = (unpack(name, arrays, out) for name, out in zip(_names(meta["levels"]), outputs, strict=True))
         return Features(tuple(levels), neck), arrays["target"]
-
-    def discard(self, case: str) -> None:
-        """Removes all that is stored of a case."""
-        shutil.rmtree(self.folder / case, ignore_errors=True)
 
     def discard_tile(self, case: str, number: int, view: int) -> None:
         """Removes one tile and the word that its case is complete."""
@@ -239,7 +240,10 @@ class Store:
 
     def _record(self, case: str) -> CaseRecord | None:
         try:
-            record = json.loads((self.folder / case / _CASE).read_text())
+            given = json.loads((self.folder / case / _CASE).read_text())
+            record = given["record"]
+            if given["crc"] != _crc_of(record):
+                return None
             tiles = tuple(Tile(*tile) for tile in record["tiles"])
             labels = tuple(tuple({int(k): n for k, n in view.items()} for view in views) for views in record["labels"])
             return CaseRecord(record["content"], tiles, labels, record["sizes"])
@@ -262,16 +266,17 @@ def open_stores(root: Path) -> list[Store]:
             store = Store(root, Recipe(**given))
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             continue
-        if store.folder == folder:
+        if store.folder == folder and store.recipe.format == FORMAT:
             stores.append(store)
     return stores
 
 
 def pack(name: str, feature: torch.Tensor, dtype: str) -> dict[str, np.ndarray]:
-    """A feature (C, h, w) as it is stored: float16, or int8 with one scale per channel."""
+    """A feature (C, h, w) as it is stored: float16, or int8 with one scale per channel; never beyond float16."""
+    limit = torch.finfo(torch.float16).max
+    feature = feature.clamp(-limit, limit)
     if dtype == "float16":
-        limit = torch.finfo(torch.float16).max
-        return {name: feature.clamp(-limit, limit).to(torch.float16).cpu().numpy()}
+        return {name: feature.to(torch.float16).cpu().numpy()}
     scale = (feature.float().abs().amax((1, 2)) / 127).clamp(min=torch.finfo(torch.float32).tiny)
     values = (feature.float() / scale[:, None, None]).round().to(torch.int8)
     return {name: values.cpu().numpy(), f"{name}_scale": scale.cpu().numpy()}
@@ -296,6 +301,10 @@ def entry_bytes(channels: int, side: int, patch_size: Sequence[int], dtype: str)
 
 def _names(levels: int) -> list[str]:
     return [*(f"level{index}" for index in range(levels)), "neck"]
+
+
+def _crc_of(record: object) -> int:
+    return zlib.crc32(json.dumps(record).encode())
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
@@ -23,7 +24,7 @@ class Augmentation:
     """How a trainer augments its patches, asked through nnU-Net's two hooks for it.
 
     Attributes:
-        name: Everything that changes a view: the hook, versions, patch sizes, angles and mirrored axes.
+        name: Everything that changes a view: the transforms with their parameters, versions and the larger window.
         mirror_axes: Those that the views are mirrored along; prediction may mirror them too.
     """
 
@@ -39,10 +40,9 @@ class Augmentation:
         self._window = tuple(int(side) for side in initial)
         self._margin = [large // 2 - small // 2
                         for large, small in zip(self._window, configuration.patch_size, strict=True)]
-        hook = trainer.get_training_transforms
-        versions = " ".join(f"{library} {version(library)}" for library in _LIBRARIES)
-        self.name = (f"{hook.__module__}.{hook.__qualname__} {versions}, window {self._window}, "
-                     f"rotation {rotation}, mirrored {mirror_axes}")
+        versions = ", ".join(f"{library} {version(library)}" for library in _LIBRARIES)
+        parameters = re.sub(r" at 0x[0-9a-f]+", "", f"{transforms!r} {configuration.use_mask_for_norm}")
+        self.name = f"{hashlib.sha256(parameters.encode()).hexdigest()[:16]}, {versions}, window {self._window}"
 
     def __call__(
         self, data: Any, seg: Any, tile: Tile, case: str, number: int, view: int
@@ -53,8 +53,8 @@ class Augmentation:
             data, seg: The preprocessed case, (C, slices, rows, columns).
         """
         around = Tile(tile.slice, tile.top - self._margin[0], tile.left - self._margin[1])
-        image = torch.from_numpy(crop(data, around, self._window, 0)).float()
-        labels = torch.from_numpy(crop(seg, around, self._window, -1)).to(torch.int16)
+        image = torch.tensor(crop(data, around, self._window, 0), dtype=torch.float32)  # copied: some work in place
+        labels = torch.tensor(crop(seg, around, self._window, -1), dtype=torch.int16)
         with _seeded(f"{case} {number} {view}"):
             sample = self._transforms(image=image, segmentation=labels)
         return sample["image"].numpy(), sample["segmentation"][0].numpy()
@@ -78,12 +78,12 @@ def _decide_without_timing(transforms: Any) -> None:
 
 @contextlib.contextmanager
 def _seeded(name: str) -> Iterator[None]:
-    """numpy's and PyTorch's global generators start from `name`, and afterwards go on where they were."""
+    """numpy's and PyTorch's generators of the CPU start from `name`, and afterwards go on where they were."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
     state = np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         np.random.seed(seed)
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs as well
         try:
             yield
         finally:

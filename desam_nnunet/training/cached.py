@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
-from desam_nnunet.cache.build import build, plan_build, seconds_of
+from desam_nnunet.cache.build import Share, build, plan_build, seconds_of
 from desam_nnunet.cache.entry import DamagedEntryError
 from desam_nnunet.cache.loader import CachedLoader
-from desam_nnunet.cache.store import CaseRecord, Recipe, Store
+from desam_nnunet.cache.store import CaseRecord, Recipe, Store, open_stores
 from desam_nnunet.cache.tiles import STEP, content_of
 from desam_nnunet.cache.views import Augmentation
 from desam_nnunet.config import SamSection
 from desam_nnunet.machine import free_memory
+from desam_nnunet.sam.variants import PATCH
 
 if TYPE_CHECKING:
     from desam_nnunet.training.base import FrozenSamTrainer
@@ -50,12 +53,15 @@ def recipe_of(
 
 
 def build_missing(
-    store: Store, dataset: nnUNetBaseDataset, cases: list[str], network: Any, device: torch.device,
-    augmentation: Augmentation | None,
+    store: Store, dataset: nnUNetBaseDataset, network: Any, device: torch.device,
+    augmentation: Augmentation | None, share: Share,
 ) -> None:
-    """Says what is missing and what it takes, then encodes it."""
-    plan = plan_build(store, dataset, cases, network)
+    """Says what is missing and what it takes, then encodes this process's share of it."""
+    plan = plan_build(store, dataset, network, share)
     if plan.todo:
+        for other in _of_other_precision(store):
+            print(f"{other.folder.name} has these tiles in {other.recipe.precision}, but the encoder computes in "
+                  f"{store.recipe.precision} on this device: they are encoded again.")
         print(f"Embedding cache {store.folder}: {plan.tiles} tiles of {len(plan.todo)} case(s) to encode, about "
               f"{plan.needed / 1e9:.2f} GB ({plan.free / 1e9:.1f} GB free) and "
               f"{_duration(seconds_of(plan, store, network, device))}.", flush=True)
@@ -76,13 +82,16 @@ def cached_loaders(trainer: FrozenSamTrainer) -> tuple[CachedLoader, CachedLoade
     rank, ranks = _place_among_processes()
     network.eval()
     records = []
-    for dataset in datasets:
-        build_missing(store, dataset, dataset.identifiers[rank::ranks], network, trainer.device, augmentation)
+    _refuse_other_recipes(recipe)
+    everything = sorted({case for dataset in datasets for case in dataset.identifiers})
+    build_missing(store, type(datasets[0])(trainer.preprocessed_dataset_folder, everything), network, trainer.device,
+                  augmentation, Share(rank, ranks))
     for dataset in datasets:
         records.append({case: _await(store, dataset, case, alone=ranks == 1) for case in dataset.identifiers})
     stored = {case: sum(record.sizes.values()) for rows in records for case, record in rows.items()}
-    unpacked = np.dtype(np.float16).itemsize // np.dtype(recipe.dtype).itemsize
-    held = unpacked * ranks * sum(stored[case] for rows in records for case in rows)  # each loader keeps its own
+    tiles = [views * sum(len(record.tiles) for record in rows.values())
+             for rows, views in zip(records, (trainer.sam.views, 1), strict=True)]
+    held = ranks * sum(tiles) * _bytes_in_memory(recipe, network.encoder.channels, trainer.label_manager)
     in_memory = held <= free_memory(torch.device("cpu")) // _RAM_SHARE
     trainer.print_to_log_file(
         f"Embedding cache {store.folder}: {sum(stored.values()) / 1e9:.2f} GB of {len(stored)} case(s), "
@@ -107,13 +116,38 @@ def _await(store: Store, dataset: nnUNetBaseDataset, case: str, *, alone: bool) 
     content = content_of(Path(dataset.source_folder), case)
     said = False
     while (record := store.complete(case, content)) is None:
-        if alone:
+        if alone and said:  # not in the instant in which another training replaces a file
             raise DamagedEntryError(f"{store.folder / case} was changed after it was built: start again.")
-        if not said:
+        if not said and not alone:
             print(f"Waiting for another process to encode {case}.", flush=True)
         said = True
         time.sleep(_WAIT)
     return record
+
+
+def _bytes_in_memory(recipe: Recipe, channels: int, label_manager: LabelManager) -> int:
+    """Of one tile: features in float16, and its target in int16, one per region."""
+    regions = len(label_manager.foreground_regions) + label_manager.has_ignore_label if label_manager.has_regions else 1
+    return 2 * channels * (recipe.image_size // PATCH) ** 2 + 2 * regions * math.prod(recipe.patch_size)
+
+
+def _of_other_precision(store: Store) -> list[Store]:
+    root = store.folder.parents[1]
+    return [other for other in open_stores(root) if other.recipe.precision != store.recipe.precision
+            and replace(other.recipe, precision=store.recipe.precision, encoder=store.recipe.encoder) == store.recipe]
+
+
+def _refuse_other_recipes(recipe: Recipe) -> None:
+    """Processes that train together must mean the same store; each would wait for the others for ever."""
+    if not torch.distributed.is_initialized():
+        return
+    recipes: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(recipes, recipe)
+    if len({other.key for other in recipes}) > 1:
+        raise ValueError(
+            f"The devices of this training compute in {', '.join(other.precision for other in recipes)}: train on "
+            "devices of one kind, or with sam.features 'online'."
+        )
 
 
 def _duration(seconds: float) -> str:
