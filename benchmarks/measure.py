@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import torch
 
-from desam_nnunet.cache.entry import replace_file
+from desam_nnunet.files import replace_file
 
 RESULTS = Path(__file__).resolve().parent / "results"
 Work = Callable[[], Any]

@@ -27,6 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     _add(commands, "doctor", _doctor, "say how trainers, weights, device and folders stand, and what to do")
     _add(commands, "trainers", _trainers, "print the folder for the environment variable nnUNet_extTrainer")
+    _add_plan(_add(commands, "plan", _plan, "fit nnU-Net's plans to the data set and this machine"))
     _add_cache(_add(commands, "cache", _cache, "encode a data set once, so that training reads features from disk"))
     weights = commands.add_parser("weights", help="SAM's weights files and published checkpoints")
     _add_weights(weights.add_subparsers(required=True, metavar="action"))
@@ -67,6 +68,42 @@ def _add_cache(cache: argparse.ArgumentParser) -> None:
     other.add_argument("--list", action="store_true", help="say which stores there are, and how large")
     other.add_argument("--verify", action="store_true", help="read every byte; remove what is damaged")
     other.add_argument("--delete", nargs="?", const="", metavar="STORE", help="remove one store, or all of them")
+
+
+def _add_plan(plan: argparse.ArgumentParser) -> None:
+    plan.add_argument("-d", metavar="DATASET", help="number or name of the data set")
+    plan.add_argument("-gpu_memory_target", type=float, metavar="GB",
+                      help="memory that training may take (default: from this machine)")
+    plan.add_argument("-disk_target", type=float, metavar="GB",
+                      help="what the embedding cache may take (default: half of what is free)")
+    plan.add_argument("--encoder", metavar="NAME",
+                      help="vit_b, vit_l, vit_h, vit_tiny or a weights file (default: what is here and fits)")
+    plan.add_argument("--preset", metavar="NAME", help="settings to start from, see --list")
+    plan.add_argument("-overwrite_plans_name", default="DeSAMPlans", metavar="NAME", help="default: DeSAMPlans")
+    plan.add_argument("-device", choices=["cuda", "cpu", "mps"], help="to train on (default: cuda where there is one)")
+    plan.add_argument("--list", action="store_true", help="list the presets")
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from desam_nnunet.planning.presets import preset_names, read_preset
+
+    if options.list:
+        for name in preset_names():
+            print(f"{name:<14}{read_preset(name)['description']}")
+        return 0
+    if options.d is None:
+        raise ValueError("Which data set? Give its number or name with -d.")
+    import torch
+
+    from desam_nnunet.planning.plan import Wishes, plan_dataset
+
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    wishes = Wishes(options.gpu_memory_target, options.disk_target, options.encoder, options.preset)
+    path, lines = plan_dataset(options.d, options.overwrite_plans_name, wishes, device)
+    for line in lines:
+        print(f"{line.key:<18}{line.value:<24}{line.reason}")
+    print(f"\nWritten to {path}. Next: nnUNetv2_train {options.d} 2d 0 -tr DeSAMTrainer -p {path.stem}")
+    return 0
 
 
 def _cache(options: argparse.Namespace) -> int:

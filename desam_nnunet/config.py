@@ -83,11 +83,14 @@ class DesamSection:
 Section = TypeVar("Section", SamSection, DesamSection)
 
 
-def parse_section(name: str, kind: type[Section], given: dict[str, Any]) -> Section:
-    """Checks every key and type of a fully resolved section.
+SECTIONS: dict[str, type] = {"sam": SamSection, "desam": DesamSection}
+
+
+def check_keys(name: str, kind: type, given: dict[str, Any]) -> None:
+    """Checks the names and types of the keys that are given.
 
     Raises:
-        ValueError: An unknown, missing or ill-typed key; the message lists the valid ones.
+        ValueError: An unknown or ill-typed key; the message lists the valid ones.
     """
     hints = get_type_hints(kind)
     valid = ", ".join(f"{key} ({hints[key].__name__})" for key in hints)
@@ -99,6 +102,15 @@ def parse_section(name: str, kind: type[Section], given: dict[str, Any]) -> Sect
                 f"The plans' key {name}.{key} is {value!r}, but must be of type {hints[key].__name__}. "
                 f"Valid keys: {valid}."
             )
+
+
+def parse_section(name: str, kind: type[Section], given: dict[str, Any]) -> Section:
+    """Checks every key and type of a fully resolved section.
+
+    Raises:
+        ValueError: An unknown, missing or ill-typed key; the message lists the valid ones.
+    """
+    check_keys(name, kind, given)
     missing = [row.name for row in fields(kind) if row.default is MISSING and row.name not in given]
     if missing:
         raise ValueError(

@@ -8,21 +8,20 @@ is ever unpickled. Files are written under a temporary name and renamed.
 from __future__ import annotations
 
 import json
-import os
 import struct
 import threading
-import uuid
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import blosc2
 import numpy as np
 
+from desam_nnunet.files import replace_file
+
 _MAGIC = b"DESAM\x00\x01\n"
 _PREFIX = struct.Struct("<8sII")  # magic, header length, header CRC
-TEMPORARY = ".tmp"
 _LARGEST_HEADER = 2**20
 _TYPES = {"float16", "float32", "int8", "int16", "uint8"}
 _scratch = threading.local()
@@ -49,20 +48,6 @@ def write_entry(path: Path, arrays: dict[str, np.ndarray], meta: dict[str, Any])
     header = json.dumps({"meta": meta, "arrays": rows}).encode()
     prefix = _PREFIX.pack(_MAGIC, len(header), zlib.crc32(header))
     return replace_file(path, [prefix, header, *payloads])
-
-
-def replace_file(path: Path, parts: Iterable[bytes]) -> int:
-    """Writes a file under a temporary name and renames it; returns its size in bytes."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{TEMPORARY}")
-    try:
-        with open(temporary, "wb") as stream:
-            stream.writelines(parts)
-            size = stream.tell()
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return size
 
 
 def read_meta(path: Path) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from desam_nnunet.cache.entry import TEMPORARY, DamagedEntryError, read_entry, read_meta, replace_file, write_entry
+from desam_nnunet.cache.entry import DamagedEntryError, read_entry, read_meta, write_entry
+from desam_nnunet.files import TEMPORARY, replace_file
 from desam_nnunet.sam.encoder import Features
 
 FOLDER = "desam_cache"

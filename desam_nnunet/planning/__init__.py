@@ -1,0 +1,1 @@
+"""From a data set's fingerprint and this machine to the plans' sections."""

@@ -1,0 +1,124 @@
+"""The choices that nnU-Net's user does not have to make: each a pure function that also says why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Generic, NamedTuple, TypeVar
+
+from desam_nnunet.sam.variants import MASK_STRIDE, PATCH
+
+T = TypeVar("T")
+
+MAX_BATCH_SIZE, MIN_BATCH_SIZE = 8, 2  # the published one; Dice and InstanceNorm gain from a second tile
+EPOCHS = 50  # the published number
+MAX_ITERATIONS = 250  # of an epoch, nnU-Net's
+MIN_ITERATIONS = 25
+_COARSEST = 2.5  # pixels of a tile per mask pixel
+_LARGEST_OF_MEDIAN = 1.5  # a few large slices do not decide the patch
+_MAX_VIEWS = 4
+_ENCODING_HOURS = 1.0  # that views may cost
+
+
+class Choice(NamedTuple, Generic[T]):
+    """A value, and one line that says why."""
+
+    value: T
+    reason: str
+
+
+def choose_patch(
+    planes: Sequence[tuple[int, int]], divisor: tuple[int, int], image_limit: int
+) -> Choice[tuple[int, int]]:
+    """A patch that shows a whole slice, as far as the masks can resolve it.
+
+    Args:
+        planes: Rows and columns of every case, at the planned spacing.
+        divisor: What nnU-Net's own architecture divides each side by, so that it trains on the same plans.
+        image_limit: The largest input of the encoder, in pixels.
+    """
+    limit = int(_COARSEST * image_limit / MASK_STRIDE)
+    patch, whole = [], True
+    for axis in range(2):
+        sides = sorted(plane[axis] for plane in planes)
+        wanted = min(sides[-1], math.ceil(_LARGEST_OF_MEDIAN * sides[len(sides) // 2]))
+        side = -(-min(wanted, limit) // divisor[axis]) * divisor[axis]
+        if side > limit >= divisor[axis]:
+            side -= divisor[axis]
+        whole &= side >= sides[-1]
+        patch.append(side)
+    reason = "every slice is one tile" if whole else (
+        f"slices reach {max(plane[0] for plane in planes)} x {max(plane[1] for plane in planes)}; masks of an encoder "
+        f"at {image_limit} resolve tiles of {limit}" if max(patch) + max(divisor) > limit
+        else "1.5 times the median slice; the largest take several tiles")
+    return Choice((patch[0], patch[1]), reason)
+
+
+def choose_image_size(patch: tuple[int, int], native: int) -> Choice[int]:
+    """SAM's input: as large as gives a mask pixel for every pixel of the tile, at most what SAM was trained with."""
+    wanted = -(-MASK_STRIDE * max(patch) // (4 * PATCH)) * 4 * PATCH
+    size = min(wanted, native)
+    pixels = max(patch) * MASK_STRIDE / size
+    reason = f"masks have a pixel for every {pixels:.2g} pixel(s) of the tile"
+    return Choice(size, reason + (", more does not pay" if size < native else ", the encoder's own size"))
+
+
+def smaller_image_sizes(size: int) -> list[int]:
+    """Sizes to fall back to where memory is short, down to a quarter of the pixels' side."""
+    step = 4 * PATCH
+    return list(range(size - step, max(size // 4, step) - 1, -step))
+
+
+def choose_batch_size(tiles: int, fits: Callable[[int], bool]) -> Choice[int] | None:
+    """The published batch, or what memory and the number of tiles allow; None where not even two tiles fit."""
+    few = max(MIN_BATCH_SIZE, round(0.05 * tiles))
+    best = next((size for size in range(min(MAX_BATCH_SIZE, few), MIN_BATCH_SIZE - 1, -1) if fits(size)), None)
+    if best is None:
+        return None
+    if best == MAX_BATCH_SIZE:
+        return Choice(best, "the published batch size")
+    return Choice(best, "5 % of the tiles, as in nnU-Net" if best == few else "what fits into the memory")
+
+
+class Storage(NamedTuple):
+    """Attributes: features: ``cached`` or ``online``. views. dtype: Of the cache. gigabytes: On disk."""
+
+    features: str
+    views: int
+    dtype: str
+    gigabytes: float
+
+
+def choose_storage(tiles: int, bytes_per_tile: dict[str, int], disk: float, hours_per_view: float) -> Choice[Storage]:
+    """Cached features where they fit on the disk, with augmented views where time and disk allow some.
+
+    Args:
+        tiles: Of the whole data set.
+        bytes_per_tile: Per type on disk, the most exact first.
+        disk: Bytes that the cache may take.
+        hours_per_view: That encoding every tile once takes on this machine.
+    """
+    for dtype, size in bytes_per_tile.items():
+        views = min(_MAX_VIEWS, int(disk // (tiles * size)), max(1, int(_ENCODING_HOURS // max(hours_per_view, 1e-6))))
+        if views > 0:
+            gigabytes = views * tiles * size / 1e9
+            hours = views * hours_per_view
+            reason = f"{gigabytes:.1f} GB, about {hours:.1f} h to encode {views} view(s) of {tiles} tiles"
+            return Choice(Storage("cached", views, dtype, gigabytes), reason)
+    least = tiles * min(bytes_per_tile.values()) / 1e9
+    return Choice(Storage("online", 1, "float16", 0.0), f"a cache of {tiles} tiles takes at least {least:.1f} GB")
+
+
+class Schedule(NamedTuple):
+    epochs: int
+    iterations: int
+    val_iterations: int
+
+
+def choose_schedule(training_tiles: int, batch_size: int) -> Choice[Schedule]:
+    """An epoch sees as many tiles as there are, within nnU-Net's 250 iterations."""
+    once = math.ceil(training_tiles / batch_size)
+    iterations = min(MAX_ITERATIONS, max(MIN_ITERATIONS, once))
+    seen = iterations * batch_size / max(1, training_tiles)
+    reason = f"{training_tiles} training tiles, drawn {seen * EPOCHS:.0f} times each on average"
+    return Choice(Schedule(EPOCHS, iterations, max(5, iterations // 5)), reason)

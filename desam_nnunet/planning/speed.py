@@ -1,0 +1,38 @@
+"""About how long encoding takes here: operations, counted, over the rate of a matrix product, measured."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from desam_nnunet.sam.precision import encoder_dtype
+from desam_nnunet.sam.variants import PATCH, Variant
+
+_SHARE = 0.6  # of the rate of a large matrix product that the encoder reaches; 0.8 was measured on a CPU
+_SIDE = {"cpu": 1024, "cuda": 8192, "mps": 2048}
+
+
+def hours_to_encode(images: int, variant: Variant, image_size: int, device: torch.device) -> float:
+    return images * operations(variant, image_size) / (_SHARE * matrix_rate(device)) / 3600
+
+
+def operations(variant: Variant, image_size: int) -> float:
+    """Of one image: linear layers, and the two products of attention, global or within windows."""
+    tokens, dim = (image_size // PATCH) ** 2, variant.embed_dim
+    linear = variant.depth * 24 * tokens * dim**2
+    windows = variant.depth - len(variant.global_blocks)
+    seen = len(variant.global_blocks) * tokens + windows * min(tokens, variant.window**2)
+    return linear + 4 * tokens * seen * dim
+
+
+def matrix_rate(device: torch.device) -> float:
+    """Operations per second of a large matrix product in the encoder's precision, the best of three."""
+    side = _SIDE[device.type]
+    matrix = torch.ones(side, side, dtype=encoder_dtype(device), device=device)
+    seconds = []
+    for _ in range(4):
+        begin = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - begin)
+    return 2 * side**3 / min(seconds[1:])

@@ -1,0 +1,86 @@
+"""What the planner chooses, from numbers alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from desam_nnunet.planning.choices import (
+    choose_batch_size,
+    choose_image_size,
+    choose_patch,
+    choose_schedule,
+    choose_storage,
+    smaller_image_sizes,
+)
+
+SIZES = {"float16": 100, "int8": 50}
+
+
+@pytest.mark.parametrize(("planes", "divisor", "limit", "patch", "reason"), [
+    ([(160, 159)] * 3, (32, 32), 1024, (160, 160), "every slice is one tile"),
+    ([(128, 100)], (16, 16), 1024, (128, 112), "every slice is one tile"),
+    ([(512, 512)] * 9, (128, 128), 1024, (512, 512), "every slice is one tile"),
+    ([(1024, 1024)], (128, 128), 1024, (640, 640), "resolve tiles of 640"),
+    ([(100, 100)] * 9 + [(400, 100)], (4, 4), 1024, (152, 100), "1.5 times the median slice"),
+    ([(160, 160)], (32, 32), 256, (160, 160), "every slice is one tile"),
+])
+def test_a_tile_shows_a_slice_as_far_as_masks_resolve_it(
+    planes: list[tuple[int, int]], divisor: tuple[int, int], limit: int, patch: tuple[int, int], reason: str
+) -> None:
+    choice = choose_patch(planes, divisor, limit)
+    assert choice.value == patch
+    assert reason in choice.reason
+    assert all(side % by == 0 for side, by in zip(choice.value, divisor, strict=True))
+
+
+@pytest.mark.parametrize(("patch", "native", "size"), [
+    ((160, 160), 1024, 640), ((128, 112), 1024, 512), ((512, 512), 1024, 1024), ((40, 40), 1024, 192),
+    ((160, 160), 256, 256),
+])
+def test_masks_have_a_pixel_for_every_pixel_up_to_the_encoders_own_size(
+    patch: tuple[int, int], native: int, size: int
+) -> None:
+    assert choose_image_size(patch, native).value == size
+
+
+def test_smaller_inputs_to_fall_back_to() -> None:
+    assert smaller_image_sizes(256) == [192, 128, 64]
+    assert smaller_image_sizes(64) == []
+    assert smaller_image_sizes(1024)[-1] == 256
+
+
+@pytest.mark.parametrize(("tiles", "fit", "batch", "reason"), [
+    (1000, 99, 8, "published"), (1000, 5, 5, "memory"), (60, 99, 3, "5 % of the tiles"),
+    (10, 99, 2, "5 % of the tiles"),
+])
+def test_batch_size(tiles: int, fit: int, batch: int, reason: str) -> None:
+    choice = choose_batch_size(tiles, lambda size: size <= fit)
+    assert choice is not None
+    assert choice.value == batch
+    assert reason in choice.reason
+
+
+def test_no_batch_where_two_tiles_do_not_fit() -> None:
+    assert choose_batch_size(1000, lambda size: size <= 1) is None
+
+
+@pytest.mark.parametrize(("disk", "hours", "features", "views", "dtype"), [
+    (1e6, 0.01, "cached", 4, "float16"),
+    (2500, 0.01, "cached", 2, "float16"),
+    (1e6, 0.4, "cached", 2, "float16"),
+    (1e6, 30, "cached", 1, "float16"),
+    (700, 0.01, "cached", 1, "int8"),
+    (400, 0.01, "online", 1, "float16"),
+])
+def test_storage_by_disk_and_time(disk: float, hours: float, features: str, views: int, dtype: str) -> None:
+    value = choose_storage(10, SIZES, disk, hours).value
+    assert (value.features, value.views, value.dtype) == (features, views, dtype)
+    assert value.gigabytes * 1e9 <= disk
+
+
+@pytest.mark.parametrize(("tiles", "batch", "iterations", "validation"), [
+    (400, 8, 50, 10), (100_000, 8, 250, 50), (20, 8, 25, 5),
+])
+def test_small_data_sets_train_shorter(tiles: int, batch: int, iterations: int, validation: int) -> None:
+    value = choose_schedule(tiles, batch).value
+    assert value == (50, iterations, validation)
