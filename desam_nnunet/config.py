@@ -6,7 +6,7 @@ in the ``plans.json`` of the model folder.
 
 from __future__ import annotations
 
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, TypeVar, get_type_hints
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -26,23 +26,26 @@ class SamSection:
     """What all trainers of this package share.
 
     Attributes:
-        encoder: A variant's name or the path of a weights file.
-        identity: Names the encoder's weights; filled in from what is found, refused where it differs.
-        image_size: Side of SAM's input in pixels, a multiple of 16.
-        intensity: ``percentile``, ``window`` or ``unit``.
-        features: ``online``: augmented tiles are encoded as they come; ``cached``: every tile is encoded once, as it
-            is, and read from disk.
-        views: Versions of each cached tile, the first as it is, the others augmented as nnU-Net augments.
+        encoder: ``vit_b``, ``vit_l``, ``vit_h``, ``vit_tiny`` (random weights), or the path of a weights file.
+        identity: Names the encoder's weights: ``md5:`` and the file's hash, or generator and seed. Resuming and
+            predicting with other weights is refused.
+        image_size: Side of SAM's input in pixels, a multiple of 16, at least 64. A tile's longer side is scaled to it.
+        intensity: How a tile becomes 0 to 255: ``percentile``, ``window`` or ``unit``.
+        regions: Whether the data set trains regions, which have no background output.
+        features: ``cached``: every tile is encoded once, before training, and read from disk; ``online``: augmented
+            tiles are encoded as they come.
+        views: Versions of each cached tile, the first as it is, the others augmented once as nnU-Net augments.
         cache_dtype: ``float16`` or ``int8``, of the cache on disk.
-        regions: Whether the data set trains regions (no background output); filled in from it.
-        epochs, iterations_per_epoch, val_iterations_per_epoch: As nnU-Net counts them.
+        epochs: Of training; the learning rate decays to zero over them.
+        iterations_per_epoch: Training steps of an epoch.
+        val_iterations_per_epoch: Validation steps of an epoch.
     """
 
-    encoder: str
-    identity: str
-    image_size: int
-    intensity: str
-    regions: bool
+    encoder: str = field(metadata={"default": f"`{DEFAULT_ENCODER}`"})
+    identity: str = field(metadata={"default": "filled in"})
+    image_size: int = field(metadata={"default": "the variant's own: 1024, of `vit_tiny` 256"})
+    intensity: str = field(metadata={"default": "from nnU-Net's normalisation"})
+    regions: bool = field(metadata={"default": "filled in"})
     features: str = "cached"
     views: int = 1
     cache_dtype: str = "float16"
@@ -65,9 +68,9 @@ class DesamSection:
     """DeSAM's own settings.
 
     Attributes:
-        grid: Points per side of the prompt grid at prediction.
-        iou_threshold: A class whose best score is not above it is absent from the tile.
-        lr: Adam's initial learning rate.
+        grid: Points per side of the prompt grid at prediction, 1 to 64.
+        iou_threshold: A class whose best score is not above it is absent from the tile; 0 to 1.
+        lr: Adam's initial learning rate, decayed polynomially (0.9).
     """
 
     grid: int = 9
