@@ -95,14 +95,17 @@ def _plan(options: argparse.Namespace) -> int:
         raise ValueError("Which data set? Give its number or name with -d.")
     import torch
 
-    from desam_nnunet.planning.plan import Wishes, plan_dataset
+    from desam_nnunet.planning.plan import plan_dataset
+    from desam_nnunet.planning.wishes import Wishes
 
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     wishes = Wishes(options.gpu_memory_target, options.disk_target, options.encoder, options.preset)
-    path, lines = plan_dataset(options.d, options.overwrite_plans_name, wishes, device)
-    for line in lines:
-        print(f"{line.key:<18}{line.value:<24}{line.reason}")
-    print(f"\nWritten to {path}. Next: nnUNetv2_train {options.d} 2d 0 -tr DeSAMTrainer -p {path.stem}")
+    planned = plan_dataset(options.d, options.overwrite_plans_name, wishes, device)
+    for line in planned.lines:
+        print(f"{line.key:<17} {line.value:<23} {line.reason}")
+    print(f"\nWritten to {planned.path}. Next:")
+    for command in planned.commands:
+        print(f"    {command}")
     return 0
 
 

@@ -20,9 +20,12 @@ SIZES = {"float16": 100, "int8": 50}
     ([(160, 159)] * 3, (32, 32), 1024, (160, 160), "every slice is one tile"),
     ([(128, 100)], (16, 16), 1024, (128, 112), "every slice is one tile"),
     ([(512, 512)] * 9, (128, 128), 1024, (512, 512), "every slice is one tile"),
-    ([(1024, 1024)], (128, 128), 1024, (640, 640), "resolve tiles of 640"),
+    ([(1024, 1024)], (256, 256), 1024, (512, 512), "slices reach 1024 x 1024, masks at 1024 resolve tiles of 640"),
+    ([(512, 512)], (128, 128), 512, (256, 256), "masks at 512 resolve tiles of 320"),
     ([(100, 100)] * 9 + [(400, 100)], (4, 4), 1024, (152, 100), "1.5 times the median slice"),
     ([(160, 160)], (32, 32), 256, (160, 160), "every slice is one tile"),
+    ([(512, 512)], (128, 128), 256, (256, 256), "resolve tiles of 160"),  # nnU-Net's network needs twice its divisor
+    ([(20, 20)], (16, 16), 1024, (32, 32), "every slice is one tile"),
 ])
 def test_a_tile_shows_a_slice_as_far_as_masks_resolve_it(
     planes: list[tuple[int, int]], divisor: tuple[int, int], limit: int, patch: tuple[int, int], reason: str
@@ -51,7 +54,7 @@ def test_smaller_inputs_to_fall_back_to() -> None:
 
 @pytest.mark.parametrize(("tiles", "fit", "batch", "reason"), [
     (1000, 99, 8, "published"), (1000, 5, 5, "memory"), (60, 99, 3, "5 % of the tiles"),
-    (10, 99, 2, "5 % of the tiles"),
+    (10, 99, 2, "the least"),
 ])
 def test_batch_size(tiles: int, fit: int, batch: int, reason: str) -> None:
     choice = choose_batch_size(tiles, lambda size: size <= fit)
@@ -64,18 +67,31 @@ def test_no_batch_where_two_tiles_do_not_fit() -> None:
     assert choose_batch_size(1000, lambda size: size <= 1) is None
 
 
-@pytest.mark.parametrize(("disk", "hours", "features", "views", "dtype"), [
-    (1e6, 0.01, "cached", 4, "float16"),
-    (2500, 0.01, "cached", 2, "float16"),
-    (1e6, 0.4, "cached", 2, "float16"),
-    (1e6, 30, "cached", 1, "float16"),
-    (700, 0.01, "cached", 1, "int8"),
-    (400, 0.01, "online", 1, "float16"),
+@pytest.mark.parametrize(("disk", "hours", "asked", "features", "views", "dtype"), [
+    (1e6, 0.01, None, "cached", 4, "float16"),
+    (2500, 0.01, None, "cached", 1, "float16"),
+    (1e6, 0.4, None, "cached", 1, "float16"),
+    (1e6, 30, None, "cached", 1, "float16"),
+    (700, 0.01, None, "cached", 1, "int8"),
+    (400, 0.01, None, "online", 1, "float16"),
+    (1e6, 30, 2, "cached", 2, "float16"),
+    (1500, 0.01, 2, "cached", 2, "int8"),
+    (900, 0.01, 2, "online", 1, "float16"),
 ])
-def test_storage_by_disk_and_time(disk: float, hours: float, features: str, views: int, dtype: str) -> None:
-    value = choose_storage(10, SIZES, disk, hours).value
+def test_storage_by_disk_and_time(
+    disk: float, hours: float, asked: int | None, features: str, views: int, dtype: str
+) -> None:
+    choice = choose_storage(10, SIZES, disk, hours, asked)
+    value = choice.value
     assert (value.features, value.views, value.dtype) == (features, views, dtype)
     assert value.gigabytes * 1e9 <= disk
+    assert f"{views} view(s)" in choice.reason or features == "online"
+
+
+def test_what_is_never_drawn_is_not_encoded() -> None:
+    choice = choose_storage(100_001, SIZES, 1e12, 0.01, None)
+    assert choice.value.features == "online"
+    assert "100001 tiles, of which training draws 100000" in choice.reason
 
 
 @pytest.mark.parametrize(("tiles", "batch", "iterations", "validation"), [

@@ -14,15 +14,35 @@ import pytest
 import torch
 from conftest import DATASET, Workspace, nnunet
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from desam_nnunet.cli import main
+from desam_nnunet.planning.choices import Choice
+from desam_nnunet.planning.facts import Facts, read_facts
+from desam_nnunet.planning.fit import Machine
 from desam_nnunet.planning.memory import footprint
-from desam_nnunet.planning.plan import Wishes, choose, read_facts
-from desam_nnunet.planning.presets import preset_names, read_preset
+from desam_nnunet.planning.plan import choose
+from desam_nnunet.planning.presets import preset_names
 from desam_nnunet.planning.speed import operations
+from desam_nnunet.planning.wishes import Wishes
 from desam_nnunet.sam.variants import VARIANTS
 
-CPU = torch.device("cpu")
+CT = Facts(((100, 512, 512),) * 60, (128, 128), 1, 1, ("CTNormalization",))
+CARDIAC = Facts(((10, 128, 128),) * 100, (32, 32), 1, 3, ("ZScoreNormalization",))
+
+
+def machine(memory: float = 80, disk: float = 1000, device: str = "cpu") -> Machine:
+    """Args: memory, disk: In GB."""
+    return Machine(Choice(1e9 * memory, "given"), 1e9 * disk, torch.device(device))
+
+
+@pytest.fixture
+def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of all variants, empty: the planner looks at names alone."""
+    monkeypatch.setenv("DESAM_WEIGHTS", str(tmp_path))
+    for variant in VARIANTS.values():
+        (tmp_path / (variant.file or "none")).touch()
 
 
 def planned(workspace: Workspace, *arguments: str, name: str = "DeSAMPlans") -> dict[str, Any]:
@@ -52,6 +72,10 @@ def test_what_was_planned_trains_beside_plain_nnunet(workspace: Workspace) -> No
     sam |= {"epochs": 1, "iterations_per_epoch": 1, "val_iterations_per_epoch": 1, "views": 1, "image_size": 64}
     (workspace.preprocessed / "TrainedPlans.json").write_text(json.dumps(plans))
     nnunet("nnUNetv2_train", 501, "2d", 0, "-tr", "DeSAMTrainerWholeBox", "-p", "TrainedPlans", "-device", "cpu")
+    plain = nnUNetTrainer(plans, "2d", 0, workspace.dataset_json(), torch.device("cpu"))
+    plain.initialize()
+    with torch.no_grad():  # in training mode, where InstanceNorm refuses a bottleneck of one pixel
+        plain.network.train()(torch.randn(1, 1, *plans["configurations"]["2d"]["patch_size"]))
     assert (workspace.model("DeSAMTrainerWholeBox", "TrainedPlans") / "fold_0" / "checkpoint_final.pth").is_file()
 
 
@@ -65,12 +89,12 @@ def test_flags_go_before_the_preset_and_the_preset_before_the_planner(workspace:
 def test_plans_of_the_same_name_are_kept_beside(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     planned(workspace, name="AgainPlans")
     path = workspace.preprocessed / "AgainPlans.json"
-    mine = path.read_text() + "\n"
-    path.write_text(mine)
-    capsys.readouterr()
-    planned(workspace, name="AgainPlans")
-    assert (workspace.preprocessed / "AgainPlans.json.before").read_text() == mine
-    assert "AgainPlans.json.before" in capsys.readouterr().out
+    versions = [path.read_text() + end for end in ("\n", "\n\n")]
+    for version in versions:
+        path.write_text(version)
+        planned(workspace, name="AgainPlans")
+    assert [path.with_name(f"AgainPlans.json.before{n}").read_text() for n in (1, 2)] == versions
+    assert "AgainPlans.json.before2" in capsys.readouterr().out
 
 
 def test_an_unplanned_data_set_is_planned_by_nnunet_first(
@@ -79,19 +103,22 @@ def test_an_unplanned_data_set_is_planned_by_nnunet_first(
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # nnU-Net's planner needs a worker
     copy = workspace.root / "nnUNet_raw" / "Dataset502_Copy"
     shutil.copytree(workspace.root / "nnUNet_raw" / DATASET, copy)
-    nnunet("desam", "plan", "-d", 502, "--encoder", "vit_tiny", "-device", "cpu")
+    result = nnunet("desam", "plan", "-d", 502, "--encoder", "vit_tiny", "-device", "cpu")
     folder = workspace.root / "nnUNet_preprocessed" / "Dataset502_Copy"
     assert (folder / "nnUNetPlans.json").is_file()
     plans = json.loads((folder / "DeSAMPlans.json").read_text())
     assert plans["dataset_name"] == "Dataset502_Copy"
     assert "sam" in plans["configurations"]["2d"]
+    assert "    nnUNetv2_preprocess -d Dataset502_Copy -plans_name DeSAMPlans -c 2d\n" in result.stdout
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (("--preset", "nothing"), "There is no preset 'nothing'; there are: cpu, laptop, paper"),
     (("--encoder", "vit_x"), "Unknown encoder 'vit_x'"),
     (("-gpu_memory_target", "0.1"), r"takes 0.\d GB, but 0.1 GB are there"),
-    (("-overwrite_plans_name", "nnUNetPlans"), "can't be called nnUNetPlans"),
+    (("-overwrite_plans_name", "nnUNetPlans"), "nnUNetPlans.json was not made by desam plan: choose another name"),
+    (("-device", "mps", "-gpu_memory_target", "0.1"), r"takes 0.\d GB, but 0.1 GB are there"),
+    (("-device", "cuda"), "no cuda device here: say what it will have with -gpu_memory_target, or add -device cpu"),
 ])
 def test_bad_wishes_are_one_sentence(
     workspace: Workspace, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
@@ -113,15 +140,77 @@ def test_slices_are_what_preprocessing_makes(workspace: Workspace) -> None:
     assert (facts.channels, facts.outputs) == (1, 1)
 
 
-def test_presets_are_valid_sections(workspace: Workspace) -> None:
-    fingerprint = json.loads((workspace.preprocessed / "dataset_fingerprint.json").read_text())
-    facts = read_facts(workspace.plans("nnUNetPlans"), workspace.dataset_json(), fingerprint)
+def test_transposed_and_resampled_shapes() -> None:
+    """Slices lie along the last axis; the planes are resampled to 1 mm, the slices stay."""
+    plans = PLANS_OF_AN_UNET | {"transpose_forward": [2, 0, 1]}
+    assert PlansManager(plans).get_configuration("2d").spacing == [1.0, 1.0]
+    fingerprint = {"shapes_after_crop": [[40, 60, 7], [20, 30, 9]], "spacings": [[0.5, 1.0, 5.0], [2.0, 1.0, 4.0]]}
+    facts = read_facts(plans, {"labels": {"background": 0, "a": 1, "b": 2}, "channel_names": {"0": "CT"}}, fingerprint)
+    assert facts.shapes == ((7, 20, 60), (9, 40, 30))
+    assert facts.divisor == (8, 4)
+    assert facts.outputs == 2
+
+
+PLANS_OF_AN_UNET: dict[str, Any] = {
+    "configurations": {"2d": {"spacing": [1.0, 1.0], "normalization_schemes": ["CTNormalization"], "architecture": {
+        "arch_kwargs": {"strides": [[1, 1], [2, 2], [2, 2], [2, 1]]}}}},
+}
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_are_valid_sections_and_go_before_the_planner(name: str) -> None:
+    wishes = Wishes(preset=name)
+    configuration, lines = choose(CARDIAC, wishes, machine())
+    for key, value in wishes.fragment["sam"].items():
+        assert configuration["sam"][key] == value
+    assert any(line.reason.startswith(f"preset {name}") for line in lines)
+
+
+def test_there_are_four_presets() -> None:
     assert preset_names() == ["cpu", "laptop", "paper", "vit_h_24gb"]
-    for name in preset_names():
-        preset = read_preset(name)
-        configuration, lines = choose(facts, Wishes(memory_target=80, preset=name), preset, CPU, 1e12)
-        assert configuration["sam"]["encoder"] == preset["sam"]["encoder"]
-        assert any(line.reason == f"preset {name}" for line in lines)
+
+
+def test_flags_and_what_is_there_go_before_a_preset() -> None:
+    configuration, lines = choose(CT, Wishes(preset="paper"), machine(disk=1))
+    assert configuration["sam"]["features"] == "online"
+    configuration, lines = choose(CT, Wishes(preset="paper"), machine(memory=6))
+    (batch,) = (line for line in lines if line.key == "batch_size")
+    assert configuration["batch_size"] < 8
+    assert batch.reason == "what fits into the memory; preset paper asks for 8"
+    assert choose(CT, Wishes(preset="paper", encoder="vit_b"), machine())[0]["sam"]["encoder"] == "vit_b"
+
+
+@pytest.mark.parametrize(("facts", "memory", "disk", "encoder", "patch", "image_size", "features"), [
+    (CT, 80, 1000, "vit_h", [512, 512], 1024, "cached"),
+    (CT, 6, 100, "vit_l", [512, 512], 1024, "cached"),  # ViT-H fits with four tiles, but its cache does not
+    (CT, 6, 70, "vit_b", [512, 512], 1024, "cached"),
+    (CT, 80, 1, "vit_b", [512, 512], 1024, "online"),
+    (CARDIAC, 6, 100, "vit_h", [128, 128], 512, "cached"),
+])
+def test_a_gpu_gets_the_largest_encoder_that_memory_and_disk_hold(
+    weights: None, facts: Facts, memory: float, disk: float, encoder: str, patch: list[int], image_size: int,
+    features: str,
+) -> None:
+    configuration, _ = choose(facts, Wishes(), machine(memory, disk, "cuda"))
+    sam = configuration["sam"]
+    assert (sam["encoder"], configuration["patch_size"], sam["image_size"], sam["features"]) == (
+        encoder, patch, image_size, features)
+    assert configuration["batch_size"] >= 4
+
+
+def test_a_smaller_input_gets_a_smaller_patch(weights: None) -> None:
+    """Masks would else be coarser than 2.5 pixels of the tile."""
+    configuration, _ = choose(CT, Wishes(encoder="vit_h"), machine(3.3, 1000, "cuda"))
+    assert configuration["sam"]["image_size"] < 1024
+    assert max(configuration["patch_size"]) <= max(256, 2.5 * configuration["sam"]["image_size"] / 4)
+
+
+def test_five_channels_of_few_large_slices_on_a_cpu() -> None:
+    facts = Facts(((2, 1024, 1024),) * 2, (256, 256), 5, 1, ("ZScoreNormalization",) * 5)
+    configuration, lines = choose(facts, Wishes(), machine(8, 100))
+    assert configuration["patch_size"] == [512, 512]
+    assert configuration["sam"]["encoder"] == "vit_b"
+    assert "desam weights get vit_b" in next(line.reason for line in lines if line.key == "sam.encoder")
 
 
 def test_operations_of_vit_b() -> None:

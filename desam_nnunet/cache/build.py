@@ -72,8 +72,7 @@ def plan_build(store: Store, dataset: nnUNetBaseDataset, network: Any, share: Sh
         needed += sum(max(0, per_tile - store.bytes_of(case, *tile)) for tile in missing)  # stale ones are replaced
         if place % share.parts == share.part:
             todo[case] = (content, tiles, missing)
-    disk = shutil.disk_usage(_existing(store.folder))
-    free = max(0, disk.free - int(_MARGIN * disk.total))
+    free = usable_bytes(store.folder)
     if needed > free:
         raise OSError(
             f"The cache needs {needed / 1e9:.1f} GB for {total} tiles, but {store.folder} has {free / 1e9:.1f} GB "
@@ -81,6 +80,12 @@ def plan_build(store: Store, dataset: nnUNetBaseDataset, network: Any, share: Sh
             "or set sam.features to 'online' to train without a cache."
         )
     return Plan(todo, sum(len(row[2]) for row in todo.values()), needed, free)
+
+
+def usable_bytes(folder: Path) -> int:
+    """What is free on the disk of `folder`, which need not exist, but for a margin."""
+    disk = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists()))
+    return max(0, disk.free - int(_MARGIN * disk.total))
 
 
 def seconds_of(plan: Plan, store: Store, network: Any, device: torch.device) -> float:
@@ -187,7 +192,3 @@ def _batches(rows: Iterable[T], size: int) -> Iterator[list[T]]:
     rows = iter(rows)
     while batch := list(islice(rows, size)):
         yield batch
-
-
-def _existing(folder: Path) -> Path:
-    return next(path for path in (folder, *folder.parents) if path.exists())

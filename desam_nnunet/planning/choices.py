@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
 from desam_nnunet.sam.variants import MASK_STRIDE, PATCH
@@ -16,11 +17,12 @@ MAX_ITERATIONS = 250  # of an epoch, nnU-Net's
 MIN_ITERATIONS = 25
 _COARSEST = 2.5  # pixels of a tile per mask pixel
 _LARGEST_OF_MEDIAN = 1.5  # a few large slices do not decide the patch
-_MAX_VIEWS = 4
+_VIEWS = 4
 _ENCODING_HOURS = 1.0  # that views may cost
 
 
-class Choice(NamedTuple, Generic[T]):
+@dataclass(frozen=True)
+class Choice(Generic[T]):
     """A value, and one line that says why."""
 
     value: T
@@ -28,29 +30,32 @@ class Choice(NamedTuple, Generic[T]):
 
 
 def choose_patch(
-    planes: Sequence[tuple[int, int]], divisor: tuple[int, int], image_limit: int
+    planes: Sequence[tuple[int, int]], divisor: tuple[int, int], image_size: int
 ) -> Choice[tuple[int, int]]:
-    """A patch that shows a whole slice, as far as the masks can resolve it.
+    """A patch that shows a whole slice, as far as the masks of an encoder at `image_size` can resolve it.
 
     Args:
         planes: Rows and columns of every case, at the planned spacing.
-        divisor: What nnU-Net's own architecture divides each side by, so that it trains on the same plans.
-        image_limit: The largest input of the encoder, in pixels.
+        divisor: What nnU-Net's own architecture divides each side by, so that it trains on the same plans; it needs
+            at least twice that.
     """
-    limit = int(_COARSEST * image_limit / MASK_STRIDE)
-    patch, whole = [], True
+    limit = int(_COARSEST * image_size / MASK_STRIDE)
+    largest = [max(plane[axis] for plane in planes) for axis in range(2)]
+    patch, cut = [], False
     for axis in range(2):
         sides = sorted(plane[axis] for plane in planes)
-        wanted = min(sides[-1], math.ceil(_LARGEST_OF_MEDIAN * sides[len(sides) // 2]))
-        side = -(-min(wanted, limit) // divisor[axis]) * divisor[axis]
-        if side > limit >= divisor[axis]:
-            side -= divisor[axis]
-        whole &= side >= sides[-1]
-        patch.append(side)
-    reason = "every slice is one tile" if whole else (
-        f"slices reach {max(plane[0] for plane in planes)} x {max(plane[1] for plane in planes)}; masks of an encoder "
-        f"at {image_limit} resolve tiles of {limit}" if max(patch) + max(divisor) > limit
-        else "1.5 times the median slice; the largest take several tiles")
+        wanted = min(largest[axis], math.ceil(_LARGEST_OF_MEDIAN * sides[len(sides) // 2]))
+        cut |= wanted > limit
+        side = -(-wanted // divisor[axis]) * divisor[axis]
+        if side > limit:
+            side = limit // divisor[axis] * divisor[axis]
+        patch.append(max(side, 2 * divisor[axis]))
+    if all(side >= most for side, most in zip(patch, largest, strict=True)):
+        reason = "every slice is one tile"
+    elif cut:
+        reason = f"slices reach {largest[0]} x {largest[1]}, masks at {image_size} resolve tiles of {limit}"
+    else:
+        reason = "1.5 times the median slice; the largest slices take several tiles"
     return Choice((patch[0], patch[1]), reason)
 
 
@@ -72,12 +77,15 @@ def smaller_image_sizes(size: int) -> list[int]:
 def choose_batch_size(tiles: int, fits: Callable[[int], bool]) -> Choice[int] | None:
     """The published batch, or what memory and the number of tiles allow; None where not even two tiles fit."""
     few = max(MIN_BATCH_SIZE, round(0.05 * tiles))
-    best = next((size for size in range(min(MAX_BATCH_SIZE, few), MIN_BATCH_SIZE - 1, -1) if fits(size)), None)
+    wanted = min(MAX_BATCH_SIZE, few)
+    best = next((size for size in range(wanted, MIN_BATCH_SIZE - 1, -1) if fits(size)), None)
     if best is None:
         return None
+    if best < wanted:
+        return Choice(best, "what fits into the memory")
     if best == MAX_BATCH_SIZE:
         return Choice(best, "the published batch size")
-    return Choice(best, "5 % of the tiles, as in nnU-Net" if best == few else "what fits into the memory")
+    return Choice(best, "the least" if best == MIN_BATCH_SIZE else "5 % of the tiles, as in nnU-Net")
 
 
 class Storage(NamedTuple):
@@ -89,24 +97,31 @@ class Storage(NamedTuple):
     gigabytes: float
 
 
-def choose_storage(tiles: int, bytes_per_tile: dict[str, int], disk: float, hours_per_view: float) -> Choice[Storage]:
-    """Cached features where they fit on the disk, with augmented views where time and disk allow some.
+def choose_storage(
+    tiles: int, bytes_per_tile: dict[str, int], disk: float, hours_per_view: float, views: int | None
+) -> Choice[Storage]:
+    """Cached features where they fit on the disk, with augmented views where time and disk allow them.
 
     Args:
         tiles: Of the whole data set.
         bytes_per_tile: Per type on disk, the most exact first.
         disk: Bytes that the cache may take.
         hours_per_view: That encoding every tile once takes on this machine.
+        views: As asked for; None leaves the choice.
     """
+    drawn = EPOCHS * MAX_ITERATIONS * MAX_BATCH_SIZE
+    if tiles > drawn:
+        return Choice(Storage("online", 1, "float16", 0.0), f"there are {tiles} tiles, of which training draws {drawn}")
+    some = [views] if views else [_VIEWS, 1] if _VIEWS * hours_per_view <= _ENCODING_HOURS else [1]
     for dtype, size in bytes_per_tile.items():
-        views = min(_MAX_VIEWS, int(disk // (tiles * size)), max(1, int(_ENCODING_HOURS // max(hours_per_view, 1e-6))))
-        if views > 0:
-            gigabytes = views * tiles * size / 1e9
-            hours = views * hours_per_view
-            reason = f"{gigabytes:.1f} GB, about {hours:.1f} h to encode {views} view(s) of {tiles} tiles"
-            return Choice(Storage("cached", views, dtype, gigabytes), reason)
-    least = tiles * min(bytes_per_tile.values()) / 1e9
-    return Choice(Storage("online", 1, "float16", 0.0), f"a cache of {tiles} tiles takes at least {least:.1f} GB")
+        for count in some:
+            if count * tiles * size <= disk:
+                gigabytes, hours = count * tiles * size / 1e9, count * hours_per_view
+                reason = f"{gigabytes:.1f} GB, about {hours:.1f} h to encode {count} view(s) of {tiles} tiles"
+                return Choice(Storage("cached", count, dtype, gigabytes), reason)
+    least = some[-1] * tiles * min(bytes_per_tile.values()) / 1e9
+    reason = f"a cache of {tiles} tiles takes at least {least:.1f} GB, {disk / 1e9:.1f} GB are to be had"
+    return Choice(Storage("online", 1, "float16", 0.0), reason)
 
 
 class Schedule(NamedTuple):
@@ -120,5 +135,5 @@ def choose_schedule(training_tiles: int, batch_size: int) -> Choice[Schedule]:
     once = math.ceil(training_tiles / batch_size)
     iterations = min(MAX_ITERATIONS, max(MIN_ITERATIONS, once))
     seen = iterations * batch_size / max(1, training_tiles)
-    reason = f"{training_tiles} training tiles, drawn {seen * EPOCHS:.0f} times each on average"
+    reason = f"{training_tiles} training tiles, drawn {seen * EPOCHS:.1f} times each on average"
     return Choice(Schedule(EPOCHS, iterations, max(5, iterations // 5)), reason)

@@ -1,0 +1,60 @@
+"""What the planner's choices rest on: the data set, as nnU-Net's plans and fingerprint know it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from desam_nnunet.cache.tiles import tiles_of
+
+CONFIGURATION = "2d"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Of the data set.
+
+    Attributes:
+        shapes: Slices, rows and columns of each case at the planned spacing.
+        divisor: What nnU-Net's own network divides rows and columns by.
+        outputs: Foreground classes or regions.
+        schemes: nnU-Net's normalisation of each channel.
+    """
+
+    shapes: tuple[tuple[int, int, int], ...]
+    divisor: tuple[int, int]
+    channels: int
+    outputs: int
+    schemes: tuple[str, ...]
+
+    @property
+    def planes(self) -> list[tuple[int, int]]:
+        return [shape[1:] for shape in self.shapes]
+
+    def tiles(self, patch_size: tuple[int, int]) -> int:
+        return sum(len(tiles_of(shape, patch_size)) for shape in self.shapes)
+
+
+def read_facts(plans: dict[str, Any], dataset_json: dict[str, Any], fingerprint: dict[str, Any]) -> Facts:
+    """What the choices rest on, from nnU-Net's plans and fingerprint."""
+    manager = PlansManager(plans)
+    configuration = manager.get_configuration(CONFIGURATION)
+    order = plans["transpose_forward"]
+    shapes = []
+    for shape, spacing in zip(fingerprint["shapes_after_crop"], fingerprint["spacings"], strict=True):
+        slices, *plane = (shape[axis] for axis in order)
+        own = [spacing[axis] for axis in order][1:]
+        rows, columns = compute_new_shape(plane, own, configuration.spacing)
+        shapes.append((int(slices), int(rows), int(columns)))
+    strides = configuration.network_arch_init_kwargs["strides"]
+    divisor = [math.prod(int(stride[axis] if isinstance(stride, list | tuple) else stride) for stride in strides)
+               for axis in range(2)]
+    labels = manager.get_label_manager(dataset_json)
+    return Facts(
+        tuple(shapes), (divisor[0], divisor[1]), determine_num_input_channels(manager, configuration, dataset_json),
+        labels.num_segmentation_heads - (not labels.has_regions), tuple(configuration.normalization_schemes))

@@ -1,0 +1,156 @@
+"""Fits an encoder to data and machine: input size, patch, batch and storage together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+
+from desam_nnunet.cache.store import DTYPES, entry_bytes
+from desam_nnunet.planning.choices import (
+    Choice,
+    Storage,
+    choose_batch_size,
+    choose_image_size,
+    choose_patch,
+    choose_storage,
+    smaller_image_sizes,
+)
+from desam_nnunet.planning.facts import Facts
+from desam_nnunet.planning.memory import Footprint, footprint
+from desam_nnunet.planning.speed import hours_to_encode
+from desam_nnunet.planning.wishes import Wishes
+from desam_nnunet.sam.variants import PATCH, VARIANTS, Variant
+from desam_nnunet.sam.weights import find_weights, read_sam_file, variant_of
+
+_LEVELS = 3  # intermediate outputs that DeSAM reads, beside the neck
+_GOOD_BATCH = 4  # an encoder that leaves no room for it is too large
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where training is to run: bytes of memory and disk that it may take, and the device."""
+
+    memory: Choice[float]
+    disk: float
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One encoder fitted to data and machine."""
+
+    encoder: str
+    patch: Choice[tuple[int, int]]
+    image: Choice[int]
+    batch: Choice[int]
+    storage: Choice[Storage]
+    tiles: int
+
+
+def fit_encoder(encoder: str, facts: Facts, wishes: Wishes, machine: Machine) -> Fit:
+    """Input size, patch, batch and storage for one encoder; the input shrinks where two tiles do not fit.
+
+    Raises:
+        ValueError: Not even the smallest input fits.
+    """
+    variant = variant_named(encoder)
+    given = wishes.sam.get("image_size")
+    for size in [given] if given else _image_sizes(facts, variant):
+        patch = choose_patch(facts.planes, facts.divisor, size)
+        tiles = facts.tiles(patch.value)
+        need = footprint(variant, size, patch.value, facts.outputs, half=machine.device.type == "cuda")
+        batch = _choose_batch(wishes, tiles, partial(_fits, need, machine.memory.value))
+        if batch is not None:
+            image = choose_image_size(patch.value, size)
+            reason = f"preset {wishes.preset}" if given else image.reason
+            storage = _choose_storage(facts, wishes, variant, size, patch.value, tiles, machine)
+            return Fit(encoder, patch, Choice(size, reason), batch, storage, tiles)
+    raise ValueError(
+        f"Training {variant.name} at {size} on tiles of {patch.value[0]} x {patch.value[1]} takes "
+        f"{need.training(2) / 1e9:.1f} GB, but {machine.memory.value / 1e9:.1f} GB are there: give -gpu_memory_target "
+        "a larger value or --encoder a smaller encoder."
+    )
+
+
+def choose_encoder(facts: Facts, wishes: Wishes, machine: Machine) -> tuple[Fit, str]:
+    """The largest whose weights are here, with a good batch and a cache; on a CPU ViT-B, which is slow enough."""
+    given = wishes.sam.get("encoder")
+    if given is not None:
+        reason = "as asked" if wishes.encoder else f"preset {wishes.preset}"
+        return fit_encoder(given, facts, wishes, machine), reason + ("" if is_here(given) else f", {_missing(given)}")
+    if machine.device.type == "cpu":
+        return fit_encoder("vit_b", facts, wishes, machine), "on a CPU" + (
+            "" if is_here("vit_b") else f"; {_missing('vit_b')}")
+    here = [name for name in ("vit_h", "vit_l", "vit_b") if is_here(name)]
+    if not here:
+        return fit_encoder("vit_b", facts, wishes, machine), _missing("vit_b")
+    for name in here[:-1]:
+        try:
+            fit = fit_encoder(name, facts, wishes, machine)
+        except ValueError:
+            continue
+        if fit.batch.value >= _GOOD_BATCH and fit.storage.value.features == "cached":
+            return fit, "the largest whose weights are here, which memory and disk hold"
+    return fit_encoder(here[-1], facts, wishes, machine), "the smallest whose weights are here"
+
+
+def _image_sizes(facts: Facts, variant: Variant) -> list[int]:
+    """From the size that the data wants down."""
+    patch = choose_patch(facts.planes, facts.divisor, variant.image_size).value
+    size = choose_image_size(patch, variant.image_size).value
+    return [size, *smaller_image_sizes(size)]
+
+
+def _choose_batch(wishes: Wishes, tiles: int, fits: Callable[[int], bool]) -> Choice[int] | None:
+    wanted = wishes.fragment.get("batch_size")
+    if wanted is not None and fits(wanted):
+        return Choice(wanted, f"preset {wishes.preset}")
+    batch = choose_batch_size(tiles, fits)
+    if wanted is None or batch is None:
+        return batch
+    return Choice(batch.value, f"{batch.reason}; preset {wishes.preset} asks for {wanted}")
+
+
+def _fits(need: Footprint, memory: float, batch_size: int) -> bool:
+    return need.training(batch_size) <= memory
+
+
+def _choose_storage(
+    facts: Facts, wishes: Wishes, variant: Variant, image_size: int, patch: tuple[int, int], tiles: int,
+    machine: Machine,
+) -> Choice[Storage]:
+    channels = _LEVELS * variant.embed_dim + variant.prompt_dim
+    sizes = {dtype: entry_bytes(channels, image_size // PATCH, patch, dtype) for dtype in DTYPES}
+    hours = hours_to_encode(tiles * math.ceil(facts.channels / 3), variant, image_size, machine.device)
+    return choose_storage(tiles, sizes, machine.disk, hours, wishes.sam.get("views"))
+
+
+def variant_named(encoder: str) -> Variant:
+    """The size of an encoder that is given by name or by file."""
+    if encoder in VARIANTS:
+        return VARIANTS[encoder]
+    path = find_weights(encoder)
+    assert path is not None  # only a variant can be without a file
+    return _variant_of_file(path)
+
+
+@cache
+def _variant_of_file(path: Path) -> Variant:
+    return variant_of(read_sam_file(path), path)
+
+
+def is_here(encoder: str) -> bool:
+    try:
+        find_weights(encoder)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _missing(encoder: str) -> str:
+    return f"whose weights are not here yet (--encoder vit_tiny is random, and needs none): desam weights get {encoder}"
