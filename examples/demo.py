@@ -24,7 +24,8 @@ import phantom
 
 DATASET, PLANS, TRAINER = 501, "DemoPlans", "DeSAMTrainer"
 SECTIONS: dict[str, Any] = {
-    "sam": {"encoder": "vit_tiny", "image_size": 192, "views": 4, "epochs": 12, "iterations_per_epoch": 50,
+    # online, since patches that are augmented anew help a random encoder most at a site that it has not seen
+    "sam": {"encoder": "vit_tiny", "image_size": 192, "features": "online", "epochs": 12, "iterations_per_epoch": 50,
             "val_iterations_per_epoch": 5},
     "desam": {"lr": 5e-4},  # a decoder from scratch in 600 iterations: five times the published rate
 }
