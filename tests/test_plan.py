@@ -66,6 +66,7 @@ def test_every_choice_is_in_the_plans_and_printed_with_its_reason(
     assert "nnUNetv2_train 501 2d 0 -tr DeSAMTrainer -p DeSAMPlans" in out
 
 
+@pytest.mark.slow
 def test_what_was_planned_trains_beside_plain_nnunet(workspace: Workspace) -> None:
     plans = planned(workspace, name="TrainedPlans")
     sam = plans["configurations"]["2d"]["sam"]
@@ -97,6 +98,7 @@ def test_plans_of_the_same_name_are_kept_beside(workspace: Workspace, capsys: py
     assert "AgainPlans.json.before2" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_unplanned_data_set_is_planned_by_nnunet_first(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
