@@ -90,22 +90,24 @@ def test_every_flipped_byte_and_every_truncation_is_found(tmp_path: Path) -> Non
         read_entry(path)
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def quota() -> Iterator[None]:
-    """No file may grow beyond 1000 bytes, as on a full disk."""
+    """No file may grow beyond 1000 bytes, as on a full disk. For the call alone: pytest writes to a file, too."""
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, quota: None) -> None:
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "entry"
     write_entry(path, {"a": np.arange(5, dtype=np.float32)}, {})
     before = path.read_bytes()
-    with pytest.raises(OSError, match="File too large"):
+    with pytest.raises(OSError, match="File too large"), quota():
         write_entry(path, {"a": np.random.randn(1000).astype(np.float32)}, {})
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["entry"]
