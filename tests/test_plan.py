@@ -111,7 +111,7 @@ def test_an_unplanned_data_set_is_planned_by_nnunet_first(
     plans = json.loads((folder / "DeSAMPlans.json").read_text())
     assert plans["dataset_name"] == "Dataset502_Copy"
     assert "sam" in plans["configurations"]["2d"]
-    assert "    nnUNetv2_preprocess -d Dataset502_Copy -plans_name DeSAMPlans -c 2d\n" in result.stdout
+    assert "    nnUNetv2_preprocess -d 502 -plans_name DeSAMPlans -c 2d\n" in result.stdout
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

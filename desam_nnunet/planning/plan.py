@@ -157,10 +157,10 @@ def _unused(path: Path) -> Path:
 
 def _commands(folder: Path, plans: dict[str, Any], cases: int, encoder: str) -> Iterator[str]:
     """What is left to type before training, and training."""
-    name = plans["plans_name"]
+    name, number = plans["plans_name"], convert_dataset_name_to_id(folder.name)
     if not is_here(encoder):
         yield f"desam weights get {encoder}"
     if not (folder / plans["configurations"][CONFIGURATION]["data_identifier"]).is_dir():
-        yield f"nnUNetv2_preprocess -d {folder.name} -plans_name {name} -c {CONFIGURATION}"
+        yield f"nnUNetv2_preprocess -d {number} -plans_name {name} -c {CONFIGURATION}"
     fold = "0" if cases >= _FOLDS or (folder / "splits_final.json").is_file() else "all"
-    yield f"nnUNetv2_train {folder.name} {CONFIGURATION} {fold} -tr DeSAMTrainer -p {name}"
+    yield f"nnUNetv2_train {number} {CONFIGURATION} {fold} -tr DeSAMTrainer -p {name}"
