@@ -73,7 +73,8 @@ def test_what_was_planned_trains_beside_plain_nnunet(workspace: Workspace) -> No
     sam |= {"epochs": 1, "iterations_per_epoch": 1, "val_iterations_per_epoch": 1, "views": 1, "image_size": 64}
     (workspace.preprocessed / "TrainedPlans.json").write_text(json.dumps(plans))
     nnunet("nnUNetv2_train", 501, "2d", 0, "-tr", "DeSAMTrainerWholeBox", "-p", "TrainedPlans", "-device", "cpu")
-    plain = nnUNetTrainer(plans, "2d", 0, workspace.dataset_json(), torch.device("cpu"))
+    given = plans | {"continue_training": False}
+    plain = nnUNetTrainer(given, "2d", 0, workspace.dataset_json(), torch.device("cpu"))
     plain.initialize()
     with torch.no_grad():  # in training mode, where InstanceNorm refuses a bottleneck of one pixel
         plain.network.train()(torch.randn(1, 1, *plans["configurations"]["2d"]["patch_size"]))
