@@ -10,10 +10,15 @@ VARIABLE = "nnUNet_extTrainer"
 
 
 def trainers_folder() -> str:
-    """Our trainers: inside the package when installed from a wheel, beside it in a checkout."""
+    """Our trainers."""
+    return shipped_folder("trainers")
+
+
+def shipped_folder(name: str) -> str:
+    """A folder of ours: inside the package when installed from a wheel, beside it in a checkout."""
     package = os.path.dirname(os.path.abspath(__file__))
-    shipped = os.path.join(package, "trainers")
-    return shipped if os.path.isdir(shipped) else os.path.join(os.path.dirname(package), "trainers")
+    shipped = os.path.join(package, name)
+    return shipped if os.path.isdir(shipped) else os.path.join(os.path.dirname(package), name)
 
 
 def register() -> None:

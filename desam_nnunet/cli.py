@@ -113,6 +113,7 @@ def _cache(options: argparse.Namespace) -> int:
     import torch
 
     from desam_nnunet.cache import manage
+    from desam_nnunet.machine import device_is_here
 
     if options.list:
         print("\n".join(manage.describe_stores(options.d)) or "There is no store of this data set.")
@@ -123,8 +124,7 @@ def _cache(options: argparse.Namespace) -> int:
             print(f"Removed {folder}")
     else:
         device = torch.device(options.device)
-        here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-        if not here[device.type]:
+        if not device_is_here(device):
             raise ValueError(f"PyTorch finds no {device.type} device here: add -device cpu.")
         store = manage.build_dataset(
             options.d, options.p, options.c, options.tr, device, options.num_parts, options.part_id)

@@ -11,6 +11,13 @@ import torch
 _UNLIMITED = 2**60  # control groups without a limit say "max" or a number above this
 
 
+def device_is_here(device: torch.device) -> bool:
+    """Whether PyTorch can compute on a CPU, CUDA or MPS device of this machine."""
+    if device.type == "cuda":
+        return torch.cuda.is_available()
+    return device.type == "cpu" or torch.backends.mps.is_available()
+
+
 def memory_limit() -> int:
     """Bytes of main memory that this process may use: the machine's, or its control group's limit."""
     return min([psutil.virtual_memory().total, *(limit for limit, _ in _groups())])

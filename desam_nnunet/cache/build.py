@@ -19,6 +19,7 @@ from desam_nnunet.cache.store import Store, Tile, entry_bytes
 from desam_nnunet.cache.tiles import content_of, crop, tiles_of
 from desam_nnunet.cache.views import Augmentation
 from desam_nnunet.sam.encoder import Features
+from desam_nnunet.sam.tiles import images_per_tile
 from desam_nnunet.sam.variants import PATCH
 
 _MARGIN = 0.05  # of the disk, kept free
@@ -154,8 +155,8 @@ def _at_once(store: Store, network: Any, device: torch.device) -> int:
     """Tiles; each has as many images as it has groups of three channels."""
     if device.type != "cuda":
         return 1
-    images = -(-network.num_channels // 3)
-    return max(1, _BATCH_TOKENS // (images * (store.recipe.image_size // PATCH) ** 2))
+    tokens = images_per_tile(network.num_channels) * (store.recipe.image_size // PATCH) ** 2
+    return max(1, _BATCH_TOKENS // tokens)
 
 
 def _rotated(cases: list[T]) -> list[T]:

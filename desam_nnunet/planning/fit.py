@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -24,10 +23,10 @@ from desam_nnunet.planning.facts import Facts
 from desam_nnunet.planning.memory import Footprint, footprint
 from desam_nnunet.planning.speed import hours_to_encode
 from desam_nnunet.planning.wishes import Wishes
+from desam_nnunet.sam.tiles import images_per_tile
 from desam_nnunet.sam.variants import PATCH, VARIANTS, Variant
 from desam_nnunet.sam.weights import find_weights, read_sam_file, variant_of
 
-_LEVELS = 3  # intermediate outputs that DeSAM reads, beside the neck
 _GOOD_BATCH = 4  # an encoder that leaves no room for it is too large
 
 
@@ -124,9 +123,8 @@ def _choose_storage(
     facts: Facts, wishes: Wishes, variant: Variant, image_size: int, patch: tuple[int, int], tiles: int,
     machine: Machine,
 ) -> Choice[Storage]:
-    channels = _LEVELS * variant.embed_dim + variant.prompt_dim
-    sizes = {dtype: entry_bytes(channels, image_size // PATCH, patch, dtype) for dtype in DTYPES}
-    hours = hours_to_encode(tiles * math.ceil(facts.channels / 3), variant, image_size, machine.device)
+    sizes = {dtype: entry_bytes(variant.feature_channels, image_size // PATCH, patch, dtype) for dtype in DTYPES}
+    hours = hours_to_encode(tiles * images_per_tile(facts.channels), variant, image_size, machine.device)
     return choose_storage(tiles, sizes, machine.disk, hours, wishes.sam.get("views"))
 
 

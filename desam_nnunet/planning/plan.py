@@ -16,7 +16,7 @@ from desam_nnunet.cache.build import usable_bytes
 from desam_nnunet.cache.store import DTYPES, open_stores
 from desam_nnunet.config import SECTIONS, check_keys
 from desam_nnunet.files import replace_file
-from desam_nnunet.machine import memory_limit
+from desam_nnunet.machine import device_is_here, memory_limit
 from desam_nnunet.planning.choices import Choice, choose_schedule
 from desam_nnunet.planning.facts import CONFIGURATION, Facts, read_facts
 from desam_nnunet.planning.fit import Machine, choose_encoder, is_here, variant_named
@@ -111,7 +111,7 @@ def _memory(wishes: Wishes, device: torch.device) -> Choice[float]:
         return Choice(1e9 * wishes.fragment["memory_target"], f"preset {wishes.preset}")
     if device.type != "cuda":
         return Choice(memory_limit() / 2, "half of this machine's memory")
-    if not torch.cuda.is_available():
+    if not device_is_here(device):
         raise ValueError("PyTorch finds no cuda device here: say what it will have with -gpu_memory_target, or add "
                          "-device cpu.")
     properties = torch.cuda.get_device_properties(device)

@@ -6,12 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from desam_nnunet._startup import shipped_folder
+
 
 def presets_folder() -> Path:
-    """Where the presets lie: in the package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    inside = package / "plans"
-    return inside if inside.is_dir() else package.parent / "plans"
+    return Path(shipped_folder("plans"))
 
 
 def preset_names() -> list[str]:

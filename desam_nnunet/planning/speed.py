@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from functools import cache
 
 import torch
 
+from desam_nnunet.machine import device_is_here
 from desam_nnunet.sam.precision import encoder_dtype
 from desam_nnunet.sam.variants import PATCH, Variant
 
@@ -27,10 +29,10 @@ def operations(variant: Variant, image_size: int) -> float:
     return linear + 4 * tokens * seen * dim
 
 
+@cache
 def matrix_rate(device: torch.device) -> float:
     """Operations per second of a large matrix product in the encoder's precision, the best of three."""
-    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not here[device.type]:
+    if not device_is_here(device):
         return _NOMINAL[device.type]
     side = _SIDE[device.type]
     matrix = torch.ones(side, side, dtype=encoder_dtype(device), device=device)

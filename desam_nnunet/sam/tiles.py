@@ -19,6 +19,7 @@ from desam_nnunet.sam.variants import MASK_STRIDE, PIXEL_MEAN, PIXEL_STD
 INTENSITY_RULES = ("percentile", "window", "unit")
 _PERCENTILES = (0.005, 0.995)
 _UNIT_SCHEMES = {"RescaleTo01Normalization", "RGBTo01Normalization"}
+_GROUP = 3  # channels of an RGB image
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,18 @@ class TileToImage:
         return torch.where(spread > 0, scaled.clamp(0, 1), torch.zeros_like(scaled))
 
 
+def images_per_tile(channels: int) -> int:
+    """How many groups :func:`channel_groups` makes."""
+    return -(-channels // _GROUP)
+
+
 def channel_groups(tiles: Tensor) -> list[Tensor]:
     """Splits (B, C, H, W) into RGB images of (B, 3, H, W), as few as the channels need.
 
     One channel is repeated; two give both and their mean; three stay as they are; more are taken in
     groups of up to three, which the encoder sees one by one.
     """
-    return [_to_rgb(group) for group in tiles.split(3, dim=1)]
+    return [_to_rgb(group) for group in tiles.split(_GROUP, dim=1)]
 
 
 def logits_to_tile(masks: Tensor, geometry: Geometry) -> Tensor:

@@ -43,6 +43,11 @@ class Variant:
     megabytes: int = 0
 
     @property
+    def feature_channels(self) -> int:
+        """Of the intermediate outputs that DeSAM reads (all global blocks' but the last) and the neck together."""
+        return (len(self.global_blocks) - 1) * self.embed_dim + self.prompt_dim
+
+    @property
     def url(self) -> str:
         return DOWNLOAD_URL + self.file
 
