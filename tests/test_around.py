@@ -75,10 +75,12 @@ def test_best_of_our_trainer_and_nnunets_own_on_the_same_plans(workspace: Worksp
     assert len(results) == 3  # the two, and both together
 
 
-def test_plans_move_to_another_data_set(trained: Workspace) -> None:
+def test_plans_move_to_another_data_set(trained: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # nnU-Net's planner needs a worker
     other = "Dataset503_Moved"
     shutil.copytree(trained.root / "nnUNet_raw" / DATASET, trained.root / "nnUNet_raw" / other)
     nnunet("nnUNetv2_extract_fingerprint", "-d", 503, "-np", 1)
+    nnunet("nnUNetv2_plan_experiment", "-d", 503)  # copies dataset.json to where nnU-Net's preprocessing looks for it
     nnunet("nnUNetv2_move_plans_between_datasets", "-s", 501, "-t", 503, "-sp", PLANS, "-tp", "MovedPlans")
     nnunet("nnUNetv2_preprocess", "-d", 503, "-plans_name", "MovedPlans", "-c", "2d", "-np", 1)
     nnunet("nnUNetv2_train", 503, "2d", 0, "-tr", "DeSAMTrainer", "-p", "MovedPlans", "-device", "cpu")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import Any, get_type_hints
 
 import pytest
 
-from desam_nnunet.config import DesamSection, parse_section, read_sections, resolve_plans
+from desam_nnunet.config import SECTIONS, DesamSection, parse_section, read_sections, resolve_plans
 from desam_nnunet.sam.random_weights import RANDOM_IDENTITY
 
 DATASET = {"labels": {"background": 0, "organ": 1}, "channel_names": {"0": "MR"}, "file_ending": ".nii.gz"}
@@ -100,6 +101,44 @@ def test_mistakes_are_named(sections: dict[str, Any], message: str) -> None:
         given["sam"] = {"encoder": "vit_tiny"} | given["sam"]
     with pytest.raises(ValueError, match=message):
         resolved(make_plans(**given))
+
+
+WRONG_TYPES: dict[type, list[Any]] = {
+    str: [7, None, ["vit_b"]], int: ["8", 8.5, True, None], float: ["0.5", False, None], bool: [1, "yes"],
+}
+WRONG_VALUES: dict[str, list[Any]] = {
+    "sam.encoder": ["", "vit_x", "absent.pth"], "sam.identity": ["md5:0"], "sam.regions": [True],
+    "sam.image_size": [0, 48, 500, -64], "sam.intensity": ["", "zscore"], "sam.features": ["", "disk"],
+    "sam.cache_dtype": ["float32", ""], "sam.views": [0, -1], "sam.epochs": [0, -1],
+    "sam.iterations_per_epoch": [0, -1], "sam.val_iterations_per_epoch": [0, -1],
+    "desam.grid": [0, 65, -1], "desam.iou_threshold": [-0.1, 1.1, float("nan")], "desam.lr": [0, -1e-4, float("nan")],
+}
+KEYS = [(section, key, kind) for section, fields in SECTIONS.items() for key, kind in get_type_hints(fields).items()]
+
+
+def test_no_key_is_left_out_below() -> None:
+    assert sorted(WRONG_VALUES) == sorted(f"{section}.{key}" for section, key, _ in KEYS)
+
+
+@pytest.mark.parametrize(("section", "key", "kind"), KEYS)
+def test_a_wrong_type_is_named_with_what_is_allowed(section: str, key: str, kind: type) -> None:
+    for value in WRONG_TYPES[kind]:
+        given = {"sam": {"encoder": "vit_tiny"}}
+        given.setdefault(section, {})[key] = value
+        with pytest.raises(ValueError, match=rf"key {section}\.{key} is {re.escape(repr(value))}, but must be of "
+                                             rf"type {kind.__name__}\. Valid keys: .*{key} \({kind.__name__}\)"):
+            resolved(make_plans(**given))
+
+
+@pytest.mark.parametrize(("section", "key", "value"),
+                         [(*name.split("."), value) for name, values in WRONG_VALUES.items() for value in values])
+def test_a_wrong_value_is_named_with_what_is_allowed(section: str, key: str, value: Any) -> None:
+    given = {"sam": {"encoder": "vit_tiny"}}
+    given.setdefault(section, {})[key] = value
+    with pytest.raises((ValueError, FileNotFoundError)) as raised:
+        resolved(make_plans(**given))
+    assert str(value) in str(raised.value)
+    assert re.search("must be|say False: leave it out|give one of|put the file into|found here is", str(raised.value))
 
 
 def test_3d_names_the_2d_configurations() -> None:

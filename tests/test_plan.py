@@ -103,10 +103,15 @@ def test_plans_of_the_same_name_are_kept_beside(workspace: Workspace, capsys: py
 def test_an_unplanned_data_set_is_planned_by_nnunet_first(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # nnU-Net's planner needs a worker
     copy = workspace.root / "nnUNet_raw" / "Dataset502_Copy"
     shutil.copytree(workspace.root / "nnUNet_raw" / DATASET, copy)
-    result = nnunet("desam", "plan", "-d", 502, "--encoder", "vit_tiny", "-device", "cpu")
+    command = ("desam", "plan", "-d", 502, "--encoder", "vit_tiny", "-device", "cpu")
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    refused = nnunet(*command, check=False)
+    assert refused.returncode == 1
+    assert "nnUNet_n_proc_DA is 0: set it to 1" in refused.stderr
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")
+    result = nnunet(*command)
     folder = workspace.root / "nnUNet_preprocessed" / "Dataset502_Copy"
     assert (folder / "nnUNetPlans.json").is_file()
     plans = json.loads((folder / "DeSAMPlans.json").read_text())

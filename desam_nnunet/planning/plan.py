@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprint_dataset, plan_experiment_dataset
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from desam_nnunet.cache.build import usable_bytes
 from desam_nnunet.cache.store import DTYPES, open_stores
@@ -130,6 +131,9 @@ def _stock_plans(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not (folder / "dataset_fingerprint.json").is_file():
         extract_fingerprint_dataset(number)
     if not (folder / f"{STOCK}.json").is_file():
+        if get_allowed_n_proc_DA() < 1:
+            raise ValueError("nnU-Net has not planned this data set, and its planner needs a worker, but "
+                             "nnUNet_n_proc_DA is 0: set it to 1 for this command.")
         plan_experiment_dataset(number)
     plans, dataset_json = (json.loads((folder / file).read_text()) for file in (f"{STOCK}.json", "dataset.json"))
     if CONFIGURATION not in plans["configurations"]:
