@@ -40,12 +40,13 @@ def build(variant: str, size: int, device: torch.device, *, grid: int | None = 9
     torch.manual_seed(0)
     row = VARIANTS[variant]
     sam = build_sam(row, size)
-    sam.load_state_dict(resize_positions(random_state(row), row, size), strict=False)
+    sam.load_state_dict(resize_positions(random_state(row), row, size))
     stock = sam.image_encoder.eval().requires_grad_(False)
     encoder = FrozenEncoder(use_exact_attention(copy.deepcopy(stock)), row.global_blocks[:-1], RANDOM_IDENTITY)
     network = build_desam(
-        sam=LoadedSam(row, encoder, sam.prompt_encoder.eval(), None), to_image=TileToImage(size, "percentile"),
-        num_channels=1, num_classes=classes, background=True, grid=grid, iou_threshold=0.5,
+        sam=LoadedSam(row, encoder, sam.prompt_encoder.eval(), sam.mask_decoder, random=True),
+        to_image=TileToImage(size, "percentile"), num_channels=1, num_classes=classes, background=True, grid=grid,
+        iou_threshold=0.5,
     )
     return Subject(stock.to(device), network.to(device).eval(), smooth_noise(1).to(device))
 

@@ -63,7 +63,8 @@ def import_official(file: Path, target: Target, folder: Path | None = None) -> I
         raise ValueError(f"{file} is not a published DeSAM checkpoint: it has no key mask_decoder.pimm.")
     state = rename_official(official)
     plans, dataset_json, base = read_preprocessed(target.dataset, target.plans)
-    resolve_plans(plans, target.configuration, dataset_json, default_encoder=_variant_of(state, file).name)
+    resolve_plans(
+        plans, target.configuration, dataset_json, "desam", default_encoder=_variant_of(state, file).name)
     _check_image_encoder(official, plans["configurations"][target.configuration]["sam"], file)
     folder = folder or _results_folder(plans, target)
     if (folder / "plans.json").exists() or (folder / "pretrained_weights.pth").exists():

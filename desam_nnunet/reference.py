@@ -7,7 +7,7 @@ import re
 from dataclasses import MISSING, Field, fields
 from typing import get_type_hints
 
-from desam_nnunet.config import SECTIONS
+from desam_nnunet.sections import SECTIONS
 
 _HEAD = """# Every key of the plans' sections
 

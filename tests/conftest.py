@@ -17,7 +17,16 @@ import phantom
 
 DATASET = "Dataset501_Phantom"
 PLANS = "TinyPlans"
-TRAINERS = ("DeSAMTrainer", "DeSAMTrainerWholeBox")
+TRAINERS = ("DeSAMTrainer", "DeSAMTrainerWholeBox")  # trained once for all tests
+_SAMED = {"updates", "prompt_encoder", "decoder"}
+TRAINED = {  # every trainer, and the parts of its network that a training step changes
+    "DeSAMTrainer": {"prim", "pdmm"},
+    "DeSAMTrainerWholeBox": {"prim", "pdmm"},
+    "SAMedTrainer": _SAMED,
+    "SAMedTrainerS": _SAMED | {"decoder_updates"},
+    "DBSAMTrainer": {"stems", "level_embedding", "channel_attention", "exchanges", "fusion", "norm", "neck",
+                     "decoder"},
+}
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 
@@ -112,10 +121,11 @@ def make_trainer(name: str, workspace: Workspace, *, plans: dict[str, Any] | Non
                  dataset_json: dict[str, Any] | None = None, configuration: str = "2d",
                  fold: int | str = 0) -> Any:
     """A trainer as nnUNetv2_train makes it, in this process and on the CPU."""
-    from desam_nnunet.training import desam
+    from desam_nnunet.training import dbsam, desam, samed
 
+    trainer = next(vars(module)[name] for module in (desam, samed, dbsam) if name in vars(module))
     plans = (plans or workspace.plans()) | {"continue_training": False}
-    return getattr(desam, name)(plans, configuration, fold, dataset_json or workspace.dataset_json(),
+    return trainer(plans, configuration, fold, dataset_json or workspace.dataset_json(),
                                 torch.device("cpu"))
 
 

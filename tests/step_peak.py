@@ -24,9 +24,10 @@ def main() -> None:
     variant = VARIANTS[sys.argv[1]]
     size, batch, outputs, patch = map(int, sys.argv[2:])
     with torch.device("meta"):
-        encoder = FrozenEncoder(build_sam(variant, size).image_encoder, variant.global_blocks[:-1], "")
+        sam = build_sam(variant, size)
+        encoder = FrozenEncoder(sam.image_encoder, variant.global_blocks[:-1], "")
     network = build_desam(
-        sam=LoadedSam(variant, encoder, build_sam(variant, size).prompt_encoder, None),
+        sam=LoadedSam(variant, encoder, build_sam(variant, size).prompt_encoder, sam.mask_decoder, random=True),
         to_image=TileToImage(size, "unit"), num_channels=1, num_classes=outputs, background=True, grid=9,
         iou_threshold=0.5)
     loss = DC_and_CE_loss({"batch_dice": True, "smooth": 1e-5, "do_bg": False, "ddp": False}, {},

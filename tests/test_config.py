@@ -7,8 +7,9 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from desam_nnunet.config import SECTIONS, DesamSection, parse_section, read_sections, resolve_plans
+from desam_nnunet.config import parse_section, read_section, resolve_plans
 from desam_nnunet.sam.random_weights import RANDOM_IDENTITY
+from desam_nnunet.sections import SECTIONS, DesamSection, SamedSection, SamSection
 
 DATASET = {"labels": {"background": 0, "organ": 1}, "channel_names": {"0": "MR"}, "file_ending": ".nii.gz"}
 REGIONS = DATASET | {"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_class_order": [1, 2]}
@@ -26,8 +27,10 @@ def make_plans(scheme: str = "ZScoreNormalization", **sections: Any) -> dict[str
     }
 
 
-def resolved(plans: dict[str, Any], name: str = "2d", dataset: dict[str, Any] = DATASET) -> dict[str, Any]:
-    resolve_plans(plans, name, dataset)
+def resolved(
+    plans: dict[str, Any], name: str = "2d", dataset: dict[str, Any] = DATASET, method: str = "desam"
+) -> dict[str, Any]:
+    resolve_plans(plans, name, dataset, method)
     return plans["configurations"][name]
 
 
@@ -47,7 +50,7 @@ def test_resolving_twice_changes_nothing() -> None:
     plans = make_plans(sam={"encoder": "vit_tiny"})
     once = dict(resolved(plans))
     assert resolved(plans) == once
-    assert read_sections(once)[0].encoder == "vit_tiny"
+    assert read_section(once, SamSection).encoder == "vit_tiny"
 
 
 def test_stock_plans_get_the_published_batch_size(weights_of_vit_b: None) -> None:
@@ -61,6 +64,31 @@ def test_stock_plans_get_the_published_batch_size(weights_of_vit_b: None) -> Non
 def weights_of_vit_b(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the published file were here: nothing of it is read in these tests."""
     monkeypatch.setattr("desam_nnunet.config.identify", lambda encoder, wanted: f"md5 of {encoder}")
+
+
+def test_each_method_resolves_its_own_section_and_no_other() -> None:
+    plans = make_plans(sam={"encoder": "vit_tiny"}, desam={"grid": 0}, samed={"rank": 8})
+    configuration = resolved(plans, method="samed")
+    assert configuration["samed"] == {"warmup": 250, "rank": 8, "targets": "qv", "lr": 0.005, "checkpointing": False}
+    assert configuration["desam"] == {"grid": 0}
+    assert "dbsam" not in configuration
+
+
+def test_what_changes_the_encoders_features_stores_none() -> None:
+    given = {"encoder": "vit_tiny", "features": "cached", "views": 4}
+    for method in ("samed", "dbsam"):
+        sam = resolved(make_plans(sam=given), method=method)["sam"]
+        assert (sam["features"], sam["views"]) == ("online", 1)
+    assert resolved(make_plans(sam=given))["sam"]["features"] == "cached"
+
+
+def test_samed_reads_images_of_half_the_size_and_warms_up_for_a_tenth_of_a_short_training(weights_of_vit_b: None
+                                                                                          ) -> None:
+    configuration = resolved(make_plans(sam={"epochs": 4, "iterations_per_epoch": 50}), method="samed")
+    assert configuration["sam"]["image_size"] == 512
+    assert read_section(configuration, SamedSection).warmup == 20
+    assert resolved(make_plans(), method="dbsam")["sam"]["image_size"] == 1024
+    assert resolved(make_plans(sam={"image_size": 1024}), method="samed")["sam"]["image_size"] == 1024
 
 
 def test_sections_are_inherited() -> None:
@@ -112,6 +140,8 @@ WRONG_VALUES: dict[str, list[Any]] = {
     "sam.cache_dtype": ["float32", ""], "sam.views": [0, -1], "sam.epochs": [0, -1],
     "sam.iterations_per_epoch": [0, -1], "sam.val_iterations_per_epoch": [0, -1],
     "desam.grid": [0, 65, -1], "desam.iou_threshold": [-0.1, 1.1, float("nan")], "desam.lr": [0, -1e-4, float("nan")],
+    "samed.warmup": [-1], "samed.rank": [0, 65], "samed.targets": ["", "x", "qq", "qkvo"], "samed.lr": [0, -1.0],
+    "samed.checkpointing": [], "dbsam.lr": [0, -1.0], "dbsam.checkpointing": [],
 }
 KEYS = [(section, key, kind) for section, fields in SECTIONS.items() for key, kind in get_type_hints(fields).items()]
 
@@ -125,9 +155,10 @@ def test_a_wrong_type_is_named_with_what_is_allowed(section: str, key: str, kind
     for value in WRONG_TYPES[kind]:
         given = {"sam": {"encoder": "vit_tiny"}}
         given.setdefault(section, {})[key] = value
+        method = "desam" if section == "sam" else section
         with pytest.raises(ValueError, match=rf"key {section}\.{key} is {re.escape(repr(value))}, but must be of "
                                              rf"type {kind.__name__}\. Valid keys: .*{key} \({kind.__name__}\)"):
-            resolved(make_plans(**given))
+            resolved(make_plans(**given), method=method)
 
 
 @pytest.mark.parametrize(("section", "key", "value"),
@@ -136,7 +167,7 @@ def test_a_wrong_value_is_named_with_what_is_allowed(section: str, key: str, val
     given = {"sam": {"encoder": "vit_tiny"}}
     given.setdefault(section, {})[key] = value
     with pytest.raises((ValueError, FileNotFoundError)) as raised:
-        resolved(make_plans(**given))
+        resolved(make_plans(**given), method="desam" if section == "sam" else section)
     assert str(value) in str(raised.value)
     assert re.search("must be|say False: leave it out|give one of|put the file into|found here is", str(raised.value))
 
@@ -148,8 +179,8 @@ def test_3d_names_the_2d_configurations() -> None:
 
 def test_unresolved_plans_are_not_read() -> None:
     with pytest.raises(ValueError, match="'sam' lacks encoder, identity, .*not resolved by training"):
-        read_sections(make_plans()["configurations"]["2d"])
+        read_section(make_plans()["configurations"]["2d"], SamSection)
 
 
 def test_a_whole_number_is_a_float() -> None:
-    assert parse_section("desam", DesamSection, {"lr": 1}).lr == 1
+    assert parse_section(DesamSection, {"lr": 1}).lr == 1

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
-from desam_nnunet.config import SECTIONS
 from desam_nnunet.reference import reference
+from desam_nnunet.sections import SECTIONS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "keys.md"
 

@@ -18,11 +18,12 @@ from desam_nnunet.cache.build import Share
 from desam_nnunet.cache.entry import DamagedEntryError
 from desam_nnunet.cache.store import Store, open_stores, store_folders
 from desam_nnunet.cache.views import not_started
-from desam_nnunet.config import read_sections, resolve_plans
+from desam_nnunet.config import read_section, resolve_plans
 from desam_nnunet.preprocessed import dataset_folder, read_preprocessed
-from desam_nnunet.training.base import FrozenSamTrainer
+from desam_nnunet.sections import SamSection
 from desam_nnunet.training.cached import augmentation_of, build_missing, recipe_of
 from desam_nnunet.training.desam import network_from_plans
+from desam_nnunet.training.frozen import FrozenSamTrainer
 
 
 def build_dataset(
@@ -46,7 +47,8 @@ def build_dataset(
     if not 0 <= part_id < num_parts:
         raise ValueError(f"-part_id {part_id} of -num_parts {num_parts} does not exist: parts count from 0.")
     plans, dataset_json, folder = read_preprocessed(dataset, plans_name)
-    resolve_plans(plans, configuration_name, dataset_json)
+    trainer = _find_trainer(trainer_name)
+    resolve_plans(plans, configuration_name, dataset_json, trainer.method)
     manager = PlansManager(plans)
     configuration = manager.get_configuration(configuration_name)
     data_folder = folder / configuration.data_identifier
@@ -58,9 +60,9 @@ def build_dataset(
     channels = determine_num_input_channels(manager, configuration, dataset_json)
     outputs = manager.get_label_manager(dataset_json).num_segmentation_heads
     network = network_from_plans(manager, configuration, channels, outputs, whole_box=True).to(device).eval()
-    sam, _ = read_sections(configuration.configuration)
+    sam = read_section(configuration.configuration, SamSection)
     data = infer_dataset_class(str(data_folder))(str(data_folder))
-    augmentation = augmentation_of(not_started(_find_trainer(trainer_name), configuration), sam)
+    augmentation = augmentation_of(not_started(trainer, configuration), sam)
     store = Store(folder, recipe_of(configuration, sam, network, device, augmentation))
     build_missing(store, data, network, device, augmentation, Share(part_id, num_parts))
     return store

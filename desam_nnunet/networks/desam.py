@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from segment_anything.modeling import PromptEncoder
-from torch import Tensor, nn
+from torch import Tensor
 
+from desam_nnunet.networks.frame import MAX_LOGIT, SamNetwork, mean_over_groups, uncompiled
 from desam_nnunet.networks.pdmm import PDMM
 from desam_nnunet.networks.prim import PRIM, PrimOutput
 from desam_nnunet.sam.encoder import Features, FrozenEncoder
@@ -26,15 +27,11 @@ from desam_nnunet.sam.weights import LoadedSam
 # An absent class gets this logit everywhere in the tile: low enough to lose against a background of 0,
 # high enough that other tiles, mirrors and folds can outvote it.
 ABSENT_LOGIT = -10.0
-# nnU-Net sums logits times ten in float16 and gives a volume up where they overflow. No decision changes.
-MAX_LOGIT = 100.0
 # Image tokens that PRIM holds at once when it scores the grid; bounds the memory, not the result.
 _TOKENS_AT_ONCE = 32768
-# torch.compile leaves these methods as they are, since they decide on values, and compiles what they call.
-_uncompiled = torch.compiler.disable(recursive=False)
 
 
-class DeSAM(nn.Module):
+class DeSAM(SamNetwork):
     """``network(tile)`` gives logits at tile size, ``network(features, prompts)`` is what training calls.
 
     Args:
@@ -61,14 +58,11 @@ class DeSAM(nn.Module):
         grid: int | None = 9,
         iou_threshold: float = 0.5,
     ) -> None:
-        super().__init__()
-        self._unregistered = (encoder,)
+        held = [] if encoder is None else [encoder]
+        super().__init__(held=held, to_image=to_image, num_channels=num_channels, background=background)
         self.prompt_encoder = prompt_encoder.requires_grad_(False)
         self.prim = prim
         self.pdmm = pdmm
-        self.to_image = to_image
-        self.num_channels = num_channels
-        self.background = background
         self.grid = grid
         self.iou_threshold = iou_threshold
         self.memory = FeatureMemory()
@@ -77,18 +71,16 @@ class DeSAM(nn.Module):
 
     @property
     def encoder(self) -> FrozenEncoder:
-        encoder = self._unregistered[0]
-        assert encoder is not None, "this network was built without an encoder"
+        (encoder,) = self._held
+        assert isinstance(encoder, FrozenEncoder)
         return encoder
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DeSAM:
-        """Takes the encoder along to another device, and forgets what lies on the old one."""
+        """Forgets the features that lie on another device."""
+        before = [encoder.place for encoder in self._held]
         super()._apply(fn, recurse)
-        if self._unregistered[0] is not None:
-            before = self._unregistered[0].place
-            self._unregistered[0]._apply(fn, recurse)
-            if self._unregistered[0].place != before:
-                self.memory.clear()
+        if before != [encoder.place for encoder in self._held]:
+            self.memory.clear()
         return self
 
     def train(self, mode: bool = True) -> DeSAM:
@@ -120,25 +112,14 @@ class DeSAM(nn.Module):
         assert prompts is not None
         return self._decode(x, self.pdmm.context(x.levels), prompts, score=self.grid is not None)
 
-    @_uncompiled
+    @uncompiled
     def encode(self, tiles: Tensor) -> Features:
         """Frozen features of (B, C, H, W) tiles; channel groups are encoded one by one and averaged."""
-        self._check(tiles)
-        images = self.to_image(tiles)  # B G 3 S S
-        batch, groups = images.shape[:2]
+        images = self.images(tiles)  # B G 3 S S
         features = self.encoder(images.flatten(0, 1))
-        if groups == 1:
-            return features
-        return features.map(lambda x: x.unflatten(0, (batch, groups)).mean(1))
+        return features.map(lambda x: mean_over_groups(x, images.shape[1]))
 
-    def geometry(self, tiles: Tensor) -> Geometry:
-        return Geometry((tiles.shape[-2], tiles.shape[-1]), self.to_image.image_size)
-
-    def tile_logits(self, masks: Tensor, geometry: Geometry) -> Tensor:
-        """Mask logits (B, K, S/4, S/4) as nnU-Net wants them: at tile size, with the background's 0 in front."""
-        return self._with_background(logits_to_tile(masks, geometry))
-
-    @_uncompiled
+    @uncompiled
     def grid_scores(self, features: Features, geometry: Geometry) -> Tensor:
         """PRIM's raw scores (N, K) of every point of the grid on one tile, row by row."""
         assert self.grid is not None
@@ -152,7 +133,7 @@ class DeSAM(nn.Module):
             scores.append(iou)
         return torch.cat(scores)
 
-    @_uncompiled
+    @uncompiled
     def _predict(self, tiles: Tensor) -> Tensor:
         """Predicts, without the features of other tiles if a device's memory is too small for both."""
         try:
@@ -164,7 +145,7 @@ class DeSAM(nn.Module):
         self.memory.budget = 0
         return self._predict_tiles(tiles)
 
-    @_uncompiled
+    @uncompiled
     def _predict_tiles(self, tiles: Tensor) -> Tensor:
         geometry = self.geometry(tiles)
         features = self._remembered(tiles)
@@ -175,7 +156,7 @@ class DeSAM(nn.Module):
         singles = (features.map(lambda x, i=i: x[i : i + 1]) for i in range(len(tiles)))
         return torch.cat([self.predict_from_grid(single, geometry) for single in singles])
 
-    @_uncompiled
+    @uncompiled
     def _remembered(self, tiles: Tensor) -> Features:
         """Features of `tiles`, encoded once per volume. Training draws its tiles anew: nothing to remember."""
         if self.training or torch.is_grad_enabled():
@@ -187,7 +168,7 @@ class DeSAM(nn.Module):
             self.memory.keep(key, known)
         return known
 
-    @_uncompiled
+    @uncompiled
     def predict_from_grid(self, features: Features, geometry: Geometry) -> Tensor:
         """Logits (1, K or K + 1, H, W) of one tile: each present class from the mask of its best point."""
         best_score, best_point = self.grid_scores(features, geometry).max(0)  # K
@@ -201,7 +182,7 @@ class DeSAM(nn.Module):
                 masks, _ = self._decode(features, contexts, Prompts(points=points[point][None]), score=False)
                 classes = (present & (best_point == point)).nonzero()[:, 0]
                 logits[0, classes] = logits_to_tile(masks[:, classes], geometry)[0].float()
-        return self._with_background(logits)
+        return self.with_background(logits)
 
     def _decode(
         self, features: Features, contexts: list[Tensor], prompts: Prompts, *, score: bool
@@ -214,20 +195,6 @@ class DeSAM(nn.Module):
         """PRIM on N prompts: one per image of the neck (N, C, h, w), or all on one image (1, C, h, w)."""
         sparse, dense = prompt_tokens(self.prompt_encoder, prompts)
         return self.prim(neck + dense[:1], dense_positions(self.prompt_encoder), sparse, score=score)
-
-    def _with_background(self, logits: Tensor) -> Tensor:
-        if not self.background:
-            return logits
-        return torch.cat([torch.zeros_like(logits[:, :1]), logits], dim=1)
-
-    def _check(self, tiles: Tensor) -> None:
-        if tiles.shape[1] != self.num_channels:
-            raise ValueError(
-                f"The image has {tiles.shape[1]} channel(s), but the model was planned for {self.num_channels}: "
-                "give one file per planned channel (_0000, _0001, ...)."
-            )
-        if not torch.isfinite(tiles).all():
-            raise ValueError("The image holds NaN or infinite values after preprocessing: repair or remove it.")
 
 
 def build_desam(
@@ -247,7 +214,7 @@ def build_desam(
     """
     dim = sam.variant.prompt_dim
     prim = PRIM(transformer=build_transformer(dim), num_classes=num_classes, iou_hidden=dim)
-    if sam.mask_decoder is not None:
+    if not sam.random:
         prim.load_from_sam(sam.mask_decoder)
     return DeSAM(
         encoder=sam.encoder,

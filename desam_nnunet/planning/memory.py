@@ -77,7 +77,8 @@ def _without_values(variant: Variant, image_size: int, outputs: int) -> DeSAM:
         sam = build_sam(variant, image_size)
         encoder = FrozenEncoder(use_exact_attention(sam.image_encoder), variant.global_blocks[:-1], "")
         return build_desam(
-            sam=LoadedSam(variant, encoder, sam.prompt_encoder, None), to_image=TileToImage(image_size, "unit"),
+            sam=LoadedSam(variant, encoder, sam.prompt_encoder, sam.mask_decoder, random=True),
+            to_image=TileToImage(image_size, "unit"),
             num_channels=1, num_classes=outputs, background=True, grid=9, iou_threshold=0.5)
 
 

@@ -15,7 +15,7 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from desam_nnunet.cache.build import usable_bytes
 from desam_nnunet.cache.store import DTYPES, open_stores
-from desam_nnunet.config import SECTIONS, check_keys
+from desam_nnunet.config import check_keys
 from desam_nnunet.files import replace_file
 from desam_nnunet.machine import device_is_here, memory_limit
 from desam_nnunet.planning.choices import Choice, choose_schedule
@@ -24,6 +24,7 @@ from desam_nnunet.planning.fit import Machine, choose_encoder, is_here, variant_
 from desam_nnunet.planning.wishes import Wishes
 from desam_nnunet.preprocessed import dataset_folder
 from desam_nnunet.sam.tiles import intensity_rule
+from desam_nnunet.sections import SECTIONS
 
 STOCK = "nnUNetPlans"
 _FOLDS = 5
@@ -86,8 +87,8 @@ def choose(facts: Facts, wishes: Wishes, machine: Machine) -> tuple[dict[str, An
     } | {key: value for key, value in wishes.sam.items() if key not in ("encoder", "views")}
     keys: dict[str, Any] = {"patch_size": list(fit.patch.value), "batch_size": fit.batch.value, "sam": sam,
                             "desam": wishes.fragment.get("desam", {})}
-    for name, kind in SECTIONS.items():
-        check_keys(name, kind, keys[name])
+    for name in ("sam", "desam"):
+        check_keys(name, SECTIONS[name], keys[name])
     lines = [
         Line("memory", f"{machine.memory.value / 1e9:.1f} GB", machine.memory.reason),
         Line("sam.encoder", Path(sam["encoder"]).name, why),

@@ -79,19 +79,23 @@ class FrozenEncoder(nn.Module):
         Returns:
             In float32, whatever the precision in between.
         """
-        dtype = self.precision(images.device)
-        with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            return self._encode(images)
+        with self.autocast(images.device):
+            x = self.embed(images)
+            levels = []
+            for index, block in enumerate(self.vit.blocks):
+                x = block(x)
+                if index in self.level_blocks:
+                    levels.append(x.permute(0, 3, 1, 2).float().contiguous())  # B H W D -> B D H W
+            return Features(tuple(levels), self.vit.neck(x.permute(0, 3, 1, 2)).float())
 
-    def _encode(self, images: Tensor) -> Features:
-        x = self.vit.patch_embed(images)
-        x = x + self.vit.pos_embed
-        levels = []
-        for index, block in enumerate(self.vit.blocks):
-            x = block(x)
-            if index in self.level_blocks:
-                levels.append(x.permute(0, 3, 1, 2).float().contiguous())  # B H W D -> B D H W
-        return Features(tuple(levels), self.vit.neck(x.permute(0, 3, 1, 2)).float())
+    def embed(self, images: Tensor) -> Tensor:
+        """The first block's input (B, S/16, S/16, D)."""
+        return self.vit.patch_embed(images) + self.vit.pos_embed
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """In which the blocks are computed on `device`."""
+        dtype = self.precision(device)
+        return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     def precision(self, device: torch.device) -> torch.dtype:
         """In which the matrix products are computed on `device`."""

@@ -17,7 +17,7 @@ from desam_nnunet.sam.tiles import Geometry
 
 
 class Prompts(NamedTuple):
-    """One prompt per image: exactly one of the two is given.
+    """One prompt per image, or none (SAMed): at most one of the two is given.
 
     Attributes:
         points: (B, 1, 2), each a positive point.
@@ -42,15 +42,14 @@ class PointTargets(NamedTuple):
 
 @torch.compiler.disable  # SAM's prompt encoder indexes by value
 def prompt_tokens(prompt_encoder: PromptEncoder, prompts: Prompts) -> tuple[Tensor, Tensor]:
-    """SAM's sparse (B, T, C) and dense (B, C, h, w) prompt embeddings, in float32.
+    """SAM's sparse (B, T, C) and dense (B, C, h, w) prompt embeddings, in float32; B is 1 where there is no prompt.
 
     The coordinates' frequencies need float32: under autocast SAM's encoder would round them.
     """
     with torch.autocast("cuda", enabled=False):
-        if prompts.boxes is not None:
-            return prompt_encoder(points=None, boxes=prompts.boxes, masks=None)
         points = prompts.points
-        assert points is not None
+        if points is None:
+            return prompt_encoder(points=None, boxes=prompts.boxes, masks=None)
         labels = torch.ones(points.shape[:2], device=points.device)
         return prompt_encoder(points=(points, labels), boxes=None, masks=None)
 

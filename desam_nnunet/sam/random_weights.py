@@ -16,7 +16,7 @@ RANDOM_IDENTITY = f"random:RandomState:1:seed{SEED}"  # generator, version of th
 
 
 def random_state(variant: Variant) -> dict[str, Tensor]:
-    """Image and prompt encoder of `variant` drawn from numpy's frozen ``RandomState``.
+    """All of SAM in the size of `variant`, drawn from numpy's frozen ``RandomState``.
 
     The recipe: layers in the order of SAM's modules; weights and biases uniform within
     1/sqrt(fan-in), norms at one and zero, embeddings and position tables normal (0.02 for tables
@@ -25,8 +25,7 @@ def random_state(variant: Variant) -> dict[str, Tensor]:
     generator = np.random.RandomState(SEED)
     with torch.device("meta"):
         shapes = {key: tuple(value.shape) for key, value in build_sam(variant).state_dict().items()}
-    frozen = {key: shape for key, shape in shapes.items() if not key.startswith("mask_decoder.")}
-    return {key: _draw(key, shape, frozen, generator) for key, shape in frozen.items()}
+    return {key: _draw(key, shape, shapes, generator) for key, shape in shapes.items()}
 
 
 def _draw(

@@ -56,24 +56,31 @@ class TileToImage:
         intensity: One of ``percentile`` (0.5 to 99.5 of each tile and channel), ``window`` (fixed) and
             ``unit`` ([0, 1] data).
         window: For ``window`` only: per channel the lower and upper bound in the data's own units.
+        normalise: Whether images are 0 to 255 with SAM's pixel mean and deviation taken out; else 0 to 1, as SAMed's.
     """
 
-    def __init__(self, image_size: int, intensity: str, window: tuple[tuple[float, float], ...] = ()) -> None:
+    def __init__(
+        self, image_size: int, intensity: str, window: tuple[tuple[float, float], ...] = (), *, normalise: bool = True
+    ) -> None:
         self.image_size = image_size
         self.intensity = intensity
         self.window = window
+        self.normalise = normalise
 
     def __call__(self, tiles: Tensor) -> Tensor:
         """Args: tiles: (B, C, H, W). Returns: (B, G, 3, S, S), G the number of channel groups."""
-        images = torch.stack(channel_groups(self._to_unit(tiles.float()) * 255), dim=1)
+        highest = 255 if self.normalise else 1
+        images = torch.stack(channel_groups(self._to_unit(tiles.float()) * highest), dim=1)
         batch, groups = images.shape[:2]
         geometry = Geometry((tiles.shape[-2], tiles.shape[-1]), self.image_size)
         images = images.flatten(0, 1)  # B G 3 H W -> BG 3 H W
         images = F.interpolate(images, size=geometry.scaled, mode="bilinear", align_corners=False, antialias=True)
-        mean, std = (images.new_tensor(values)[:, None, None] for values in (PIXEL_MEAN, PIXEL_STD))
+        if self.normalise:
+            mean, std = (images.new_tensor(values)[:, None, None] for values in (PIXEL_MEAN, PIXEL_STD))
+            images = (images - mean) / std
         height, width = geometry.scaled
         padding = (0, self.image_size - width, 0, self.image_size - height)
-        return F.pad((images - mean) / std, padding).unflatten(0, (batch, groups))
+        return F.pad(images, padding).unflatten(0, (batch, groups))
 
     def _to_unit(self, tiles: Tensor) -> Tensor:
         """Maps intensities to [0, 1]; a constant channel maps to 0."""
@@ -103,10 +110,15 @@ def channel_groups(tiles: Tensor) -> list[Tensor]:
     return [_to_rgb(group) for group in tiles.split(_GROUP, dim=1)]
 
 
+def cut_padding(masks: Tensor, geometry: Geometry) -> Tensor:
+    """Mask logits (B, K, S/4, S/4) of the tile alone, (B, K, h, w)."""
+    height, width = geometry.mask
+    return masks[..., :height, :width]
+
+
 def logits_to_tile(masks: Tensor, geometry: Geometry) -> Tensor:
     """Mask logits (B, K, S/4, S/4) without their padding, bilinearly resized to the tile: (B, K, H, W)."""
-    height, width = geometry.mask
-    return F.interpolate(masks[..., :height, :width], size=geometry.tile, mode="bilinear", align_corners=False)
+    return F.interpolate(cut_padding(masks, geometry), size=geometry.tile, mode="bilinear", align_corners=False)
 
 
 def intensity_rule(normalization_schemes: list[str]) -> str:

@@ -37,17 +37,15 @@ class LoadedSam(NamedTuple):
 
     Attributes:
         prompt_encoder: Frozen.
-        mask_decoder: SAM's pretrained decoder, a start for ours; None where the weights are random.
+        mask_decoder: SAM's decoder, a start for ours.
+        random: Whether these are no pretrained weights.
     """
 
     variant: Variant
     encoder: FrozenEncoder
     prompt_encoder: PromptEncoder
-    mask_decoder: MaskDecoder | None
-
-    @property
-    def random(self) -> bool:
-        return self.mask_decoder is None
+    mask_decoder: MaskDecoder
+    random: bool
 
 
 def download_folder() -> Path:
@@ -256,10 +254,10 @@ def _assemble(variant: Variant, state: State, image_size: int, identity: str, ra
     with torch.device("meta"):  # the real values come with the state: nothing is initialised twice
         sam = build_sam(variant, image_size)
     state = {key: value.float() for key, value in state.items()}  # files saved in half precision, too
-    sam.load_state_dict(state, strict=not random, assign=True)
+    sam.load_state_dict(state, assign=True)
     encoder = FrozenEncoder(use_exact_attention(sam.image_encoder), variant.global_blocks[:-1], identity)
     prompt_encoder = sam.prompt_encoder.requires_grad_(False).eval()
-    return LoadedSam(variant, encoder, prompt_encoder, None if random else sam.mask_decoder)
+    return LoadedSam(variant, encoder, prompt_encoder, sam.mask_decoder, random)
 
 
 def _user_cache() -> Path:

@@ -1,11 +1,11 @@
-"""What every trainer with a frozen SAM encoder changes in nnU-Net's trainer."""
+"""What every trainer of this package changes in nnU-Net's trainer."""
 
 from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,10 +17,8 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
-from desam_nnunet.cache.loader import CachedLoader
-from desam_nnunet.config import read_sections, resolve_plans
-from desam_nnunet.sam.encoder import Features
-from desam_nnunet.training.cached import cached_loaders
+from desam_nnunet.config import read_section, resolve_plans
+from desam_nnunet.sections import METHODS, SamSection
 from desam_nnunet.training.checks import (
     check_cases,
     check_other_folds,
@@ -35,12 +33,18 @@ _GRADIENT_NORM = 12  # nnU-Net's
 _MAX_SKIPPED = 50  # in a row; more than CUDA's loss scaling needs to settle
 
 
-class FrozenSamTrainer(nnUNetTrainer):
-    """Trains a decoder on SAM's frozen features inside nnU-Net. Subclasses give network and loss.
+class SamTrainer(nnUNetTrainer):
+    """Trains a network on SAM inside nnU-Net. Subclasses give method, network and loss.
 
     The plans' sections are resolved before nnU-Net's own ``__init__`` copies them, so that bad settings and
     missing weights end the run at once, and checkpoint and model folder hold every setting.
+
+    Attributes:
+        method: Name of the plans' section of this method, see :data:`desam_nnunet.sections.METHODS`.
+        sam, own: The resolved sections.
     """
+
+    method: ClassVar[str]
 
     def __init__(
         self,
@@ -50,10 +54,13 @@ class FrozenSamTrainer(nnUNetTrainer):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's signature
     ) -> None:
-        resolve_plans(plans, configuration, dataset_json)
+        resolve_plans(plans, configuration, dataset_json, self.method)
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.sam, self.desam = read_sections(self.configuration_manager.configuration)
-        self.initial_lr = self.desam.lr
+        resolved = self.configuration_manager.configuration
+        self.sam: SamSection = read_section(resolved, SamSection)
+        kind: Any = METHODS[self.method].section
+        self.own: Any = read_section(resolved, kind)
+        self.initial_lr = self.own.lr
         self.num_epochs = self.sam.epochs
         self.num_iterations_per_epoch = self.sam.iterations_per_epoch
         self.num_val_iterations_per_epoch = self.sam.val_iterations_per_epoch
@@ -61,19 +68,22 @@ class FrozenSamTrainer(nnUNetTrainer):
         self.save_every = 1
         self._skipped = 0
 
-    def compute_loss(self, features: Features, target: Tensor) -> tuple[Tensor, Tensor]:
+    def compute_loss(self, inputs: Any, target: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of a batch, and logits at tile size for nnU-Net's pseudo Dice.
 
         Args:
-            features: Of the frozen encoder. target: (B, 1 or regions, H, W), as large as the tiles.
+            inputs: What :meth:`inputs_of` makes of the batch. target: (B, 1 or regions, H, W), as large as the tiles.
         """
         raise NotImplementedError
 
-    def get_dataloaders(self) -> tuple[Any, Any]:
-        """nnU-Net's loaders, or those of the embedding cache, which is built first."""
-        if self.sam.features == "online":
-            return super().get_dataloaders()
-        return cached_loaders(self)
+    def inputs_of(self, batch: Batch) -> Any:
+        """The tiles of a batch on the device, (B, C, H, W)."""
+        if not torch.isfinite(batch["data"]).all():
+            raise ValueError(
+                f"A batch from the cases {', '.join(batch['keys'])} holds NaN or infinite values: repair or remove "
+                "the image and preprocess again."
+            )
+        return batch["data"].to(self.device, non_blocking=True)
 
     @property
     def bare_network(self) -> Any:
@@ -98,27 +108,21 @@ class FrozenSamTrainer(nnUNetTrainer):
     def on_train_start(self) -> None:
         if not self.was_initialized:
             self.initialize()
-        check_other_folds(Path(self.output_folder), self.configuration_name, self._settings())
+        check_other_folds(Path(self.output_folder), self.configuration_name, self._settings(), self.method)
         training, validation = self.get_tr_and_val_datasets()
         missing = missing_labels(check_cases(training, self.num_input_channels), self.label_manager)
         check_cases(validation, self.num_input_channels)
         precision = str(self.bare_network.encoder.precision(self.device)).removeprefix("torch.")
-        self.print_to_log_file(f"The frozen encoder {self.sam.encoder} computes in {precision} on {self.device.type}.")
+        self.print_to_log_file(f"The encoder {self.sam.encoder} computes in {precision} on {self.device.type}.")
         if missing:
             self.print_to_log_file(f"WARNING: the labels {missing} occur in no training case of this fold.")
         super().on_train_start()
 
-    def on_train_end(self) -> None:
-        super().on_train_end()
-        for loader in (self.dataloader_train, self.dataloader_val):
-            if isinstance(loader, CachedLoader):
-                loader.close()
-
     def train_step(self, batch: Batch) -> dict[str, np.ndarray]:
-        features, target = self._on_device(batch)
+        inputs, target = self._on_device(batch)
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
-            loss, _ = self.compute_loss(features, target)
+            loss, _ = self.compute_loss(inputs, target)
         self._step(loss)
         return {"loss": loss.detach().cpu().numpy()}
 
@@ -133,20 +137,15 @@ class FrozenSamTrainer(nnUNetTrainer):
         super().on_train_epoch_end(train_outputs)
 
     def validation_step(self, batch: Batch) -> dict[str, np.ndarray]:
-        features, target = self._on_device(batch)
+        inputs, target = self._on_device(batch)
         with self._autocast():
-            loss, logits = self.compute_loss(features, target)
+            loss, logits = self.compute_loss(inputs, target)
         truth, labelled = foreground_target(target, self.label_manager)
         predicted = self._foreground(logits)
         mask = labelled[:, None].float()
         tp, fp, fn, _ = get_tp_fp_fn_tn(predicted.float(), truth.float(), axes=[0, 2, 3], mask=mask)
         counts = {"tp_hard": tp, "fp_hard": fp, "fn_hard": fn}
         return {"loss": loss.cpu().numpy()} | {key: value.cpu().numpy() for key, value in counts.items()}
-
-    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """One fold sees every volume once: keeping features would cost memory for nothing."""
-        self.bare_network.memory.budget = 0
-        super().perform_actual_validation(save_probabilities)
 
     def save_checkpoint(self, filename: str) -> None:
         """Writes beside the file and renames, so that a kill never leaves half a checkpoint."""
@@ -161,23 +160,14 @@ class FrozenSamTrainer(nnUNetTrainer):
         given = checkpoint["init_args"]
         then = PlansManager(given["plans"]).get_configuration(self.configuration_name).configuration
         what = str(filename_or_checkpoint)
-        check_same_settings(self._settings(), settings_of(then, given["dataset_json"]), what)
+        check_same_settings(self._settings(), settings_of(then, given["dataset_json"], self.method), what)
         super().load_checkpoint(filename_or_checkpoint)
 
     def _settings(self) -> dict[str, Any]:
-        return settings_of(self.configuration_manager.configuration, self.dataset_json)
+        return settings_of(self.configuration_manager.configuration, self.dataset_json, self.method)
 
-    def _on_device(self, batch: Batch) -> tuple[Features, Tensor]:
-        """Features and target of a batch, the features encoded now unless they come from the cache."""
-        target = batch["target"].to(self.device, non_blocking=True)
-        if "features" in batch:
-            return batch["features"].map(lambda x: x.to(self.device, non_blocking=True).float()), target
-        if not torch.isfinite(batch["data"]).all():
-            raise ValueError(
-                f"A batch from the cases {', '.join(batch['keys'])} holds NaN or infinite values: repair or remove "
-                "the image and preprocess again."
-            )
-        return self.bare_network.encode(batch["data"].to(self.device, non_blocking=True)), target
+    def _on_device(self, batch: Batch) -> tuple[Any, Tensor]:
+        return self.inputs_of(batch), batch["target"].to(self.device, non_blocking=True)
 
     def _autocast(self) -> AbstractContextManager:
         return torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()

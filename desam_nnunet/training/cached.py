@@ -21,12 +21,12 @@ from desam_nnunet.cache.loader import CachedLoader
 from desam_nnunet.cache.store import CaseRecord, Recipe, Store, open_stores
 from desam_nnunet.cache.tiles import STEP, content_of
 from desam_nnunet.cache.views import Augmentation
-from desam_nnunet.config import SamSection
 from desam_nnunet.machine import free_memory
 from desam_nnunet.sam.variants import PATCH
+from desam_nnunet.sections import SamSection
 
 if TYPE_CHECKING:
-    from desam_nnunet.training.base import FrozenSamTrainer
+    from desam_nnunet.training.frozen import FrozenSamTrainer
 
 _RAM_SHARE = 2  # a store is kept in memory if it takes at most one part in so many of what is free
 _WAIT = 5.0  # seconds between two looks at what another process builds

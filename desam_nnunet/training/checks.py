@@ -11,7 +11,6 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-_SECTIONS = ("sam", "desam")
 _GEOMETRY = ("data_identifier", "patch_size", "spacing", "normalization_schemes")
 _DATASET = ("labels", "regions_class_order", "channel_names")
 
@@ -60,15 +59,16 @@ def missing_labels(found: set[Any], label_manager: LabelManager) -> list[Any]:
     return missing
 
 
-def settings_of(configuration: dict[str, Any], dataset_json: dict[str, Any]) -> dict[str, Any]:
+def settings_of(configuration: dict[str, Any], dataset_json: dict[str, Any], method: str) -> dict[str, Any]:
     """What must be equal wherever a model goes on: our sections, geometry, labels and channels.
 
     Args:
         configuration: Resolved, what it inherits included.
+        method: Whose section counts, beside ``sam``.
     """
     settings = {key: configuration.get(key) for key in _GEOMETRY}
     settings |= {f"dataset.json {key}": dataset_json.get(key) for key in _DATASET}
-    for section in _SECTIONS:
+    for section in ("sam", method):
         settings |= {f"{section}.{key}": value for key, value in configuration.get(section, {}).items()}
     return settings
 
@@ -90,7 +90,7 @@ def check_same_settings(now: dict[str, Any], then: dict[str, Any], what: str) ->
         )
 
 
-def check_other_folds(output_folder: Path, configuration_name: str, now: dict[str, Any]) -> None:
+def check_other_folds(output_folder: Path, configuration_name: str, now: dict[str, Any], method: str) -> None:
     """Refuses to put a fold with other settings into a model folder, whose folds share their JSON files.
 
     Args:
@@ -102,4 +102,4 @@ def check_other_folds(output_folder: Path, configuration_name: str, now: dict[st
     if others and (model / "plans.json").is_file() and (model / "dataset.json").is_file():
         then = PlansManager(str(model / "plans.json")).get_configuration(configuration_name).configuration
         dataset_json = json.loads((model / "dataset.json").read_text())
-        check_same_settings(now, settings_of(then, dataset_json), f"{others[0].parent.name} in {model}")
+        check_same_settings(now, settings_of(then, dataset_json, method), f"{others[0].parent.name} in {model}")

@@ -9,18 +9,20 @@ from __future__ import annotations
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 
-from desam_nnunet.config import read_sections
+from desam_nnunet.config import read_section
 from desam_nnunet.networks.desam import DeSAM, build_desam
 from desam_nnunet.sam.encoder import Features
 from desam_nnunet.sam.prompts import sample_points, whole_box
-from desam_nnunet.sam.tiles import TileToImage, ct_window
-from desam_nnunet.sam.weights import load_sam
-from desam_nnunet.training.base import FrozenSamTrainer
+from desam_nnunet.sections import DesamSection
+from desam_nnunet.training.frozen import FrozenSamTrainer
+from desam_nnunet.training.loading import sam_from_plans
 from desam_nnunet.training.losses import foreground_target, score_loss
 
 
 class DeSAMTrainer(FrozenSamTrainer):
     """Trains with one sampled point per tile; predicts with a grid of points."""
+
+    method = "desam"
 
     @staticmethod
     def build_network_architecture(
@@ -75,25 +77,18 @@ def network_from_plans(
     *,
     whole_box: bool,
 ) -> DeSAM:
-    """DeSAM as the resolved sections of a model's plans describe it.
-
-    Raises:
-        ValueError, FileNotFoundError: Sections that are not resolved or not valid; weights that are not here or
-            not those that the model was trained with.
+    """DeSAM as the resolved sections of a model's plans describe it; errors as
+    :func:`~desam_nnunet.training.loading.sam_from_plans`.
     """
-    sam, desam = read_sections(configuration_manager.configuration)
-    loaded = load_sam(sam.encoder, sam.image_size, sam.identity)
-    if loaded.random:
-        print(f"Encoder {sam.encoder}: RANDOM weights ({sam.identity}), not pretrained. Good for tests and demos.")
-    window: tuple[tuple[float, float], ...] = ()
-    if sam.intensity == "window":
-        window = ct_window(plans_manager.foreground_intensity_properties_per_channel, num_input_channels)
+    planned = sam_from_plans(plans_manager, configuration_manager, num_input_channels)
+    own = read_section(configuration_manager.configuration, DesamSection)
+    background = not planned.section.regions
     return build_desam(
-        sam=loaded,
-        to_image=TileToImage(sam.image_size, sam.intensity, window),
+        sam=planned.sam,
+        to_image=planned.to_image,
         num_channels=num_input_channels,
-        num_classes=num_output_channels - (not sam.regions),
-        background=not sam.regions,
-        grid=None if whole_box else desam.grid,
-        iou_threshold=desam.iou_threshold,
+        num_classes=num_output_channels - background,
+        background=background,
+        grid=None if whole_box else own.grid,
+        iou_threshold=own.iou_threshold,
     )

@@ -1,10 +1,14 @@
-"""Targets per foreground class, and the loss of PRIM's scores. The mask loss is nnU-Net's own."""
+"""Targets per foreground class, the loss of PRIM's scores, and the mask loss that SAMed and DB-SAM publish.
+
+DeSAM's mask loss is nnU-Net's own.
+"""
 
 from __future__ import annotations
 
 import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from desam_nnunet.sam.prompts import PointTargets
 
@@ -35,3 +39,49 @@ def score_loss(scores: Tensor, targets: PointTargets) -> Tensor:
     """
     error = (scores.float() - targets.inside).abs().mean(1)
     return (error * targets.valid).sum() / targets.valid.sum().clamp(min=1)
+
+
+class DiceCELoss(nn.Module):
+    """Cross-entropy plus soft Dice with squared denominators, over the whole batch.
+
+    Labels exclude each other (softmax); regions do not (sigmoid). Nothing is counted on the ignore label.
+
+    Args:
+        ce, dice: Weights of the two.
+        background: Whether the Dice of labels is a mean over the background as well.
+    """
+
+    def __init__(self, label_manager: LabelManager, *, ce: float, dice: float, background: bool) -> None:
+        super().__init__()
+        self.label_manager = label_manager
+        self.ce = ce
+        self.dice = dice
+        self.background = background
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Args:
+            logits: (B, classes with background, or regions, H, W).
+            target: nnU-Net's, of the same height and width.
+        """
+        logits = logits.float()
+        truth, labelled = foreground_target(target, self.label_manager)
+        weight = labelled[:, None].float()  # B 1 H W
+        if self.label_manager.has_regions:
+            wanted = truth.float()
+            entropy = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(1, keepdim=True)
+            found = logits.sigmoid()
+        else:
+            wanted = torch.cat([~truth.any(1, keepdim=True), truth], dim=1).float()
+            entropy = -(logits.log_softmax(1) * wanted).sum(1, keepdim=True)
+            found = logits.softmax(1)
+            if not self.background:
+                found, wanted = found[:, 1:], wanted[:, 1:]
+        entropy = (entropy * weight).sum() / weight.sum().clamp(min=1)
+        return self.ce * entropy + self.dice * (1 - soft_dice(found * weight, wanted * weight).mean())
+
+
+def soft_dice(found: Tensor, wanted: Tensor, smooth: float = 1e-5) -> Tensor:
+    """Of each channel over batch and pixels, (C,), squares in the denominator. Args: found, wanted: (B, C, H, W)."""
+    axes = (0, 2, 3)
+    overlap = 2 * (found * wanted).sum(axes)
+    return (overlap + smooth) / (found.square().sum(axes) + wanted.square().sum(axes) + smooth)

@@ -1,0 +1,131 @@
+"""DB-SAM: SAM's frozen encoder with a convolution branch beside it, and SAM's decoder.
+
+Source: Qin et al., DB-SAM: Delving into High Quality Universal Medical Image Segmentation, MICCAI 2024.
+The paper prompts with boxes from the ground truth. Here nnU-Net asks without a prompt, so the box is the whole tile,
+and each class has a mask token of its own: that setting is ours.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from segment_anything.modeling import PromptEncoder
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from desam_nnunet.networks.class_decoder import ClassDecoder
+from desam_nnunet.networks.dual_branch import LEVELS, BilateralExchange, ChannelAttention, Fusion, Stem
+from desam_nnunet.networks.frame import MAX_LOGIT, SamNetwork, mean_over_groups, uncompiled
+from desam_nnunet.sam.encoder import FrozenEncoder
+from desam_nnunet.sam.prompts import Prompts, dense_positions, prompt_tokens, whole_box
+from desam_nnunet.sam.tiles import TileToImage
+from desam_nnunet.sam.weights import LoadedSam
+
+_STAGES = 4
+
+
+class DBSAM(SamNetwork):
+    """``network(tiles)`` gives logits at tile size, in training too.
+
+    Args:
+        encoder: Frozen. Its neck is copied, and the copy trained.
+        prompt_encoder: SAM's, frozen.
+        decoder: SAM's with one mask token per class; trained.
+        heads: Of the deformable attention, as many as the encoder's.
+        background: Whether logits start with a background channel, which is 0 by definition.
+        checkpointing: Whether blocks and exchanges are computed again in the backward pass.
+    """
+
+    def __init__(
+        self,
+        *,
+        encoder: FrozenEncoder,
+        prompt_encoder: PromptEncoder,
+        decoder: ClassDecoder,
+        to_image: TileToImage,
+        num_channels: int,
+        heads: int,
+        background: bool,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__(held=[encoder], to_image=to_image, num_channels=num_channels, background=background)
+        dim = encoder.vit.pos_embed.shape[-1]
+        self.checkpointing = checkpointing
+        self.stems = nn.ModuleList(Stem(dim, level) for level in range(1, LEVELS + 1))
+        self.level_embedding = nn.Parameter(torch.zeros(LEVELS, dim))
+        nn.init.normal_(self.level_embedding)
+        self.channel_attention = nn.ModuleList(ChannelAttention(dim) for _ in encoder.vit.blocks)
+        self.exchanges = nn.ModuleList(BilateralExchange(dim, heads) for _ in range(_STAGES))
+        self.fusion = Fusion(dim)
+        self.norm = nn.LayerNorm(dim)
+        self.neck = copy.deepcopy(encoder.vit.neck).requires_grad_(True)
+        self.prompt_encoder = prompt_encoder.requires_grad_(False)
+        self.decoder = decoder
+
+    @property
+    def encoder(self) -> FrozenEncoder:
+        (encoder,) = self._held
+        assert isinstance(encoder, FrozenEncoder)
+        return encoder
+
+    @uncompiled
+    def forward(self, tiles: Tensor, boxes: Tensor | None = None) -> Tensor:
+        """Args:
+            tiles: (B, C, H, W).
+            boxes: (B, 4) in pixels of SAM's input, x and y of two corners; one around the whole tile where None.
+
+        Returns:
+            Logits (B, K or K + 1, H, W), no nonlinearity applied.
+
+        Raises:
+            ValueError: The tiles have another number of channels than planned, or hold NaN or infinity.
+        """
+        geometry = self.geometry(tiles)
+        prompts = whole_box(geometry, len(tiles), tiles.device) if boxes is None else Prompts(boxes=boxes)
+        sparse, dense = prompt_tokens(self.prompt_encoder, prompts)
+        masks = self.decoder(self.encode(tiles) + dense, dense_positions(self.prompt_encoder), sparse)
+        return self.tile_logits(masks, geometry).clamp(-MAX_LOGIT, MAX_LOGIT)
+
+    def encode(self, tiles: Tensor) -> Tensor:
+        """Both branches' neck (B, C, h, w); channel groups are encoded one by one and averaged."""
+        images = self.images(tiles)  # B G 3 S S
+        with self.encoder.autocast(tiles.device):
+            neck = self._branches(images.flatten(0, 1)).float()
+        return mean_over_groups(neck, images.shape[1])
+
+    def _branches(self, images: Tensor) -> Tensor:
+        maps = torch.stack([stem(images) for stem in self.stems], dim=1)  # B L h w D
+        maps = maps + self.level_embedding[:, None, None]
+        tokens = self.encoder.embed(images)
+        blocks = self.encoder.vit.blocks
+        per_stage = len(blocks) // _STAGES
+        for index, block in enumerate(blocks):
+            tokens = self._run(block, tokens)
+            tokens = self.channel_attention[index](tokens)
+            if (index + 1) % per_stage == 0:
+                tokens, maps = self._run(self.exchanges[index // per_stage], tokens, maps)
+        fused = self.norm(self.fusion(tokens, maps))
+        return self.neck(fused.permute(0, 3, 1, 2))  # B h w D -> B D h w
+
+    def _run(self, module: nn.Module, *inputs: Tensor) -> Any:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(module, *inputs, use_reentrant=False)
+        return module(*inputs)
+
+
+def build_dbsam(
+    *, sam: LoadedSam, to_image: TileToImage, num_channels: int, num_classes: int, background: bool,
+    checkpointing: bool,
+) -> DBSAM:
+    """A DB-SAM on `sam`, whose decoder it starts from; each class's token starts from SAM's token for boxes.
+
+    Args:
+        num_classes: Foreground classes or regions, K.
+    """
+    decoder = ClassDecoder(sam.mask_decoder.transformer, num_classes)
+    decoder.load_from_sam(sam.mask_decoder, heads=True)
+    return DBSAM(
+        encoder=sam.encoder, prompt_encoder=sam.prompt_encoder, decoder=decoder, to_image=to_image,
+        num_channels=num_channels, heads=sam.variant.heads, background=background, checkpointing=checkpointing)

@@ -1,0 +1,50 @@
+"""DB-SAM's trainer, with a box around the whole tile instead of the paper's boxes from the ground truth.
+
+Source: Qin et al., DB-SAM, MICCAI 2024, section 3, and the published settings: AdamW, weight decay 0.01, learning rate
+1e-4 with one epoch of warm-up and polynomial decay; Dice (squared denominators) + cross-entropy.
+"""
+
+from __future__ import annotations
+
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import Tensor, nn
+
+from desam_nnunet.config import read_section
+from desam_nnunet.networks.dbsam import build_dbsam
+from desam_nnunet.sections import DbsamSection
+from desam_nnunet.training.adapted import AdaptedSamTrainer
+from desam_nnunet.training.loading import sam_from_plans
+from desam_nnunet.training.losses import DiceCELoss
+
+
+class DBSAMTrainer(AdaptedSamTrainer):
+    """Trains a convolution branch beside SAM's frozen encoder, the neck and the decoder."""
+
+    method = "dbsam"
+    decay = 0.01
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        planned = sam_from_plans(plans_manager, configuration_manager, num_input_channels)
+        own = read_section(configuration_manager.configuration, DbsamSection)
+        background = not planned.section.regions
+        return build_dbsam(
+            sam=planned.sam, to_image=planned.to_image, num_channels=num_input_channels,
+            num_classes=num_output_channels - background, background=background, checkpointing=own.checkpointing)
+
+    @property
+    def warmup(self) -> int:
+        return self.num_iterations_per_epoch
+
+    def _build_loss(self) -> nn.Module:
+        return DiceCELoss(self.label_manager, ce=1.0, dice=1.0, background=False)
+
+    def compute_loss(self, inputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.network(inputs)
+        return self.loss(logits, target), logits

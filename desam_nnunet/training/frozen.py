@@ -1,0 +1,37 @@
+"""What trainers share whose encoder never changes: features that are stored, or encoded without gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from desam_nnunet.cache.loader import CachedLoader
+from desam_nnunet.sam.encoder import Features
+from desam_nnunet.training.base import Batch, SamTrainer
+from desam_nnunet.training.cached import cached_loaders
+
+
+class FrozenSamTrainer(SamTrainer):
+    """Trains a decoder on SAM's frozen features."""
+
+    def inputs_of(self, batch: Batch) -> Features:
+        """Features of a batch, encoded now unless they come from the cache."""
+        if "features" in batch:
+            return batch["features"].map(lambda x: x.to(self.device, non_blocking=True).float())
+        return self.bare_network.encode(super().inputs_of(batch))
+
+    def get_dataloaders(self) -> tuple[Any, Any]:
+        """nnU-Net's loaders, or those of the embedding cache, which is built first."""
+        if self.sam.features == "online":
+            return super().get_dataloaders()
+        return cached_loaders(self)
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        for loader in (self.dataloader_train, self.dataloader_val):
+            if isinstance(loader, CachedLoader):
+                loader.close()
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """One fold sees every volume once: keeping features would cost memory for nothing."""
+        self.bare_network.memory.budget = 0
+        super().perform_actual_validation(save_probabilities)

@@ -1,0 +1,140 @@
+"""SAMed: low-rank updates of the frozen encoder, what trains, what is saved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import Workspace, make_trainer
+
+from desam_nnunet.networks.lora import AdaptedLinear
+from desam_nnunet.networks.samed import SAMed, build_samed
+from desam_nnunet.sam.attention import use_exact_attention
+from desam_nnunet.sam.encoder import FrozenEncoder
+from desam_nnunet.sam.tiles import TileToImage
+from desam_nnunet.sam.variants import VARIANTS, build_sam
+from desam_nnunet.sam.weights import LoadedSam, load_sam
+
+SIZE = 128
+
+
+def build(*, outputs: int = 2, channels: int = 1, **settings: Any) -> SAMed:
+    given = {"rank": 4, "targets": "qv", "adapt_decoder": False, "checkpointing": False} | settings
+    to_image = TileToImage(SIZE, "percentile", normalise=False)
+    sam = load_sam("vit_tiny", SIZE)
+    return build_samed(sam=sam, to_image=to_image, num_channels=channels, outputs=outputs, **given)
+
+
+def shake(network: SAMed) -> SAMed:
+    """Updates that are not zero any more."""
+    for name, parameter in network.named_parameters():
+        if name.endswith("up.weight"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    return network
+
+
+def test_starts_as_sam_exactly() -> None:
+    network, tiles = build(), torch.randn(2, 1, 96, 80)
+    images = network.images(tiles).flatten(0, 1)
+    base = load_sam("vit_tiny", SIZE).encoder(images).neck
+    with torch.no_grad():
+        assert torch.equal(network.encode(tiles), base)
+        with network._merged():
+            assert torch.equal(network.encode(tiles), base)
+        assert not torch.equal(shake(network).encode(tiles), base)
+
+
+@pytest.mark.parametrize("adapt_decoder", [False, True])
+@pytest.mark.parametrize("targets", ["qv", "qkv", "k"])
+def test_merged_weights_give_the_same_logits(targets: str, adapt_decoder: bool) -> None:
+    network = shake(build(targets=targets, adapt_decoder=adapt_decoder)).eval()
+    tiles = torch.randn(2, 1, 96, 80)
+    apart = network(tiles).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(network(tiles), apart, rtol=0, atol=1e-5)
+
+
+def test_nothing_stays_merged() -> None:
+    network, tiles = shake(build()).eval(), torch.randn(1, 1, 96, 96)
+    with torch.no_grad():
+        before = network(tiles)
+        layers = [layer for module in network._held for layer in module.modules() if isinstance(layer, AdaptedLinear)]
+        assert len(layers) == 8
+        assert all(layer._merged is None for layer in layers)
+        network.updates[0]["q"].up.weight.mul_(-1)
+        assert not torch.equal(network(tiles), before)
+
+
+@pytest.mark.parametrize("adapt_decoder", [False, True])
+def test_all_that_trains_gets_a_gradient_and_nothing_else(adapt_decoder: bool) -> None:
+    network = shake(build(adapt_decoder=adapt_decoder))
+    network(torch.randn(2, 1, 96, 96)).square().sum().backward()
+    for name, parameter in network.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+    frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
+    assert all(name.startswith(("prompt_encoder.", "decoder.seg_layers.iou_head.")) or name.endswith(".k_proj.bias")
+               for name in frozen)
+    for module in network._held:
+        assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_checkpointing_changes_no_gradient() -> None:
+    tiles = torch.randn(1, 1, 96, 96)
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        network = shake(build(checkpointing=checkpointing))
+        network(tiles).square().mean().backward()
+        gradients.append([parameter.grad for parameter in network.parameters() if parameter.requires_grad])
+    torch.testing.assert_close(*gradients)
+
+
+def test_channels_are_encoded_in_groups() -> None:
+    network = shake(build(channels=5)).eval()
+    tiles = torch.randn(1, 5, 96, 96)
+    images = network.images(tiles)[0]
+    assert images.shape == (2, 3, SIZE, SIZE)
+    assert images.min() >= 0
+    assert images.max() <= 1
+    with torch.no_grad():
+        torch.testing.assert_close(network.encode(tiles)[0], network.neck(images).mean(0))
+
+
+@pytest.mark.parametrize(("adapt_decoder", "megabytes"), [(False, 25), (True, 12)])
+def test_a_checkpoint_of_vit_b_with_eight_organs_is_small(adapt_decoder: bool, megabytes: float) -> None:
+    variant = VARIANTS["vit_b"]
+    with torch.device("meta"):
+        sam = build_sam(variant, 512)
+        encoder = FrozenEncoder(use_exact_attention(sam.image_encoder), variant.global_blocks[:-1], "")
+        network = build_samed(
+            sam=LoadedSam(variant, encoder, sam.prompt_encoder, sam.mask_decoder, random=True),
+            to_image=TileToImage(512, "unit", normalise=False), num_channels=1, outputs=9, rank=4, targets="qv",
+            adapt_decoder=adapt_decoder, checkpointing=False)
+    saved = sum(value.nbytes for value in network.state_dict().values())
+    assert 1e6 < saved < megabytes * 1e6
+
+
+def test_published_schedule(workspace: Workspace) -> None:
+    plans = workspace.plans()
+    plans["configurations"]["2d"]["sam"] |= {"epochs": 10, "iterations_per_epoch": 100}
+    plans["configurations"]["2d"]["samed"] = {"warmup": 200}
+    trainer = make_trainer("SAMedTrainer", workspace, plans=plans)
+    trainer.initialize()
+    (group,) = trainer.optimizer.param_groups
+    assert isinstance(trainer.optimizer, torch.optim.AdamW)
+    assert (group["weight_decay"], group["betas"]) == (0.1, (0.9, 0.999))
+    assert group["lr"] == pytest.approx(0.005 / 200)
+    rates = []
+    for epoch in range(10):
+        trainer.lr_scheduler.step(epoch)
+        for _ in range(100):
+            rates.append(group["lr"])
+            trainer.lr_scheduler.advance()
+    assert rates[:200] == pytest.approx([0.005 * (k + 1) / 200 for k in range(200)])
+    assert rates[200:] == pytest.approx([0.005 * (1 - k / 1000) ** 0.9 for k in range(800)])
+
+
+def test_the_cache_is_not_for_adapted_encoders(workspace: Workspace) -> None:
+    trainer = make_trainer("SAMedTrainer", workspace)
+    assert trainer.sam.features == "online"
