@@ -46,14 +46,18 @@ def _add_weights(actions: argparse._SubParsersAction) -> None:
     get.add_argument("encoder", help="vit_b, vit_l or vit_h")
     verify = _add(actions, "verify", _verify, "say what a weights file holds, and whether it is a published one")
     verify.add_argument("file", type=Path)
-    load = _add(actions, "import", _import, "turn a published DeSAM checkpoint into a model folder of nnU-Net's")
+    load = _add(actions, "import", _import, "turn a published DeSAM or SAMed checkpoint into a model of nnU-Net's")
     load.add_argument("file", type=Path, help="the published checkpoint")
     load.add_argument("-d", required=True, help="data set, name or id: gives labels and geometry")
     load.add_argument("-p", default="nnUNetPlans", help="plans (default: nnUNetPlans)")
     load.add_argument("-c", default="2d", help="configuration (default: 2d)")
-    load.add_argument("-tr", default="DeSAMTrainer", choices=["DeSAMTrainer", "DeSAMTrainerWholeBox"],
-                      help="prompt mode of the checkpoint (default: DeSAMTrainer)")
+    load.add_argument("-tr", help="DeSAMTrainerWholeBox for a whole-box checkpoint of DeSAM (default: from the file)")
     load.add_argument("-o", type=Path, help="model folder to write (default: nnU-Net's own in nnUNet_results)")
+    save = _add(actions, "export", _export, "write a trained SAMed in the published format")
+    save.add_argument("model", type=Path, help="model folder, .../SAMedTrainer__<plans>__2d")
+    save.add_argument("file", type=Path, help="file to write")
+    save.add_argument("-f", default="0", metavar="FOLD", help="default: 0")
+    save.add_argument("-chk", default="checkpoint_final.pth", help="default: checkpoint_final.pth")
 
 
 def _add_cache(cache: argparse.ArgumentParser) -> None:
@@ -169,16 +173,23 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
-    from desam_nnunet.importing import PREPARATION, Target, import_official
+    from desam_nnunet.importing import Target, import_official
 
-    target = Target(options.d, options.p, options.c, options.tr)
-    imported = import_official(options.file, target, options.o)
-    print(f"For nnUNetv2_train -pretrained_weights: {imported.pretrained}")
+    imported = import_official(options.file, Target(options.d, options.p, options.c, options.tr), options.o)
+    print(f"For nnUNetv2_train -tr {imported.trainer} -pretrained_weights: {imported.pretrained}")
     if imported.model is None:
-        print("The data set has other classes than the checkpoint's one, so there is no model folder: fine-tune first.")
+        print("The data set has other classes than the checkpoint, so there is no model folder: fine-tune first.")
     else:
-        print(f"For prediction, with -f all: {imported.model}")
-    print(PREPARATION)
+        print(f"For nnUNetv2_predict -tr {imported.trainer} -f all: {imported.model}")
+    print(imported.preparation)
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from desam_nnunet.exporting import export_samed
+
+    export_samed(options.model, options.f, options.chk, options.file)
+    print(f"Written to {options.file}")
     return 0
 
 

@@ -20,8 +20,8 @@ from desam_nnunet.sam.precision import encoder_dtype
 from desam_nnunet.sam.random_weights import RANDOM_IDENTITY
 from desam_nnunet.sam.variants import VARIANTS, Variant
 from desam_nnunet.sam.weights import file_md5, find_weights, search_folders
+from desam_nnunet.training.registry import TRAINERS
 
-TRAINERS = ("DeSAMTrainer", "DeSAMTrainerWholeBox")
 _NNUNET_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 

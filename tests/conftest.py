@@ -121,11 +121,10 @@ def make_trainer(name: str, workspace: Workspace, *, plans: dict[str, Any] | Non
                  dataset_json: dict[str, Any] | None = None, configuration: str = "2d",
                  fold: int | str = 0) -> Any:
     """A trainer as nnUNetv2_train makes it, in this process and on the CPU."""
-    from desam_nnunet.training import dbsam, desam, samed
+    from desam_nnunet.training.registry import TRAINERS as BY_NAME
 
-    trainer = next(vars(module)[name] for module in (desam, samed, dbsam) if name in vars(module))
     plans = (plans or workspace.plans()) | {"continue_training": False}
-    return trainer(plans, configuration, fold, dataset_json or workspace.dataset_json(),
+    return BY_NAME[name](plans, configuration, fold, dataset_json or workspace.dataset_json(),
                                 torch.device("cpu"))
 
 

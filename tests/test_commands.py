@@ -49,7 +49,7 @@ def test_training_fills_nnunets_folders(trained: Workspace) -> None:
             assert "foreground_mean" in json.loads((folder / "validation" / "summary.json").read_text())
             assert not list(folder.glob("*.tmp"))
             log = next(folder.glob("training_log_*.txt")).read_text()
-            assert "The frozen encoder vit_tiny computes in" in log
+            assert "The encoder vit_tiny computes in" in log
 
 
 def test_model_folder_holds_every_resolved_setting(trained: Workspace) -> None:

@@ -160,7 +160,7 @@ def test_several_classes_give_a_start_but_no_model(
 @pytest.mark.parametrize(
     ("drop", "message"),
     [
-        ("mask_decoder.pimm", "is not a published DeSAM checkpoint"),
+        ("mask_decoder.pimm", "is not a published DeSAM or SAMed checkpoint"),
         ("mask_decoder.pimm.mask_embedding_fusion", "pdmm.fusion.conv1.weight is missing"),
         ("mask_decoder.pimm.conv_blocks_context", "pdmm.contexts.0.block_init.conv1.weight is missing"),
     ],

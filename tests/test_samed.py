@@ -59,7 +59,7 @@ def test_nothing_stays_merged() -> None:
     network, tiles = shake(build()).eval(), torch.randn(1, 1, 96, 96)
     with torch.no_grad():
         before = network(tiles)
-        layers = [layer for module in network._held for layer in module.modules() if isinstance(layer, AdaptedLinear)]
+        layers = [layer for module in network.held for layer in module.modules() if isinstance(layer, AdaptedLinear)]
         assert len(layers) == 8
         assert all(layer._merged is None for layer in layers)
         network.updates[0]["q"].up.weight.mul_(-1)
@@ -75,7 +75,7 @@ def test_all_that_trains_gets_a_gradient_and_nothing_else(adapt_decoder: bool) -
     frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
     assert all(name.startswith(("prompt_encoder.", "decoder.seg_layers.iou_head.")) or name.endswith(".k_proj.bias")
                for name in frozen)
-    for module in network._held:
+    for module in network.held:
         assert not any(parameter.requires_grad for parameter in module.parameters())
 
 

@@ -7,7 +7,6 @@ and each class has a mask token of its own: that setting is ours.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from desam_nnunet.networks.frame import MAX_LOGIT, SamNetwork, mean_over_groups,
 from desam_nnunet.sam.encoder import FrozenEncoder
 from desam_nnunet.sam.prompts import Prompts, dense_positions, prompt_tokens, whole_box
 from desam_nnunet.sam.tiles import TileToImage
+from desam_nnunet.sam.variants import build_neck
 from desam_nnunet.sam.weights import LoadedSam
 
 _STAGES = 4
@@ -30,7 +30,8 @@ class DBSAM(SamNetwork):
     """``network(tiles)`` gives logits at tile size, in training too.
 
     Args:
-        encoder: Frozen. Its neck is copied, and the copy trained.
+        encoder: Frozen; its neck is not used.
+        neck: A copy of it; trained.
         prompt_encoder: SAM's, frozen.
         decoder: SAM's with one mask token per class; trained.
         heads: Of the deformable attention, as many as the encoder's.
@@ -42,6 +43,7 @@ class DBSAM(SamNetwork):
         self,
         *,
         encoder: FrozenEncoder,
+        neck: nn.Module,
         prompt_encoder: PromptEncoder,
         decoder: ClassDecoder,
         to_image: TileToImage,
@@ -60,13 +62,13 @@ class DBSAM(SamNetwork):
         self.exchanges = nn.ModuleList(BilateralExchange(dim, heads) for _ in range(_STAGES))
         self.fusion = Fusion(dim)
         self.norm = nn.LayerNorm(dim)
-        self.neck = copy.deepcopy(encoder.vit.neck).requires_grad_(True)
+        self.neck = neck
         self.prompt_encoder = prompt_encoder.requires_grad_(False)
         self.decoder = decoder
 
     @property
     def encoder(self) -> FrozenEncoder:
-        (encoder,) = self._held
+        (encoder,) = self.held
         assert isinstance(encoder, FrozenEncoder)
         return encoder
 
@@ -83,31 +85,35 @@ class DBSAM(SamNetwork):
             ValueError: The tiles have another number of channels than planned, or hold NaN or infinity.
         """
         geometry = self.geometry(tiles)
-        prompts = whole_box(geometry, len(tiles), tiles.device) if boxes is None else Prompts(boxes=boxes)
-        sparse, dense = prompt_tokens(self.prompt_encoder, prompts)
-        masks = self.decoder(self.encode(tiles) + dense, dense_positions(self.prompt_encoder), sparse)
+        if boxes is None:
+            boxes = whole_box(geometry, len(tiles), tiles.device).boxes
+        masks = self.decode(self.encode(tiles), Prompts(boxes=boxes))
         return self.tile_logits(masks, geometry).clamp(-MAX_LOGIT, MAX_LOGIT)
 
     def encode(self, tiles: Tensor) -> Tensor:
         """Both branches' neck (B, C, h, w); channel groups are encoded one by one and averaged."""
         images = self.images(tiles)  # B G 3 S S
-        with self.encoder.autocast(tiles.device):
-            neck = self._branches(images.flatten(0, 1)).float()
-        return mean_over_groups(neck, images.shape[1])
+        return mean_over_groups(self.both_branches(images.flatten(0, 1)), images.shape[1])
 
-    def _branches(self, images: Tensor) -> Tensor:
-        maps = torch.stack([stem(images) for stem in self.stems], dim=1)  # B L h w D
-        maps = maps + self.level_embedding[:, None, None]
-        tokens = self.encoder.embed(images)
-        blocks = self.encoder.vit.blocks
-        per_stage = len(blocks) // _STAGES
-        for index, block in enumerate(blocks):
-            tokens = self._run(block, tokens)
-            tokens = self.channel_attention[index](tokens)
-            if (index + 1) % per_stage == 0:
-                tokens, maps = self._run(self.exchanges[index // per_stage], tokens, maps)
-        fused = self.norm(self.fusion(tokens, maps))
-        return self.neck(fused.permute(0, 3, 1, 2))  # B h w D -> B D h w
+    def both_branches(self, images: Tensor) -> Tensor:
+        """Args: images: (B, 3, S, S), as SAM expects them. Returns: The neck's output in float32, (B, C, h, w)."""
+        with self.encoder.autocast(images.device):
+            maps = torch.stack([stem(images) for stem in self.stems], dim=1)  # B L h w D
+            maps = maps + self.level_embedding[:, None, None]
+            tokens = self.encoder.embed(images)
+            blocks = self.encoder.vit.blocks
+            per_stage = len(blocks) // _STAGES
+            for index, block in enumerate(blocks):
+                tokens = self.channel_attention[index](self._run(block, tokens))
+                if (index + 1) % per_stage == 0:
+                    tokens, maps = self._run(self.exchanges[index // per_stage], tokens, maps)
+            fused = self.norm(self.fusion(tokens, maps))
+            return self.neck(fused.permute(0, 3, 1, 2)).float()  # B h w D -> B D h w
+
+    def decode(self, neck: Tensor, prompts: Prompts) -> Tensor:
+        """Mask logits (B, K, S/4, S/4)."""
+        sparse, dense = prompt_tokens(self.prompt_encoder, prompts)
+        return self.decoder(neck + dense, dense_positions(self.prompt_encoder), sparse)
 
     def _run(self, module: nn.Module, *inputs: Tensor) -> Any:
         if self.checkpointing and torch.is_grad_enabled():
@@ -126,6 +132,8 @@ def build_dbsam(
     """
     decoder = ClassDecoder(sam.mask_decoder.transformer, num_classes)
     decoder.load_from_sam(sam.mask_decoder, heads=True)
+    neck = build_neck(sam.variant)
+    neck.load_state_dict(sam.encoder.vit.neck.state_dict())
     return DBSAM(
-        encoder=sam.encoder, prompt_encoder=sam.prompt_encoder, decoder=decoder, to_image=to_image,
+        encoder=sam.encoder, neck=neck, prompt_encoder=sam.prompt_encoder, decoder=decoder, to_image=to_image,
         num_channels=num_channels, heads=sam.variant.heads, background=background, checkpointing=checkpointing)

@@ -71,15 +71,15 @@ class DeSAM(SamNetwork):
 
     @property
     def encoder(self) -> FrozenEncoder:
-        (encoder,) = self._held
+        (encoder,) = self.held
         assert isinstance(encoder, FrozenEncoder)
         return encoder
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DeSAM:
         """Forgets the features that lie on another device."""
-        before = [encoder.place for encoder in self._held]
+        before = [encoder.place for encoder in self.held]
         super()._apply(fn, recurse)
-        if before != [encoder.place for encoder in self._held]:
+        if before != [encoder.place for encoder in self.held]:
             self.memory.clear()
         return self
 

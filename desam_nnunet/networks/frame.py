@@ -28,14 +28,14 @@ class SamNetwork(nn.Module):
         self, *, held: Iterable[nn.Module], to_image: TileToImage, num_channels: int, background: bool
     ) -> None:
         super().__init__()
-        self._held = tuple(held)
+        self.held = tuple(held)
         self.to_image = to_image
         self.num_channels = num_channels
         self.background = background
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SamNetwork:
         super()._apply(fn, recurse)
-        for module in self._held:
+        for module in self.held:
             module._apply(fn, recurse)
         return self
 

@@ -64,7 +64,7 @@ class SAMed(SamNetwork):
 
     @property
     def encoder(self) -> FrozenEncoder:
-        encoder = self._held[0]
+        encoder = self.held[0]
         assert isinstance(encoder, FrozenEncoder)
         return encoder
 
@@ -109,7 +109,7 @@ class SAMed(SamNetwork):
     @contextmanager
     def _merged(self) -> Iterator[None]:
         """Within it, each adapted layer is one product. Nothing is left behind that could grow old."""
-        layers = [layer for module in self._held for layer in module.modules() if isinstance(layer, AdaptedLinear)]
+        layers = [layer for module in self.held for layer in module.modules() if isinstance(layer, AdaptedLinear)]
         try:
             for layer in layers:
                 layer.merge()

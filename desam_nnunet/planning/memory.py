@@ -1,26 +1,33 @@
 """How much memory a training step takes, from a network that has shapes but no values.
 
-The decoder runs once on PyTorch's ``meta`` device, and what autograd would keep for the backward pass is added up.
+The network runs once without computing anything, and what autograd would keep for the backward pass is added up.
 The few numbers below turn that into a peak; they were fitted to measured peaks on a CPU (docs/planning.md).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
-from desam_nnunet.networks.desam import DeSAM, build_desam
+from desam_nnunet.networks.dbsam import DBSAM, build_dbsam
+from desam_nnunet.networks.desam import build_desam
+from desam_nnunet.networks.frame import SamNetwork
+from desam_nnunet.networks.samed import SAMed, build_samed
 from desam_nnunet.sam.attention import use_exact_attention
 from desam_nnunet.sam.encoder import FrozenEncoder
+from desam_nnunet.sam.prompts import Prompts
 from desam_nnunet.sam.tiles import Geometry, TileToImage
 from desam_nnunet.sam.variants import PATCH, Variant, build_sam
 from desam_nnunet.sam.weights import LoadedSam
 
 _KEPT = 1.25  # of what autograd keeps: gradients that live beside it
-_LOGITS = 3.5  # copies of the logits at tile size that nnU-Net's loss makes
+_LOGITS = 3.5  # copies of the logits at tile size that the loss makes
 _CONSTANT = 60e6  # bytes
 _HALF = 0.72  # of float32, under autocast: DeSAM's published 7.8 of 10.9 GB
 _ENCODER_COPIES = 24  # of the tokens, while one image is encoded
@@ -49,42 +56,89 @@ class Footprint(NamedTuple):
 
 @cache
 def footprint(
-    variant: Variant, image_size: int, patch_size: tuple[int, int], outputs: int, *, half: bool
+    variant: Variant, image_size: int, patch_size: tuple[int, int], outputs: int, *, half: bool, method: str = "desam"
 ) -> Footprint:
-    """The memory of training DeSAM's decoder on this encoder.
+    """The memory of training one of the methods on this encoder.
 
     Args:
         outputs: Foreground classes or regions.
         half: Under autocast, as on a GPU.
+        method: ``desam``, ``samed`` or ``dbsam``.
     """
-    network = _without_values(variant, image_size, outputs)
+    size = Size(variant, image_size, patch_size, outputs)
+    network, kept = _desam(size) if method == "desam" else _adapted(size, method)
     trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     encoder = sum(parameter.numel() for parameter in network.encoder.parameters())
-    kept = _kept_for_backward(network, variant, image_size, patch_size)
-    features = 4 * network.encoder.channels * (image_size // PATCH) ** 2
+    side = image_size // PATCH
+    features = 4 * network.encoder.channels * side**2 if method == "desam" else 0
     logits = 4 * (outputs + 1) * patch_size[0] * patch_size[1]
     share = _HALF if half else 1.0
-    tokens = 4 * (image_size // PATCH) ** 2 * variant.embed_dim
     return Footprint(
         weights=4.0 * (trained + encoder), optimiser=12.0 * trained,
         per_tile=share * _KEPT * kept + features + _LOGITS * logits,
-        encoding=share * _ENCODER_COPIES * tokens,
+        encoding=share * _ENCODER_COPIES * 4 * side**2 * variant.embed_dim,
     )
 
 
-def _without_values(variant: Variant, image_size: int, outputs: int) -> DeSAM:
+class Size(NamedTuple):
+    """What a network's memory depends on."""
+
+    variant: Variant
+    image_size: int
+    patch_size: tuple[int, int]
+    outputs: int
+
+
+def _desam(size: Size) -> tuple[Any, int]:
+    """The network, and what autograd keeps of the decoder for one tile."""
+    variant, side, dim = size.variant, size.image_size // PATCH, size.variant.prompt_dim
     with torch.device("meta"):
-        sam = build_sam(variant, image_size)
-        encoder = FrozenEncoder(use_exact_attention(sam.image_encoder), variant.global_blocks[:-1], "")
-        return build_desam(
-            sam=LoadedSam(variant, encoder, sam.prompt_encoder, sam.mask_decoder, random=True),
-            to_image=TileToImage(image_size, "unit"),
-            num_channels=1, num_classes=outputs, background=True, grid=9, iou_threshold=0.5)
+        network = build_desam(
+            sam=_sam(size), to_image=TileToImage(size.image_size, "unit"), num_channels=1, num_classes=size.outputs,
+            background=True, grid=9, iou_threshold=0.5)
+        levels = tuple(torch.empty(1, variant.embed_dim, side, side) for _ in network.encoder.level_blocks)
+        neck, positions = torch.empty(1, dim, side, side), torch.empty(1, dim, side, side)
+        with _counting(network) as kept:
+            output = network.prim(neck, positions, torch.empty(1, 2, dim), score=True)  # a point and its padding
+            masks = network.pdmm(output.mask_embedding, network.pdmm.context(levels))
+            network.tile_logits(masks, Geometry(size.patch_size, size.image_size)).logsumexp(1)
+    return network, sum(kept.values())
 
 
-def _kept_for_backward(network: DeSAM, variant: Variant, image_size: int, patch_size: tuple[int, int]) -> int:
-    """Bytes that autograd keeps for one tile, weights left out."""
-    side, dim = image_size // PATCH, variant.prompt_dim
+def _adapted(size: Size, method: str) -> tuple[Any, int]:
+    """The network, and what autograd keeps of encoder and decoder for one tile.
+
+    As on a CPU, whose attention keeps no attention matrix, like a GPU's and unlike the meta device's.
+    """
+    settings: dict[str, Any] = {"to_image": TileToImage(size.image_size, "unit"), "num_channels": 1}
+    with FakeTensorMode():
+        images = torch.empty(1, 3, size.image_size, size.image_size)
+        network: SAMed | DBSAM
+        if method == "samed":
+            network = build_samed(sam=_sam(size), outputs=size.outputs + 1, rank=4, targets="qv", adapt_decoder=False,
+                                  checkpointing=False, **settings)
+        else:
+            network = build_dbsam(sam=_sam(size), num_classes=size.outputs, background=True, checkpointing=False,
+                                  **settings)
+        network.encoder.dtype = torch.float32
+        with _counting(network) as kept:
+            if isinstance(network, SAMed):
+                masks = network.decode(network.neck(images))
+            else:
+                masks = network.decode(network.both_branches(images), Prompts(boxes=torch.zeros(1, 4)))
+            network.tile_logits(masks, Geometry(size.patch_size, size.image_size)).logsumexp(1)
+    return network, sum(kept.values())
+
+
+def _sam(size: Size) -> LoadedSam:
+    sam = build_sam(size.variant, size.image_size)
+    encoder = FrozenEncoder(use_exact_attention(sam.image_encoder), size.variant.global_blocks[:-1], "")
+    return LoadedSam(size.variant, encoder, sam.prompt_encoder, sam.mask_decoder, random=True)
+
+
+@contextmanager
+def _counting(network: SamNetwork) -> Iterator[dict[int, int]]:
+    """Bytes that autograd keeps of what is computed within, weights left out, by the storage they lie in."""
     kept: dict[int, int] = {}
 
     def remember(tensor: Tensor) -> Tensor:
@@ -92,13 +146,8 @@ def _kept_for_backward(network: DeSAM, variant: Variant, image_size: int, patch_
         kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-        levels = tuple(torch.empty(1, variant.embed_dim, side, side) for _ in network.encoder.level_blocks)
-        neck, positions = torch.empty(1, dim, side, side), torch.empty(1, dim, side, side)
-        output = network.prim(neck, positions, torch.empty(1, 2, dim), score=True)  # a point and its padding
-        masks = network.pdmm(output.mask_embedding, network.pdmm.context(levels))
-        logits = network.tile_logits(masks, Geometry(patch_size, image_size))
-        logits.logsumexp(1)
-    for parameter in network.parameters():
-        kept.pop(parameter.untyped_storage()._cdata, None)
-    return sum(kept.values())
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        yield kept
+    for module in (network, *network.held):
+        for parameter in module.parameters():
+            kept.pop(parameter.untyped_storage()._cdata, None)

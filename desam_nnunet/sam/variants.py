@@ -107,6 +107,11 @@ def build_sam(variant: Variant, image_size: int | None = None) -> Sam:
     )
 
 
+def build_neck(variant: Variant) -> nn.Sequential:
+    """The neck of SAM's image encoder in the size of `variant`, with the package's default initialisation."""
+    return ImageEncoderViT(PATCH, PATCH, embed_dim=variant.embed_dim, depth=0, out_chans=variant.prompt_dim).neck
+
+
 def build_transformer(dim: int, *, mlp_dim: int | None = None, heads: int = 8, depth: int = 2) -> TwoWayTransformer:
     """SAM's two-way transformer; the MLP is eight times as wide as `dim`, as published (256, 2048)."""
     return TwoWayTransformer(depth=depth, embedding_dim=dim, mlp_dim=mlp_dim or 8 * dim, num_heads=heads)
