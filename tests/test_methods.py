@@ -15,7 +15,7 @@ from desam_nnunet.cli import main
 from desam_nnunet.networks.official_samed import official_samed_names
 
 METHOD_PLANS = "MethodPlans"
-METHODS = ["SAMedTrainer", "DBSAMTrainer", pytest.param("SAMedTrainerS", marks=pytest.mark.slow)]
+METHODS = ["SAMedTrainer", *(pytest.param(name, marks=pytest.mark.slow) for name in ("DBSAMTrainer", "SAMedTrainerS"))]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,8 @@ def train(workspace: Workspace, trainer: str, fold: int) -> Path:
 
 def predict(workspace: Workspace, trainer: str, out: Path, *folds: int) -> dict[str, bytes]:
     nnunet("nnUNetv2_predict", "-i", workspace.unseen / "images", "-o", out, "-d", 501, "-c", "2d", "-f", *folds, "-tr",
-           trainer, "-p", METHOD_PLANS, "-device", "cpu", "-npp", 1, "-nps", 1, "--save_probabilities")
+           trainer, "-p", METHOD_PLANS, "-device", "cpu", "-npp", 1, "-nps", 1, "--disable_tta",
+           "--save_probabilities")
     return {path.name: sitk.GetArrayFromImage(sitk.ReadImage(path)).tobytes() for path in out.glob("*.nii.gz")}
 
 

@@ -237,15 +237,17 @@ def test_more_of_anything_takes_more_memory() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("variant", "size", "batch", "outputs", "patch"), [
-    ("vit_tiny", 256, 8, 1, 160), ("vit_b", 256, 8, 8, 256), ("vit_b", 256, 8, 1, 1024), ("vit_b", 512, 4, 1, 320),
-    ("vit_h", 512, 4, 1, 512),
+@pytest.mark.parametrize(("method", "variant", "size", "batch", "outputs", "patch"), [
+    ("desam", "vit_tiny", 256, 8, 1, 160), ("desam", "vit_b", 256, 8, 8, 256), ("desam", "vit_b", 256, 8, 1, 1024),
+    ("desam", "vit_b", 512, 4, 1, 320), ("desam", "vit_h", 512, 4, 1, 512),
+    ("samed", "vit_tiny", 256, 8, 1, 160), ("samed", "vit_b", 512, 2, 8, 320),
+    ("dbsam", "vit_tiny", 256, 8, 1, 160), ("dbsam", "vit_b", 256, 2, 1, 256),
 ])
 def test_the_memory_model_is_within_a_fifth_of_the_measured_peak(
-    variant: str, size: int, batch: int, outputs: int, patch: int
+    method: str, variant: str, size: int, batch: int, outputs: int, patch: int
 ) -> None:
     script = Path(__file__).with_name("step_peak.py")
-    words = [sys.executable, script, variant, size, batch, outputs, patch]
+    words = [sys.executable, script, method, variant, size, batch, outputs, patch]
     measured = int(subprocess.run(list(map(str, words)), check=True, capture_output=True, text=True).stdout)
-    need = footprint(VARIANTS[variant], size, (patch, patch), outputs, half=False)
+    need = footprint(VARIANTS[variant], size, (patch, patch), outputs, half=False, method=method)
     assert need.training(batch) - need.weights == pytest.approx(measured, rel=0.2)

@@ -26,7 +26,7 @@ from desam_nnunet.sam.tiles import Geometry, TileToImage
 from desam_nnunet.sam.variants import PATCH, Variant, build_sam
 from desam_nnunet.sam.weights import LoadedSam
 
-_KEPT = 1.25  # of what autograd keeps: gradients that live beside it
+_KEPT = {"desam": 1.25, "samed": 1.4, "dbsam": 1.15}  # of what autograd keeps: gradients that live beside it
 _LOGITS = 3.5  # copies of the logits at tile size that the loss makes
 _CONSTANT = 60e6  # bytes
 _HALF = 0.72  # of float32, under autocast: DeSAM's published 7.8 of 10.9 GB
@@ -75,7 +75,7 @@ def footprint(
     share = _HALF if half else 1.0
     return Footprint(
         weights=4.0 * (trained + encoder), optimiser=12.0 * trained,
-        per_tile=share * _KEPT * kept + features + _LOGITS * logits,
+        per_tile=share * _KEPT[method] * kept + features + _LOGITS * logits,
         encoding=share * _ENCODER_COPIES * 4 * side**2 * variant.embed_dim,
     )
 
