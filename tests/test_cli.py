@@ -12,6 +12,7 @@ from conftest import nnunet
 from desam_nnunet import __version__
 from desam_nnunet.cli import main
 from desam_nnunet.sam.variants import VARIANTS, build_sam
+from desam_nnunet.training.registry import TRAINERS
 
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,7 +54,7 @@ def test_doctor_names_the_remedy(
     assert f"-> mkdir -p {tmp_path / 'nowhere'}" in report
     assert f"-> export nnUNet_extTrainer=$nnUNet_extTrainer:{ROOT / 'trainers'}" in report
     assert f"{VARIANTS['vit_b'].file} is not the published file" in report
-    assert "5 thing(s) marked !!" in report  # two trainers, one file, two folders
+    assert f"{len(TRAINERS) + 3} thing(s) marked !!" in report  # every trainer, one file, two folders
 
 
 def test_doctor_of_a_broken_file_of_the_users(

@@ -197,7 +197,8 @@ def test_resuming_with_other_plans_is_refused(workspace: Workspace, fresh: Any, 
 
 def test_resuming_with_another_patch_is_refused_and_the_encoders_path_is_not_looked_at() -> None:
     def settings(encoder: str, identity: str, patch: int, **dataset: Any) -> dict[str, Any]:
-        return settings_of({"patch_size": [patch] * 2, "sam": {"encoder": encoder, "identity": identity}}, dataset)
+        configuration = {"patch_size": [patch] * 2, "sam": {"encoder": encoder, "identity": identity}}
+        return settings_of(configuration, dataset, "desam")
 
     now = settings("/here/b.pth", "md5:1", 96)
     check_same_settings(now, settings("/there/b.pth", "md5:1", 96), "fold_0")
