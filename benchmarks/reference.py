@@ -15,7 +15,8 @@ from segment_anything.modeling import ImageEncoderViT
 from torch import Tensor
 from torch.nn import functional as F
 
-from desam_nnunet.networks.desam import ABSENT_LOGIT, DeSAM, build_desam
+from desam_nnunet.networks.desam import DeSAM, build_desam
+from desam_nnunet.networks.frame import ABSENT_LOGIT
 from desam_nnunet.sam.attention import use_exact_attention
 from desam_nnunet.sam.encoder import Features, FrozenEncoder
 from desam_nnunet.sam.prompts import Prompts, dense_positions, point_grid, prompt_tokens, whole_box

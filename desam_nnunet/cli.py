@@ -6,9 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from desam_nnunet import __version__
 from desam_nnunet._startup import trainers_folder
+
+if TYPE_CHECKING:
+    import torch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "trainers", _trainers, "print the folder for the environment variable nnUNet_extTrainer")
     _add_plan(_add(commands, "plan", _plan, "fit nnU-Net's plans to the data set and this machine"))
     _add_cache(_add(commands, "cache", _cache, "encode a data set once, so that training reads features from disk"))
+    _add_boxes(_add(commands, "boxes", _boxes, "evaluate a DBSAMTrainerBoxes model with boxes from the reference"))
     weights = commands.add_parser("weights", help="SAM's weights files and published checkpoints")
     _add_weights(weights.add_subparsers(required=True, metavar="action"))
     return parser
@@ -60,6 +65,16 @@ def _add_weights(actions: argparse._SubParsersAction) -> None:
     save.add_argument("-chk", default="checkpoint_final.pth", help="default: checkpoint_final.pth")
 
 
+def _add_boxes(boxes: argparse.ArgumentParser) -> None:
+    boxes.add_argument("model", type=Path, help="model folder, .../DBSAMTrainerBoxes__<plans>__2d")
+    boxes.add_argument("-i", type=Path, required=True, metavar="IMAGES", help="folder, as for nnUNetv2_predict")
+    boxes.add_argument("-l", type=Path, required=True, metavar="LABELS", help="folder with a reference of every case")
+    boxes.add_argument("-o", type=Path, required=True, metavar="OUT", help="folder to write")
+    boxes.add_argument("-f", default="0", metavar="FOLD", help="default: 0")
+    boxes.add_argument("-chk", default="checkpoint_final.pth", help="default: checkpoint_final.pth")
+    boxes.add_argument("-device", default="cuda", choices=["cuda", "cpu", "mps"], help="default: cuda, as nnU-Net")
+
+
 def _add_cache(cache: argparse.ArgumentParser) -> None:
     cache.add_argument("-d", required=True, help="data set, name or id")
     cache.add_argument("-p", default="nnUNetPlans", help="plans (default: nnUNetPlans)")
@@ -76,6 +91,7 @@ def _add_cache(cache: argparse.ArgumentParser) -> None:
 
 def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("-d", metavar="DATASET", help="number or name of the data set")
+    plan.add_argument("--trainer", default="DeSAMTrainer", metavar="NAME", help="to plan for (default: DeSAMTrainer)")
     plan.add_argument("-gpu_memory_target", type=float, metavar="GB",
                       help="memory that training may take (default: from this machine)")
     plan.add_argument("-disk_target", type=float, metavar="GB",
@@ -83,7 +99,8 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--encoder", metavar="NAME",
                       help="vit_b, vit_l, vit_h, vit_tiny or a weights file (default: what is here and fits)")
     plan.add_argument("--preset", metavar="NAME", help="settings to start from, see --list")
-    plan.add_argument("-overwrite_plans_name", default="DeSAMPlans", metavar="NAME", help="default: DeSAMPlans")
+    plan.add_argument("-overwrite_plans_name", metavar="NAME",
+                      help="default: DeSAMPlans, SAMedPlans or DBSAMPlans, by the trainer")
     plan.add_argument("-device", choices=["cuda", "cpu", "mps"], help="to train on (default: cuda where there is one)")
     plan.add_argument("--list", action="store_true", help="list the presets")
 
@@ -101,10 +118,15 @@ def _plan(options: argparse.Namespace) -> int:
 
     from desam_nnunet.planning.plan import plan_dataset
     from desam_nnunet.planning.wishes import Wishes
+    from desam_nnunet.sections import METHODS
+    from desam_nnunet.training.registry import find_trainer
 
+    trainer = find_trainer(options.trainer)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    wishes = Wishes(options.gpu_memory_target, options.disk_target, options.encoder, options.preset)
-    planned = plan_dataset(options.d, options.overwrite_plans_name, wishes, device)
+    wishes = Wishes(options.gpu_memory_target, options.disk_target, options.encoder, options.preset,
+                    trainer)
+    name = options.overwrite_plans_name or METHODS[trainer.method].plans_name
+    planned = plan_dataset(options.d, name, wishes, device)
     for line in planned.lines:
         print(f"{line.key:<17} {line.value:<23} {line.reason}")
     print(f"\nWritten to {planned.path}. Next:")
@@ -114,10 +136,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _cache(options: argparse.Namespace) -> int:
-    import torch
-
     from desam_nnunet.cache import manage
-    from desam_nnunet.machine import device_is_here
 
     if options.list:
         print("\n".join(manage.describe_stores(options.d)) or "There is no store of this data set.")
@@ -127,13 +146,31 @@ def _cache(options: argparse.Namespace) -> int:
         for folder in manage.delete_stores(options.d, options.delete or None):
             print(f"Removed {folder}")
     else:
-        device = torch.device(options.device)
-        if not device_is_here(device):
-            raise ValueError(f"PyTorch finds no {device.type} device here: add -device cpu.")
+        device = _device(options.device)
         store = manage.build_dataset(
             options.d, options.p, options.c, options.tr, device, options.num_parts, options.part_id)
         print(f"{store.folder}: {store.size() / 1e9:.2f} GB, {len(store.cases())} case(s)")
     return 0
+
+
+def _boxes(options: argparse.Namespace) -> int:
+    from desam_nnunet.boxes import NOTE, evaluate_with_boxes
+
+    device = _device(options.device)
+    dice = evaluate_with_boxes(options.model, options.f, options.chk, options.i, options.l, options.o, device)
+    print(f"{NOTE}\nMean Dice with boxes: {dice:.4f}. Everything else: {options.o / 'summary.json'}")
+    return 0
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    from desam_nnunet.machine import device_is_here
+
+    device = torch.device(name)
+    if not device_is_here(device):
+        raise ValueError(f"PyTorch finds no {name} device here: add -device cpu.")
+    return device
 
 
 def _doctor(_: argparse.Namespace) -> int:

@@ -130,19 +130,21 @@ class Method:
 
     Attributes:
         section: The method's own.
+        plans_name: That ``desam plan`` gives.
         image_size: The input side is at most this, unless it is given; None for no bound.
         frozen_features: Whether the encoder's output never changes, so that it can be stored.
     """
 
     section: type
+    plans_name: str
     image_size: int | None = None
     frozen_features: bool = False
 
 
 METHODS: dict[str, Method] = {
-    "desam": Method(DesamSection, frozen_features=True),
-    "samed": Method(SamedSection, image_size=512),
-    "dbsam": Method(DbsamSection),
+    "desam": Method(DesamSection, "DeSAMPlans", frozen_features=True),
+    "samed": Method(SamedSection, "SAMedPlans", image_size=512),
+    "dbsam": Method(DbsamSection, "DBSAMPlans"),
 }
 SECTIONS: dict[str, type] = {"sam": SamSection} | {name: method.section for name, method in METHODS.items()}
 

@@ -19,13 +19,14 @@ DATASET = "Dataset501_Phantom"
 PLANS = "TinyPlans"
 TRAINERS = ("DeSAMTrainer", "DeSAMTrainerWholeBox")  # trained once for all tests
 _SAMED = {"updates", "prompt_encoder", "decoder"}
+_DBSAM = {"stems", "level_embedding", "channel_attention", "exchanges", "fusion", "norm", "neck", "decoder"}
 TRAINED = {  # every trainer, and the parts of its network that a training step changes
     "DeSAMTrainer": {"prim", "pdmm"},
     "DeSAMTrainerWholeBox": {"prim", "pdmm"},
     "SAMedTrainer": _SAMED,
     "SAMedTrainerS": _SAMED | {"decoder_updates"},
-    "DBSAMTrainer": {"stems", "level_embedding", "channel_attention", "exchanges", "fusion", "norm", "neck",
-                     "decoder"},
+    "DBSAMTrainer": _DBSAM,
+    "DBSAMTrainerBoxes": _DBSAM,
 }
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 

@@ -1,6 +1,6 @@
 """The peak memory of two training steps, in a process of its own: prints bytes above the network's own.
 
-    python step_peak.py METHOD VARIANT IMAGE_SIZE BATCH OUTPUTS PATCH
+    python step_peak.py METHOD VARIANT IMAGE_SIZE BATCH OUTPUTS PATCH [checkpointing]
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from desam_nnunet.training.losses import DiceCELoss
 def main() -> None:
     method, name = sys.argv[1:3]
     variant = VARIANTS[name]
-    size, batch, outputs, patch = map(int, sys.argv[3:])
+    size, batch, outputs, patch = map(int, sys.argv[3:7])
     manager = LabelManager({"background": 0} | {f"c{k}": k for k in range(1, outputs + 1)}, None)
     network = build(method, variant, size, outputs)
     optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad])
@@ -57,7 +57,7 @@ def build(method: str, variant: Variant, size: int, outputs: int) -> Any:
     sam = build_sam(variant, size)
     encoder = FrozenEncoder(use_exact_attention(sam.image_encoder), variant.global_blocks[:-1], "")
     loaded = LoadedSam(variant, encoder, sam.prompt_encoder, sam.mask_decoder, random=True)
-    settings: dict[str, Any] = {"sam": loaded, "num_channels": 1, "checkpointing": False,
+    settings: dict[str, Any] = {"sam": loaded, "num_channels": 1, "checkpointing": "checkpointing" in sys.argv,
                                 "to_image": TileToImage(size, "unit", normalise=method == "dbsam")}
     if method == "samed":
         return build_samed(outputs=outputs + 1, rank=4, targets="qv", adapt_decoder=False, **settings)

@@ -11,7 +11,8 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor, nn
 
-from desam_nnunet.networks.desam import ABSENT_LOGIT, DeSAM, build_desam
+from desam_nnunet.networks.desam import DeSAM, build_desam
+from desam_nnunet.networks.frame import ABSENT_LOGIT
 from desam_nnunet.networks.pdmm import PDMM
 from desam_nnunet.networks.prim import PRIM
 from desam_nnunet.sam.prompts import Prompts, point_grid

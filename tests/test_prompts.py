@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from desam_nnunet.sam.prompts import point_grid, sample_points, whole_box
+from desam_nnunet.sam.prompts import point_grid, sample_boxes, sample_points, whole_box
 from desam_nnunet.sam.tiles import Geometry
 
 CPU = torch.device("cpu")
@@ -102,3 +102,34 @@ def test_points_lie_on_pixel_centres_in_sams_coordinates() -> None:
     labelled = target[:, 0]
     points = sample_points(target, labelled, Geometry((8, 16), 64))[0].points
     assert points.tolist() == [[[5.5 * 4 - 0.5, 3.5 * 4 - 0.5]]]
+
+
+def test_boxes_lie_around_the_class_drawn_within_their_shift() -> None:
+    """A tile of 50 x 100 in an input of 1024: 10.24 pixels of the input for one of the tile."""
+    geometry = Geometry((50, 100), 1024)
+    target = torch.zeros(1, 2, 50, 100, dtype=torch.bool)
+    target[0, 0, 10:20, 30:50] = True
+    target[0, 1, 0:3, 90:100] = True
+    prompts, chosen = sample_boxes(target.expand(200, -1, -1, -1), geometry)
+    second = chosen[:, 0, 95]
+    assert 0.3 < second.float().mean() < 0.7
+    assert torch.equal(chosen[second], target[0, 1].expand(int(second.sum()), -1, -1))
+    for which, box in ((~second, (30, 10, 50, 20)), (second, (90, 0, 100, 3))):
+        moved = prompts.boxes[which] - 10.24 * torch.tensor(box)
+        assert moved.abs().max() <= 20
+        assert moved[:, 3].max() > 15
+    assert prompts.boxes.min() == 0  # sides stay in the tile
+    assert prompts.boxes[:, 2].max() == 1024
+
+
+def test_a_tile_without_foreground_gets_a_box_around_it() -> None:
+    prompts, chosen = sample_boxes(torch.zeros(50, 3, 32, 32, dtype=torch.bool), Geometry((32, 32), 64))
+    assert not chosen.any()
+    assert (prompts.boxes - torch.tensor([0.0, 0.0, 64.0, 64.0])).abs().max() <= 64 * 20 / 1024
+
+
+def test_boxes_are_drawn_again_from_the_same_seed() -> None:
+    target = torch.rand(4, 2, 16, 16) > 0.9
+    draws = [sample_boxes(target, Geometry((16, 16), 64), torch.Generator().manual_seed(3)) for _ in range(2)]
+    assert torch.equal(draws[0][0].boxes, draws[1][0].boxes)
+    assert torch.equal(draws[0][1], draws[1][1])

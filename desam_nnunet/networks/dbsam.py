@@ -36,6 +36,7 @@ class DBSAM(SamNetwork):
         decoder: SAM's with one mask token per class; trained.
         heads: Of the deformable attention, as many as the encoder's.
         background: Whether logits start with a background channel, which is 0 by definition.
+        automatic: Whether a tile without a box gets one around all of it. Else it is refused.
         checkpointing: Whether blocks and exchanges are computed again in the backward pass.
     """
 
@@ -50,10 +51,12 @@ class DBSAM(SamNetwork):
         num_channels: int,
         heads: int,
         background: bool,
+        automatic: bool = True,
         checkpointing: bool = False,
     ) -> None:
         super().__init__(held=[encoder], to_image=to_image, num_channels=num_channels, background=background)
         dim = encoder.vit.pos_embed.shape[-1]
+        self.automatic = automatic
         self.checkpointing = checkpointing
         self.stems = nn.ModuleList(Stem(dim, level) for level in range(1, LEVELS + 1))
         self.level_embedding = nn.Parameter(torch.zeros(LEVELS, dim))
@@ -76,16 +79,22 @@ class DBSAM(SamNetwork):
     def forward(self, tiles: Tensor, boxes: Tensor | None = None) -> Tensor:
         """Args:
             tiles: (B, C, H, W).
-            boxes: (B, 4) in pixels of SAM's input, x and y of two corners; one around the whole tile where None.
+            boxes: (B, 4) in pixels of SAM's input, x and y of two corners; None for one around the whole tile.
 
         Returns:
             Logits (B, K or K + 1, H, W), no nonlinearity applied.
 
         Raises:
-            ValueError: The tiles have another number of channels than planned, or hold NaN or infinity.
+            ValueError: The tiles have another number of channels than planned, or hold NaN or infinity; no boxes for
+                a network that was trained with boxes from the reference.
         """
         geometry = self.geometry(tiles)
         if boxes is None:
+            if not self.automatic:
+                raise ValueError(
+                    "This model was trained with boxes from the reference segmentation and can't segment without "
+                    "them: evaluate it with `desam boxes`, or train DBSAMTrainer, which needs none."
+                )
             boxes = whole_box(geometry, len(tiles), tiles.device).boxes
         masks = self.decode(self.encode(tiles), Prompts(boxes=boxes))
         return self.tile_logits(masks, geometry).clamp(-MAX_LOGIT, MAX_LOGIT)
@@ -123,7 +132,7 @@ class DBSAM(SamNetwork):
 
 def build_dbsam(
     *, sam: LoadedSam, to_image: TileToImage, num_channels: int, num_classes: int, background: bool,
-    checkpointing: bool,
+    checkpointing: bool, automatic: bool = True,
 ) -> DBSAM:
     """A DB-SAM on `sam`, whose decoder it starts from; each class's token starts from SAM's token for boxes.
 
@@ -136,4 +145,5 @@ def build_dbsam(
     neck.load_state_dict(sam.encoder.vit.neck.state_dict())
     return DBSAM(
         encoder=sam.encoder, neck=neck, prompt_encoder=sam.prompt_encoder, decoder=decoder, to_image=to_image,
-        num_channels=num_channels, heads=sam.variant.heads, background=background, checkpointing=checkpointing)
+        num_channels=num_channels, heads=sam.variant.heads, background=background, automatic=automatic,
+        checkpointing=checkpointing)

@@ -14,7 +14,7 @@ import torch
 from segment_anything.modeling import PromptEncoder
 from torch import Tensor
 
-from desam_nnunet.networks.frame import MAX_LOGIT, SamNetwork, mean_over_groups, uncompiled
+from desam_nnunet.networks.frame import ABSENT_LOGIT, MAX_LOGIT, SamNetwork, mean_over_groups, uncompiled
 from desam_nnunet.networks.pdmm import PDMM
 from desam_nnunet.networks.prim import PRIM, PrimOutput
 from desam_nnunet.sam.encoder import Features, FrozenEncoder
@@ -24,9 +24,6 @@ from desam_nnunet.sam.tiles import Geometry, TileToImage, logits_to_tile
 from desam_nnunet.sam.variants import build_transformer
 from desam_nnunet.sam.weights import LoadedSam
 
-# An absent class gets this logit everywhere in the tile: low enough to lose against a background of 0,
-# high enough that other tiles, mirrors and folds can outvote it.
-ABSENT_LOGIT = -10.0
 # Image tokens that PRIM holds at once when it scores the grid; bounds the memory, not the result.
 _TOKENS_AT_ONCE = 32768
 

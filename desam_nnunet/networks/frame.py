@@ -11,6 +11,9 @@ from desam_nnunet.sam.tiles import Geometry, TileToImage, logits_to_tile
 
 # nnU-Net sums logits times ten in float16 and gives a volume up where they overflow. No decision changes.
 MAX_LOGIT = 100.0
+# An absent class gets this logit everywhere in the tile: low enough to lose against a background of 0,
+# high enough that other tiles, mirrors and folds can outvote it.
+ABSENT_LOGIT = -10.0
 # torch.compile leaves these methods as they are, since they decide on values, and compiles what they call.
 uncompiled = torch.compiler.disable(recursive=False)
 

@@ -12,6 +12,7 @@ from desam_nnunet.sam.variants import MASK_STRIDE, PATCH
 T = TypeVar("T")
 
 MAX_BATCH_SIZE, MIN_BATCH_SIZE = 8, 2  # the published one; Dice and InstanceNorm gain from a second tile
+GOOD_BATCH_SIZE = 4  # an encoder that leaves no room for it is too large
 EPOCHS = 50  # the published number
 MAX_ITERATIONS = 250  # of an epoch, nnU-Net's
 MIN_ITERATIONS = 25
@@ -95,6 +96,20 @@ class Storage(NamedTuple):
     views: int
     dtype: str
     gigabytes: float
+
+
+def choose_checkpointing(kept: Choice[int] | None, recomputed: Choice[int] | None) -> tuple[Choice[int], bool] | None:
+    """Whether blocks are computed again in the backward pass: only where too few tiles fit otherwise.
+
+    Args:
+        kept, recomputed: The batch without and with it.
+
+    Returns:
+        The batch that results, and whether; None where neither fits.
+    """
+    if kept is not None and (kept.value >= GOOD_BATCH_SIZE or recomputed is None or recomputed.value <= kept.value):
+        return kept, False
+    return None if recomputed is None else (recomputed, True)
 
 
 def choose_storage(

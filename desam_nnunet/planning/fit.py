@@ -11,9 +11,11 @@ import torch
 
 from desam_nnunet.cache.store import DTYPES, entry_bytes
 from desam_nnunet.planning.choices import (
+    GOOD_BATCH_SIZE,
     Choice,
     Storage,
     choose_batch_size,
+    choose_checkpointing,
     choose_image_size,
     choose_patch,
     choose_storage,
@@ -26,8 +28,11 @@ from desam_nnunet.planning.wishes import Wishes
 from desam_nnunet.sam.tiles import images_per_tile
 from desam_nnunet.sam.variants import PATCH, VARIANTS, Variant
 from desam_nnunet.sam.weights import find_weights, read_sam_file, variant_of
+from desam_nnunet.sections import METHODS
 
-_GOOD_BATCH = 4  # an encoder that leaves no room for it is too large
+_ONLINE = Choice(Storage("online", 1, "float16", 0.0), "this method changes the encoder's features")
+_KEPT = Choice(value=False, reason="what a step keeps fits into the memory")
+_RECOMPUTED = Choice(value=True, reason="saves memory, which would hold too few tiles without")
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Fit:
     image: Choice[int]
     batch: Choice[int]
     storage: Choice[Storage]
+    checkpointing: Choice[bool]
     tiles: int
 
 
@@ -57,33 +63,47 @@ def fit_encoder(encoder: str, facts: Facts, wishes: Wishes, machine: Machine) ->
     Raises:
         ValueError: Not even the smallest input fits.
     """
-    variant = variant_named(encoder)
+    variant, method = variant_named(encoder), METHODS[wishes.method]
+    native = min(variant.image_size, method.image_size or variant.image_size)
     given = wishes.sam.get("image_size")
-    for size in [given] if given else _image_sizes(facts, variant):
+    for size in [given] if given else _image_sizes(facts, native):
         patch = choose_patch(facts.planes, facts.divisor, size)
         tiles = facts.tiles(patch.value)
-        need = footprint(variant, size, patch.value, facts.outputs, half=machine.device.type == "cuda")
-        batch = _choose_batch(wishes, tiles, partial(_fits, need, machine.memory.value))
+        need = partial(footprint, variant, size, patch.value, facts.outputs, half=machine.device.type == "cuda",
+                       method=wishes.method)
+        batch = _choose_batch(wishes, tiles, partial(_fits, need(), machine.memory.value))
+        checkpointing = _KEPT
+        if not method.frozen_features:
+            less = _choose_batch(wishes, tiles, partial(_fits, need(checkpointing=True), machine.memory.value))
+            batch, recomputed = choose_checkpointing(batch, less) or (None, False)
+            checkpointing = _RECOMPUTED if recomputed else _KEPT
         if batch is not None:
             image = choose_image_size(patch.value, size)
             reason = f"preset {wishes.preset}" if given else image.reason
             storage = _choose_storage(facts, wishes, variant, size, patch.value, tiles, machine)
-            return Fit(encoder, patch, Choice(size, reason), batch, storage, tiles)
+            return Fit(encoder, patch, Choice(size, reason), batch, storage, checkpointing, tiles)
+    least = need(checkpointing=not method.frozen_features).training(2)
     raise ValueError(
         f"Training {variant.name} at {size} on tiles of {patch.value[0]} x {patch.value[1]} takes "
-        f"{need.training(2) / 1e9:.1f} GB, but {machine.memory.value / 1e9:.1f} GB are there: give -gpu_memory_target "
+        f"{least / 1e9:.1f} GB, but {machine.memory.value / 1e9:.1f} GB are there: give -gpu_memory_target "
         "a larger value or --encoder a smaller encoder."
     )
 
 
 def choose_encoder(facts: Facts, wishes: Wishes, machine: Machine) -> tuple[Fit, str]:
-    """The largest whose weights are here, with a good batch and a cache; on a CPU ViT-B, which is slow enough."""
+    """The largest whose weights are here, with a good batch and a cache.
+
+    On a CPU, and for methods that train through the encoder, ViT-B, which is slow enough.
+    """
     given = wishes.sam.get("encoder")
     if given is not None:
         reason = "as asked" if wishes.encoder else f"preset {wishes.preset}"
         return fit_encoder(given, facts, wishes, machine), reason + ("" if is_here(given) else f", {_missing(given)}")
     if machine.device.type == "cpu":
         return fit_encoder("vit_b", facts, wishes, machine), "on a CPU" + (
+            "" if is_here("vit_b") else f"; {_missing('vit_b')}")
+    if not METHODS[wishes.method].frozen_features:
+        return fit_encoder("vit_b", facts, wishes, machine), "the published one" + (
             "" if is_here("vit_b") else f"; {_missing('vit_b')}")
     here = [name for name in ("vit_h", "vit_l", "vit_b") if is_here(name)]
     if not here:
@@ -93,15 +113,15 @@ def choose_encoder(facts: Facts, wishes: Wishes, machine: Machine) -> tuple[Fit,
             fit = fit_encoder(name, facts, wishes, machine)
         except ValueError:
             continue
-        if fit.batch.value >= _GOOD_BATCH and fit.storage.value.features == "cached":
+        if fit.batch.value >= GOOD_BATCH_SIZE and fit.storage.value.features == "cached":
             return fit, "the largest whose weights are here, which memory and disk hold"
     return fit_encoder(here[-1], facts, wishes, machine), "the smallest whose weights are here"
 
 
-def _image_sizes(facts: Facts, variant: Variant) -> list[int]:
+def _image_sizes(facts: Facts, native: int) -> list[int]:
     """From the size that the data wants down."""
-    patch = choose_patch(facts.planes, facts.divisor, variant.image_size).value
-    size = choose_image_size(patch, variant.image_size).value
+    patch = choose_patch(facts.planes, facts.divisor, native).value
+    size = choose_image_size(patch, native).value
     return [size, *smaller_image_sizes(size)]
 
 
@@ -123,6 +143,8 @@ def _choose_storage(
     facts: Facts, wishes: Wishes, variant: Variant, image_size: int, patch: tuple[int, int], tiles: int,
     machine: Machine,
 ) -> Choice[Storage]:
+    if not METHODS[wishes.method].frozen_features:
+        return _ONLINE
     sizes = {dtype: entry_bytes(variant.feature_channels, image_size // PATCH, patch, dtype) for dtype in DTYPES}
     hours = hours_to_encode(tiles * images_per_tile(facts.channels), variant, image_size, machine.device)
     return choose_storage(tiles, sizes, machine.disk, hours, wishes.sam.get("views"))

@@ -6,13 +6,13 @@ The few numbers below turn that into a peak; they were fitted to measured peaks 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from desam_nnunet.networks.dbsam import DBSAM, build_dbsam
@@ -56,7 +56,8 @@ class Footprint(NamedTuple):
 
 @cache
 def footprint(
-    variant: Variant, image_size: int, patch_size: tuple[int, int], outputs: int, *, half: bool, method: str = "desam"
+    variant: Variant, image_size: int, patch_size: tuple[int, int], outputs: int, *, half: bool, method: str = "desam",
+    checkpointing: bool = False,
 ) -> Footprint:
     """The memory of training one of the methods on this encoder.
 
@@ -64,9 +65,11 @@ def footprint(
         outputs: Foreground classes or regions.
         half: Under autocast, as on a GPU.
         method: ``desam``, ``samed`` or ``dbsam``.
+        checkpointing: Whether the encoder's blocks are computed again in the backward pass; not of ``desam``.
     """
     size = Size(variant, image_size, patch_size, outputs)
-    network, kept = _desam(size) if method == "desam" else _adapted(size, method)
+    network, ledger = _desam(size) if method == "desam" else _adapted(size, method)
+    kept = ledger.with_checkpointing() if checkpointing else ledger.total()
     trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     encoder = sum(parameter.numel() for parameter in network.encoder.parameters())
     side = image_size // PATCH
@@ -89,7 +92,61 @@ class Size(NamedTuple):
     outputs: int
 
 
-def _desam(size: Size) -> tuple[Any, int]:
+class Ledger:
+    """Bytes that autograd keeps, weights left out, for each module that checkpointing would compute again.
+
+    Args:
+        network: Whose weights are left out.
+        blocks: Modules that can be computed again.
+    """
+
+    def __init__(self, network: SamNetwork, blocks: Iterable[nn.Module] = ()) -> None:
+        self._network = network
+        self._blocks = list(blocks)
+        self._outside: dict[int, int] = {}
+        self._within: list[dict[int, int]] = [{} for _ in self._blocks]
+        self._given = 0
+        self._now = self._outside
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Within it, what is kept is entered by the storage it lies in."""
+        handles = [handle for block, kept in zip(self._blocks, self._within, strict=True) for handle in (
+            block.register_forward_pre_hook(partial(self._enter, kept)), block.register_forward_hook(self._leave))]
+        with torch.autograd.graph.saved_tensors_hooks(self._remember, lambda tensor: tensor):
+            yield
+        for handle in handles:
+            handle.remove()
+        weights = {parameter.untyped_storage()._cdata for module in (self._network, *self._network.held)
+                   for parameter in module.parameters()}
+        for kept in (self._outside, *self._within):
+            for storage in weights & kept.keys():
+                del kept[storage]
+
+    def total(self) -> int:
+        together: dict[int, int] = {}
+        for kept in (self._outside, *self._within):
+            together |= kept
+        return sum(together.values())
+
+    def with_checkpointing(self) -> int:
+        """The blocks' inputs stay, and one block after the other is there as a whole."""
+        return sum(self._outside.values()) + self._given + max(sum(kept.values()) for kept in self._within)
+
+    def _remember(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        self._now[storage._cdata] = storage.nbytes()
+        return tensor
+
+    def _enter(self, kept: dict[int, int], _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._now = kept
+        self._given += sum(tensor.nbytes for tensor in inputs)
+
+    def _leave(self, *_: Any) -> None:
+        self._now = self._outside
+
+
+def _desam(size: Size) -> tuple[Any, Ledger]:
     """The network, and what autograd keeps of the decoder for one tile."""
     variant, side, dim = size.variant, size.image_size // PATCH, size.variant.prompt_dim
     with torch.device("meta"):
@@ -98,14 +155,15 @@ def _desam(size: Size) -> tuple[Any, int]:
             background=True, grid=9, iou_threshold=0.5)
         levels = tuple(torch.empty(1, variant.embed_dim, side, side) for _ in network.encoder.level_blocks)
         neck, positions = torch.empty(1, dim, side, side), torch.empty(1, dim, side, side)
-        with _counting(network) as kept:
+        ledger = Ledger(network)
+        with ledger.open():
             output = network.prim(neck, positions, torch.empty(1, 2, dim), score=True)  # a point and its padding
             masks = network.pdmm(output.mask_embedding, network.pdmm.context(levels))
             network.tile_logits(masks, Geometry(size.patch_size, size.image_size)).logsumexp(1)
-    return network, sum(kept.values())
+    return network, ledger
 
 
-def _adapted(size: Size, method: str) -> tuple[Any, int]:
+def _adapted(size: Size, method: str) -> tuple[Any, Ledger]:
     """The network, and what autograd keeps of encoder and decoder for one tile.
 
     As on a CPU, whose attention keeps no attention matrix, like a GPU's and unlike the meta device's.
@@ -121,33 +179,18 @@ def _adapted(size: Size, method: str) -> tuple[Any, int]:
             network = build_dbsam(sam=_sam(size), num_classes=size.outputs, background=True, checkpointing=False,
                                   **settings)
         network.encoder.dtype = torch.float32
-        with _counting(network) as kept:
+        exchanges = network.exchanges if isinstance(network, DBSAM) else ()
+        ledger = Ledger(network, [*network.encoder.vit.blocks, *exchanges])
+        with ledger.open():
             if isinstance(network, SAMed):
                 masks = network.decode(network.neck(images))
             else:
                 masks = network.decode(network.both_branches(images), Prompts(boxes=torch.zeros(1, 4)))
             network.tile_logits(masks, Geometry(size.patch_size, size.image_size)).logsumexp(1)
-    return network, sum(kept.values())
+    return network, ledger
 
 
 def _sam(size: Size) -> LoadedSam:
     sam = build_sam(size.variant, size.image_size)
     encoder = FrozenEncoder(use_exact_attention(sam.image_encoder), size.variant.global_blocks[:-1], "")
     return LoadedSam(size.variant, encoder, sam.prompt_encoder, sam.mask_decoder, random=True)
-
-
-@contextmanager
-def _counting(network: SamNetwork) -> Iterator[dict[int, int]]:
-    """Bytes that autograd keeps of what is computed within, weights left out, by the storage they lie in."""
-    kept: dict[int, int] = {}
-
-    def remember(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-        yield kept
-    for module in (network, *network.held):
-        for parameter in module.parameters():
-            kept.pop(parameter.untyped_storage()._cdata, None)

@@ -24,7 +24,7 @@ from desam_nnunet.planning.fit import Machine, choose_encoder, is_here, variant_
 from desam_nnunet.planning.wishes import Wishes
 from desam_nnunet.preprocessed import dataset_folder
 from desam_nnunet.sam.tiles import intensity_rule
-from desam_nnunet.sections import SECTIONS
+from desam_nnunet.sections import METHODS, SECTIONS
 
 STOCK = "nnUNetPlans"
 _FOLDS = 5
@@ -53,8 +53,8 @@ def plan_dataset(dataset: str, name: str, wishes: Wishes, device: torch.device) 
         ValueError: A preset or wish that is not valid, or a machine on which nothing fits.
         FileNotFoundError: There is no such data set, or no such weights file.
     """
-    if "encoder" in wishes.sam:
-        variant_named(wishes.sam["encoder"])  # before any long work
+    if "encoder" in wishes.sam:  # preset and encoder are looked up before any long work
+        variant_named(wishes.sam["encoder"])
     folder = dataset_folder(dataset)
     path = folder / f"{name}.json"
     before = _own_plans(path)
@@ -71,7 +71,7 @@ def plan_dataset(dataset: str, name: str, wishes: Wishes, device: torch.device) 
         replace_file(kept, [before])
         lines.append(Line("kept", kept.name, "the plans of this name as they were"))
     replace_file(path, [text])
-    return Planned(path, lines, list(_commands(folder, plans, len(facts.shapes), configuration["sam"]["encoder"])))
+    return Planned(path, lines, list(_commands(folder, plans, len(facts.shapes), wishes.trainer.__name__)))
 
 
 def choose(facts: Facts, wishes: Wishes, machine: Machine) -> tuple[dict[str, Any], list[Line]]:
@@ -85,9 +85,12 @@ def choose(facts: Facts, wishes: Wishes, machine: Machine) -> tuple[dict[str, An
         "epochs": schedule.value.epochs, "iterations_per_epoch": schedule.value.iterations,
         "val_iterations_per_epoch": schedule.value.val_iterations,
     } | {key: value for key, value in wishes.sam.items() if key not in ("encoder", "views")}
+    own = dict(wishes.fragment.get(wishes.method, {}))
+    if fit.checkpointing.value:
+        own["checkpointing"] = True
     keys: dict[str, Any] = {"patch_size": list(fit.patch.value), "batch_size": fit.batch.value, "sam": sam,
-                            "desam": wishes.fragment.get("desam", {})}
-    for name in ("sam", "desam"):
+                            wishes.method: own}
+    for name in ("sam", wishes.method):
         check_keys(name, SECTIONS[name], keys[name])
     lines = [
         Line("memory", f"{machine.memory.value / 1e9:.1f} GB", machine.memory.reason),
@@ -102,6 +105,9 @@ def choose(facts: Facts, wishes: Wishes, machine: Machine) -> tuple[dict[str, An
              "the more exact" if sam["cache_dtype"] == DTYPES[0] else "half as large"),
         Line("sam.epochs", f"{sam['epochs']} of {sam['iterations_per_epoch']} iterations", schedule.reason),
     ]
+    if not METHODS[wishes.method].frozen_features:
+        on = fit.checkpointing
+        lines.append(Line(f"{wishes.method}.checkpointing", str(on.value).lower(), on.reason))
     return keys, lines
 
 
@@ -160,12 +166,13 @@ def _unused(path: Path) -> Path:
     return other
 
 
-def _commands(folder: Path, plans: dict[str, Any], cases: int, encoder: str) -> Iterator[str]:
+def _commands(folder: Path, plans: dict[str, Any], cases: int, trainer: str) -> Iterator[str]:
     """What is left to type before training, and training."""
+    encoder = plans["configurations"][CONFIGURATION]["sam"]["encoder"]
     name, number = plans["plans_name"], convert_dataset_name_to_id(folder.name)
     if not is_here(encoder):
         yield f"desam weights get {encoder}"
     if not (folder / plans["configurations"][CONFIGURATION]["data_identifier"]).is_dir():
         yield f"nnUNetv2_preprocess -d {number} -plans_name {name} -c {CONFIGURATION}"
     fold = "0" if cases >= _FOLDS or (folder / "splits_final.json").is_file() else "all"
-    yield f"nnUNetv2_train {number} {CONFIGURATION} {fold} -tr DeSAMTrainer -p {name}"
+    yield f"nnUNetv2_train {number} {CONFIGURATION} {fold} -tr {trainer} -p {name}"

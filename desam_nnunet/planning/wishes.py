@@ -9,6 +9,8 @@ from typing import Any
 
 from desam_nnunet.planning.presets import read_preset
 from desam_nnunet.sam.variants import VARIANTS
+from desam_nnunet.training.base import SamTrainer
+from desam_nnunet.training.desam import DeSAMTrainer
 
 
 @dataclass(frozen=True)
@@ -20,17 +22,33 @@ class Wishes:
         disk_target: GB that the cache may take.
         encoder: A variant's name or the path of a weights file.
         preset: A name of :func:`~desam_nnunet.planning.presets.preset_names`.
+        trainer: Whose method is planned for.
     """
 
     memory_target: float | None = None
     disk_target: float | None = None
     encoder: str | None = None
     preset: str | None = None
+    trainer: type[SamTrainer] = DeSAMTrainer
+
+    @property
+    def method(self) -> str:
+        return self.trainer.method
 
     @cached_property
     def fragment(self) -> dict[str, Any]:
-        """The preset's keys."""
-        return read_preset(self.preset) if self.preset else {}
+        """The preset's keys.
+
+        Raises:
+            ValueError: There is no such preset, or it is another method's.
+        """
+        if not self.preset:
+            return {}
+        fragment = read_preset(self.preset)
+        if fragment.get("method", self.method) != self.method:
+            raise ValueError(f"The preset '{self.preset}' is for the method {fragment['method']}, but "
+                             f"{self.trainer.__name__} trains {self.method}: choose another, see desam plan --list.")
+        return fragment
 
     @property
     def sam(self) -> dict[str, Any]:

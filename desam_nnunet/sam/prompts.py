@@ -15,6 +15,8 @@ from torch import Tensor
 
 from desam_nnunet.sam.tiles import Geometry
 
+_BOX_SHIFT = 20 / 1024  # of the input's side
+
 
 class Prompts(NamedTuple):
     """One prompt per image, or none (SAMed): at most one of the two is given.
@@ -101,6 +103,43 @@ def sample_points(target: Tensor, labelled: Tensor, geometry: Geometry) -> tuple
     index = _random_pixel(candidates)
     inside = target.flatten(2).gather(2, index[:, None, None].expand(-1, target.shape[1], 1))[..., 0]
     return _to_prompts(index, geometry), PointTargets(inside.float(), candidates.flatten(1).any(1))
+
+
+def sample_boxes(
+    target: Tensor, geometry: Geometry, generator: torch.Generator | None = None
+) -> tuple[Prompts, Tensor]:
+    """Draws one of the classes present in each tile, and a box around it whose sides are moved at random.
+
+    A side moves by at most 20 pixels of an input of 1024 in either direction, and stays in the tile. A tile without
+    foreground gets a box around all of it.
+
+    Args:
+        target: (B, K, H, W) bool, one channel per foreground class or region, False on the ignore label.
+        generator: On the target's device; PyTorch's own where None.
+
+    Returns:
+        Boxes, and the class drawn as a mask (B, H, W).
+    """
+    batch, device = torch.arange(len(target), device=target.device), target.device
+    present = target.flatten(2).any(2)  # B K
+    rank = torch.where(present, torch.rand(present.shape, device=device, generator=generator), -1.0)
+    chosen = target[batch, rank.argmax(1)]  # B H W
+    height, width = geometry.scaled
+    rows, columns = (_extent(chosen.any(axis)) for axis in (2, 1))  # B 2 each, in pixels of the tile
+    (left, right), (top, bottom) = (columns * (width / geometry.tile[1])).T, (rows * (height / geometry.tile[0])).T
+    boxes = torch.stack([left, top, right, bottom], dim=1)
+    largest = _BOX_SHIFT * geometry.image_size
+    boxes = boxes + largest * (2 * torch.rand(boxes.shape, device=device, generator=generator) - 1)
+    limit = boxes.new_tensor([width, height, width, height])
+    return Prompts(boxes=boxes.clamp(min=0).minimum(limit)), chosen
+
+
+def _extent(occupied: Tensor) -> Tensor:
+    """Outer edges (B, 2) of the True places of (B, N); all of it where there are none."""
+    length = occupied.shape[1]
+    occupied = occupied | ~occupied.any(1, keepdim=True)
+    first = occupied.float().argmax(1)
+    return torch.stack([first, length - occupied.flip(1).float().argmax(1)], dim=1).float()
 
 
 def _random_pixel(candidates: Tensor) -> Tensor:

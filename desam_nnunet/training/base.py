@@ -12,6 +12,7 @@ import torch
 from nnunetv2.training.loss.dice import get_tp_fp_fn_tn
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
@@ -86,6 +87,11 @@ class SamTrainer(nnUNetTrainer):
         return batch["data"].to(self.device, non_blocking=True)
 
     @property
+    def target_labels(self) -> LabelManager:
+        """What the target that the loss sees means."""
+        return self.label_manager
+
+    @property
     def bare_network(self) -> Any:
         """The network itself, out of DDP and torch.compile."""
         network = self.network
@@ -140,7 +146,7 @@ class SamTrainer(nnUNetTrainer):
         inputs, target = self._on_device(batch)
         with self._autocast():
             loss, logits = self.compute_loss(inputs, target)
-        truth, labelled = foreground_target(target, self.label_manager)
+        truth, labelled = foreground_target(target, self.target_labels)
         predicted = self._foreground(logits)
         mask = labelled[:, None].float()
         tp, fp, fn, _ = get_tp_fp_fn_tn(predicted.float(), truth.float(), axes=[0, 2, 3], mask=mask)
@@ -197,7 +203,7 @@ class SamTrainer(nnUNetTrainer):
 
     def _foreground(self, logits: Tensor) -> Tensor:
         """Predicted foreground classes or regions, (B, K, H, W) bool."""
-        if self.label_manager.has_regions:
+        if self.target_labels.has_regions:
             return logits > 0
         classes = torch.arange(1, logits.shape[1], device=logits.device)
         return logits.argmax(1, keepdim=True) == classes[:, None, None]

@@ -6,11 +6,13 @@ Source: Qin et al., DB-SAM, MICCAI 2024, section 3, and the published settings: 
 
 from __future__ import annotations
 
+from typing import Any
+
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 
 from desam_nnunet.config import read_section
-from desam_nnunet.networks.dbsam import build_dbsam
+from desam_nnunet.networks.dbsam import DBSAM, build_dbsam
 from desam_nnunet.sections import DbsamSection
 from desam_nnunet.training.adapted import AdaptedSamTrainer
 from desam_nnunet.training.loading import sam_from_plans
@@ -31,20 +33,35 @@ class DBSAMTrainer(AdaptedSamTrainer):
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
-        planned = sam_from_plans(plans_manager, configuration_manager, num_input_channels)
-        own = read_section(configuration_manager.configuration, DbsamSection)
-        background = not planned.section.regions
-        return build_dbsam(
-            sam=planned.sam, to_image=planned.to_image, num_channels=num_input_channels,
-            num_classes=num_output_channels - background, background=background, checkpointing=own.checkpointing)
+        return network_from_plans(plans_manager, configuration_manager, num_input_channels, num_output_channels)
 
     @property
     def warmup(self) -> int:
         return self.num_iterations_per_epoch
 
     def _build_loss(self) -> nn.Module:
-        return DiceCELoss(self.label_manager, ce=1.0, dice=1.0, background=False)
+        return DiceCELoss(self.target_labels, ce=1.0, dice=1.0, background=False)
 
-    def compute_loss(self, inputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def compute_loss(self, inputs: Any, target: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.network(inputs)
         return self.loss(logits, target), logits
+
+
+def network_from_plans(
+    plans_manager: PlansManager, configuration_manager: ConfigurationManager, num_input_channels: int,
+    num_output_channels: int | None,
+) -> DBSAM:
+    """DB-SAM as the resolved sections of a model's plans describe it; errors as
+    :func:`~desam_nnunet.training.loading.sam_from_plans`.
+
+    Args:
+        num_output_channels: None for one mask, of whatever the box is around.
+    """
+    planned = sam_from_plans(plans_manager, configuration_manager, num_input_channels)
+    own = read_section(configuration_manager.configuration, DbsamSection)
+    settings: dict[str, Any] = {"sam": planned.sam, "to_image": planned.to_image, "num_channels": num_input_channels,
+                                "checkpointing": own.checkpointing}
+    if num_output_channels is None:
+        return build_dbsam(num_classes=1, background=False, automatic=False, **settings)
+    background = not planned.section.regions
+    return build_dbsam(num_classes=num_output_channels - background, background=background, **settings)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from desam_nnunet.training.base import SamTrainer
 from desam_nnunet.training.dbsam import DBSAMTrainer
+from desam_nnunet.training.dbsam_boxes import DBSAMTrainerBoxes
 from desam_nnunet.training.desam import DeSAMTrainer, DeSAMTrainerWholeBox
 from desam_nnunet.training.samed import SAMedTrainer, SAMedTrainerS
 
 TRAINERS: dict[str, type[SamTrainer]] = {
     trainer.__name__: trainer
-    for trainer in (DeSAMTrainer, DeSAMTrainerWholeBox, SAMedTrainer, SAMedTrainerS, DBSAMTrainer)
+    for trainer in (DeSAMTrainer, DeSAMTrainerWholeBox, SAMedTrainer, SAMedTrainerS, DBSAMTrainer,
+                    DBSAMTrainerBoxes)
 }
 
 
