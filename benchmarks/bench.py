@@ -17,10 +17,11 @@ import grid
 import parts
 import precision
 import startup
+import trainers
 import training
 
 SECTIONS = {"encoder": encoder.run, "grid": grid.run, "training": training.run, "folds": folds.run,
-            "cache": cache.run, "parts": parts.run, "precision": precision.run}
+            "cache": cache.run, "trainers": trainers.run, "parts": parts.run, "precision": precision.run}
 
 
 def main() -> int:

@@ -29,9 +29,9 @@ def main() -> None:
     device = torch.device(args.device)
     with torch.inference_mode(), torch.autocast("cuda", enabled=device.type == "cuda"):
         work = _work(args.what, args.who, device)
-        before = _reset(device)
+        before = reset(device)
         work()
-        print(_highest(device) - before)
+        print(highest(device) - before)
 
 
 def _work(what: str, who: str, device: torch.device) -> Callable[[], object]:
@@ -50,16 +50,16 @@ def _work(what: str, who: str, device: torch.device) -> Callable[[], object]:
     return lambda: published_grid(network, features, tile)
 
 
-def _reset(device: torch.device) -> int:
+def reset(device: torch.device) -> int:
     """Forgets earlier peaks; returns what is held now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from here
-    return _highest(device)
+    return highest(device)
 
 
-def _highest(device: torch.device) -> int:
+def highest(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     lines = Path("/proc/self/status").read_text().splitlines()
