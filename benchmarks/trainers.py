@@ -68,11 +68,19 @@ def run(device: torch.device, repeats: int) -> Report:
         "checkpoint holds the optimiser's state; the weights are what it holds beside that. Neither holds SAM's "
         "encoder. 'cached' reads features instead of encoding tiles."), device)
     with tempfile.TemporaryDirectory() as folder:
-        torch.save(random_state(VARIANTS["vit_b"]), Path(folder) / WEIGHTS)
+        prepare(Path(folder))
         for subject in SUBJECTS:
             report.add("Training step", in_a_process(subject, folder, repeats, device))
         report.add("Prediction", in_a_process(MERGED, folder, repeats, device))
     return report
+
+
+def prepare(folder: Path) -> None:
+    """Weights, and where nnU-Net looks for the kind of the preprocessed data when it makes a trainer."""
+    torch.save(random_state(VARIANTS["vit_b"]), folder / WEIGHTS)
+    data = folder / str(PLANS["dataset_name"]) / PLANS["configurations"]["2d"]["data_identifier"]
+    data.mkdir(parents=True)
+    (data / "case.b2nd").touch()
 
 
 def in_a_process(subject: str, folder: str, repeats: int, device: torch.device) -> Row:
@@ -94,7 +102,8 @@ def main() -> None:
     for _ in range(2):
         trainer.train_step(batch)
     peak = highest(device) - before
-    plain, tiles = make_trainer(PLAIN, folder, device), make_batch(trainer)
+    plain = make_trainer(PLAIN, folder, device)
+    tiles = make_batch(plain)
     plain.train_step(tiles)
     trained = sum(parameter.numel() for parameter in trainer.network.parameters() if parameter.requires_grad)
     checkpoint, weights = folder / "checkpoint.pth", folder / "weights.pth"

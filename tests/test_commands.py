@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -133,11 +134,12 @@ def test_killed_training_continues(workspace: Workspace, monkeypatch: pytest.Mon
     arguments = ["501", "2d", "0", "-tr", "DeSAMTrainer", "-p", "Killed", "-device", "cpu"]
     latest = workspace.model("DeSAMTrainer", "Killed") / "fold_0" / "checkpoint_latest.pth"
     program = Path(sys.executable).with_name("nnUNetv2_train")
-    with subprocess.Popen([program, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([program, *arguments], **quiet, start_new_session=True) as process:
         deadline = time.monotonic() + 120
         while not latest.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)  # its workers too
     assert latest.exists(), "no checkpoint after the first epoch"
     output = nnunet("nnUNetv2_train", *arguments, "--c").stdout
     assert "Epoch 0" not in output

@@ -30,12 +30,20 @@ def copy_state(trainer: Any) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in trainer.bare_network.state_dict().items()}
 
 
-def train(rank: int, port: int, name: str, workspace: Workspace, out: Path) -> None:
-    """Two steps on other data in each process; the second step's loss is NaN in process 1 alone."""
+def train_all(rank: int, port: int, workspace: Workspace, out: Path) -> None:
+    """Every trainer; the processes' start costs more than the training."""
     torch.set_num_threads(1)
-    trainer = make_trainer(name, workspace)
-    trainer.initialize()  # before the group is up: with one, nnU-Net takes a CUDA device for granted
+    trainers = {name: make_trainer(name, workspace) for name in TRAINED}
+    for trainer in trainers.values():
+        trainer.initialize()  # before the group is up: with one, nnU-Net takes a CUDA device for granted
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    for name, trainer in trainers.items():
+        torch.save(train(rank, trainer), out / f"{name}{rank}.pth")
+    dist.destroy_process_group()
+
+
+def train(rank: int, trainer: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """Two steps on other data in each process; the second step's loss is NaN in process 1 alone."""
     trainer.network = DistributedDataParallel(trainer.network)
     torch.manual_seed(rank)
     batch = {"data": torch.randn(1, 1, 96, 96), "target": torch.zeros(1, 1, 96, 96), "keys": ["case"]}
@@ -47,14 +55,19 @@ def train(rank: int, port: int, name: str, workspace: Workspace, out: Path) -> N
         compute = trainer.compute_loss
         trainer.compute_loss = lambda *given: (compute(*given)[0] * float("nan"), None)
     trainer.train_step(batch)
-    torch.save({"before": before, "first": first, "second": trainer.bare_network.state_dict()}, out / f"{rank}.pth")
-    dist.destroy_process_group()
+    return {"before": before, "first": first, "second": trainer.bare_network.state_dict()}
+
+
+@pytest.fixture(scope="module")
+def states(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("states")
+    mp.spawn(train_all, (free_port(), workspace, out), nprocs=2)
+    return out
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_two_processes_stay_equal(workspace: Workspace, tmp_path: Path, name: str) -> None:
-    mp.spawn(train, (free_port(), name, workspace, tmp_path), nprocs=2)
-    one, other = (torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in range(2))
+def test_two_processes_stay_equal(states: Path, name: str) -> None:
+    one, other = (torch.load(states / f"{name}{rank}.pth", weights_only=True) for rank in range(2))
     for state in (one, other):  # BatchNorm's statistics are shared on CUDA alone, where nnU-Net converts it
         for step, values in state.items():
             state[step] = {key: value for key, value in values.items() if not key.endswith(_STATISTICS)}

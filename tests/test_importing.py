@@ -99,6 +99,7 @@ def test_model_folder_predicts_at_once(
         torch.testing.assert_close(value, published.state[key], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_pretrained_weights_file_starts_a_training(workspace: Workspace, published: Published, tmp_path: Path) -> None:
     assert run_import(published.checkpoint, "-o", str(tmp_path / "model")) == 0
     file = tmp_path / "model" / "pretrained_weights.pth"

@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import Workspace, make_trainer
 
-from desam_nnunet.networks.lora import AdaptedLinear
 from desam_nnunet.networks.samed import SAMed, build_samed
 from desam_nnunet.sam.attention import use_exact_attention
 from desam_nnunet.sam.encoder import FrozenEncoder
@@ -39,9 +38,10 @@ def test_starts_as_sam_exactly() -> None:
     images = network.images(tiles).flatten(0, 1)
     base = load_sam("vit_tiny", SIZE).encoder(images).neck
     with torch.no_grad():
+        assert torch.equal(network.neck(images), base)
+        assert all(layer._merged is None for layer in network._adapted)
         assert torch.equal(network.encode(tiles), base)
-        with network._merged():
-            assert torch.equal(network.encode(tiles), base)
+        assert all(layer._merged is not None for layer in network._adapted)
         assert not torch.equal(shake(network).encode(tiles), base)
 
 
@@ -55,15 +55,29 @@ def test_merged_weights_give_the_same_logits(targets: str, adapt_decoder: bool) 
         torch.testing.assert_close(network(tiles), apart, rtol=0, atol=1e-5)
 
 
-def test_nothing_stays_merged() -> None:
+def test_merged_weights_never_grow_old() -> None:
     network, tiles = shake(build()).eval(), torch.randn(1, 1, 96, 96)
-    with torch.no_grad():
+    with torch.inference_mode():
         before = network(tiles)
-        layers = [layer for module in network.held for layer in module.modules() if isinstance(layer, AdaptedLinear)]
-        assert len(layers) == 8
-        assert all(layer._merged is None for layer in layers)
-        network.updates[0]["q"].up.weight.mul_(-1)
-        assert not torch.equal(network(tiles), before)
+        merged = [layer._merged for layer in network._adapted]
+        assert len(merged) == 8
+        assert torch.equal(network(tiles), before)
+        assert all(layer._merged is one for layer, one in zip(network._adapted, merged, strict=True))
+        other = {key: -value if key.endswith("up.weight") else value for key, value in network.state_dict().items()}
+        network.load_state_dict(other)  # as nnU-Net's predictor goes from fold to fold
+        after = network(tiles)
+        assert not torch.equal(after, before)
+    apart = network(tiles)  # with gradients
+    torch.testing.assert_close(after, apart.detach(), rtol=0, atol=1e-5)
+    assert all(layer._merged is None for layer in network._adapted)
+    apart.square().mean().backward()
+    with torch.no_grad():
+        network(tiles)
+    torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=1e-3).step()
+    stepped = network(tiles).detach()
+    assert not torch.allclose(stepped, apart.detach(), rtol=0, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(network(tiles), stepped, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("adapt_decoder", [False, True])

@@ -51,9 +51,10 @@ class AdaptedLinear(nn.Module):
         self.parts = parts
         self._updates = (dict(updates),)
         self._merged: Tensor | None = None
+        self._versions: tuple[tuple[int, int], ...] = ()  # of the weights that were merged
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._merged is not None:
+        if self._merged is not None and not torch.is_grad_enabled():
             return F.linear(x, self._merged, self.bias)
         (updates,) = self._updates
         outputs = F.linear(x, self.weight, self.bias).chunk(self.parts, dim=-1)
@@ -61,13 +62,20 @@ class AdaptedLinear(nn.Module):
         return changed[0] if self.parts == 1 else torch.cat(changed, dim=-1)
 
     def merge(self) -> None:
-        """From now on the layer is one product, with the updates as they are now, until :meth:`release`."""
+        """Without gradients the layer is one product from now on. Done again only where a weight has changed since."""
         (updates,) = self._updates
+        weights = [self.weight, *(layer.weight for update in updates.values() for layer in (update.down, update.up))]
+        tracked = not any(weight.is_inference() for weight in weights)
+        versions = tuple((weight.data_ptr(), weight._version) for weight in weights) if tracked else ()
+        if self._merged is not None and tracked and versions == self._versions:
+            return
         rows = self.weight.chunk(self.parts)
-        with torch.autocast(self.weight.device.type, enabled=False):  # rounded once, in the product with x
+        with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):  # rounded once, in the product
             self._merged = torch.cat([row + updates[k].weight if k in updates else row for k, row in enumerate(rows)])
+        self._versions = versions
 
     def release(self) -> None:
+        """Gives the merged weight's memory back."""
         self._merged = None
 
 

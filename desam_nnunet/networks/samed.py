@@ -6,8 +6,6 @@ Source: Zhang and Liu, Customized Segment Anything Model for Medical Image Segme
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -58,6 +56,8 @@ class SAMed(SamNetwork):
         self.checkpointing = checkpointing
         self.updates = nn.ModuleList(_adapt_qkv(block.attn, rank, targets) for block in encoder.vit.blocks)
         self.decoder_updates = nn.ModuleDict(_adapt_transformer(transformer, rank, targets) if adapt_decoder else {})
+        modules = [module for part in held for module in part.modules()]
+        self._adapted = tuple(module for module in modules if isinstance(module, AdaptedLinear))
         self.prompt_encoder = prompt_encoder.requires_grad_(False)
         self.prompt_encoder.no_mask_embed.requires_grad_(True)
         self.decoder = ClassDecoder(transformer, outputs, frozen_transformer=adapt_decoder)
@@ -80,15 +80,22 @@ class SAMed(SamNetwork):
         Raises:
             ValueError: The tiles have another number of channels than planned, or hold NaN or infinity.
         """
-        with nullcontext() if torch.is_grad_enabled() else self._merged():
-            masks = self.decode(self.encode(tiles))
+        masks = self.decode(self.encode(tiles))
         if low_resolution:
             return masks
         return self.tile_logits(masks, self.geometry(tiles)).clamp(-MAX_LOGIT, MAX_LOGIT)
 
     @uncompiled
     def encode(self, tiles: Tensor) -> Tensor:
-        """The adapted encoder's neck (B, C, h, w); channel groups are encoded one by one and averaged."""
+        """The adapted encoder's neck (B, C, h, w); channel groups are encoded one by one and averaged.
+
+        Without gradients each adapted layer becomes one product first, until gradients are wanted again.
+        """
+        for layer in self._adapted:
+            if torch.is_grad_enabled():
+                layer.release()
+            else:
+                layer.merge()
         images = self.images(tiles)  # B G 3 S S
         return mean_over_groups(self.neck(images.flatten(0, 1)), images.shape[1])
 
@@ -105,18 +112,6 @@ class SAMed(SamNetwork):
         """Mask logits (B, outputs, S/4, S/4)."""
         sparse, dense = prompt_tokens(self.prompt_encoder, Prompts())
         return self.decoder(neck + dense, dense_positions(self.prompt_encoder), sparse)
-
-    @contextmanager
-    def _merged(self) -> Iterator[None]:
-        """Within it, each adapted layer is one product. Nothing is left behind that could grow old."""
-        layers = [layer for module in self.held for layer in module.modules() if isinstance(layer, AdaptedLinear)]
-        try:
-            for layer in layers:
-                layer.merge()
-            yield
-        finally:
-            for layer in layers:
-                layer.release()
 
 
 def build_samed(
