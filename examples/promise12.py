@@ -4,9 +4,9 @@
 
 DATA holds one folder per site (RUNMC to train on, UCL unseen) with CaseNN.nii.gz and CaseNN_segmentation.nii.gz, as
 in PROMISE12 (Litjens et al., Medical Image Analysis 18(2):359-373, 2014; research use). Everything that follows the
-conversion is nnU-Net's own commands. Both trainers see the same plans, fold, batch size and number of iterations.
+conversion is nnU-Net's own commands. All trainers see the same plans, fold, batch size and number of iterations.
 
-A run that was stopped continues: what is there already is not done again.
+A run that was stopped continues: what is there already is not done again, so trainers can be added to it with -tr.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, metavar="DATA", help=f"folder with {SOURCE} and {TARGET}")
     parser.add_argument("work", type=Path, metavar="WORK", help="folder to work in")
+    parser.add_argument("-tr", nargs="+", default=TRAINERS, metavar="TRAINER", help=f"default: {' '.join(TRAINERS)}")
     parser.add_argument("--encoder", default="vit_tiny", help="default: vit_tiny, whose weights are random")
     parser.add_argument("--image-size", type=int, default=256, help="SAM's input in pixels (default: 256)")
     parser.add_argument("--features", default="cached", choices=["cached", "online"], help="default: cached")
@@ -70,8 +71,9 @@ def main() -> None:
     work = options.work.resolve()
     remember_settings(parser, options, work)
     prepare(options, work)
-    cache = encode(options, work) if options.features == "cached" else "none: tiles are encoded as training goes"
-    rows = [evaluate(options, work, trainer) for trainer in TRAINERS]
+    cached = options.features == "cached" and any(trainer.startswith("DeSAM") for trainer in options.tr)
+    cache = encode(options, work) if cached else "none: tiles are encoded as training goes"
+    rows = [evaluate(options, work, trainer) for trainer in options.tr]
     text = report(options, cache, rows)
     (work / "promise12.md").write_text(text)
     print(text)
@@ -79,7 +81,7 @@ def main() -> None:
 
 def remember_settings(parser: argparse.ArgumentParser, options: argparse.Namespace, work: Path) -> None:
     """A folder holds one run: figures of other settings must not come under these."""
-    settings = {name: str(value) for name, value in vars(options).items() if name not in ("data", "work")}
+    settings = {name: str(value) for name, value in vars(options).items() if name not in ("data", "work", "tr")}
     noted = work / "settings.json"
     if noted.is_file() and json.loads(noted.read_text()) != settings:
         parser.error(f"{work} holds a run with other settings ({noted}): choose another WORK or the same settings")
@@ -203,7 +205,7 @@ def report(options: argparse.Namespace, cache: str, rows: list[Row]) -> str:
         "embedding cache": cache,
         "views of a tile": options.views if options.features == "cached" else "each patch is augmented anew",
         "iterations": f"{options.epochs} epochs of {options.iterations}, batch {BATCH_SIZE}",
-        "DeSAM learning rate": options.lr,
+        "DeSAM learning rate": f"{options.lr}; SAMed and DB-SAM: as published",
         f"mirroring when predicting {TARGET}": "off" if options.disable_tta else "where training mirrored",
         "device": f"{options.device} ({torch.get_num_threads()} threads, {platform.machine()})",
         "torch": torch.__version__,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,16 +16,59 @@ SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "promise12.py"
 DATA = Path(os.environ.get("DESAM_PROMISE12", "promise12 is not here"))
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not DATA.is_dir(), reason="DESAM_PROMISE12 does not name the folder with RUNMC and UCL")
-def test_real_data_from_end_to_end(tmp_path: Path) -> None:
+SHORT = ["--image-size", "128", "--disable_tta", "--epochs", "2", "--iterations", "5"]
+real_data = pytest.mark.skipif(not DATA.is_dir(), reason="DESAM_PROMISE12 does not name the folder with RUNMC and UCL")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five cases of one hospital, one of the other."""
+    folder = tmp_path_factory.mktemp("data")
     for site, count in (("RUNMC", 5), ("UCL", 1)):
-        (tmp_path / "data" / site).mkdir(parents=True)
+        (folder / site).mkdir()
         for label in sorted((DATA / site).glob("*_segmentation.nii.gz"))[:count]:
             for path in (label, label.with_name(label.name.replace("_segmentation", ""))):
-                (tmp_path / "data" / site / path.name).symlink_to(path)
-    short = ["--image-size", "128", "--disable_tta", "--epochs", "2", "--iterations", "5"]
-    command = [sys.executable, SCRIPT, tmp_path / "data", tmp_path / "work", *short]
+                (folder / site / path.name).symlink_to(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def work(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one trainer, to which the others are added."""
+    return tmp_path_factory.mktemp("work") / "run"
+
+
+@pytest.mark.slow
+@real_data
+@pytest.mark.parametrize("trainer", ["SAMedTrainer", "SAMedTrainerS", "DBSAMTrainer", "DeSAMTrainerWholeBox"])
+def test_every_trainer_trains_resumes_and_ensembles_on_real_data(data: Path, work: Path, trainer: str) -> None:
+    words = [sys.executable, SCRIPT, data, work, *SHORT, "-tr", trainer]
+    subprocess.run(words, check=True, env=os.environ | {"nnUNet_def_n_proc": "2"})
+    assert f"| {trainer} | " in (work / "promise12.md").read_text()
+    folders = {name: str(work / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+    environment = os.environ | folders | {"nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1"}
+    programs = Path(sys.executable).parent
+    given = ["-tr", trainer, "-p", "Promise12Plans", "-device", "cpu"]
+    train = [programs / "nnUNetv2_train", "512", "2d", "1", *given, "--c"]
+    fold = work / "nnUNet_results" / "Dataset512_RUNMC" / f"{trainer}__Promise12Plans__2d" / "fold_1"
+    with subprocess.Popen(train, env=environment, stdout=subprocess.DEVNULL, start_new_session=True) as process:
+        while not (fold / "checkpoint_latest.pth").exists() and process.poll() is None:
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert not (fold / "checkpoint_final.pth").exists()
+    log = subprocess.run(train, env=environment, check=True, capture_output=True, text=True).stdout
+    assert "Epoch 0" not in log
+    assert "Epoch 1" in log
+    out = work / "both" / trainer
+    subprocess.run([programs / "nnUNetv2_predict", "-i", work / "UCL" / "images", "-o", out, "-d", "512", "-c", "2d",
+                    "-f", "0", "1", *given, "-npp", "1", "-nps", "1", "--disable_tta"], env=environment, check=True)
+    assert len(list(out.glob("*.nii.gz"))) == 1
+
+
+@pytest.mark.slow
+@real_data
+def test_real_data_from_end_to_end(data: Path, tmp_path: Path) -> None:
+    command = [sys.executable, SCRIPT, data, tmp_path / "work", *SHORT]
     subprocess.run(command, check=True, env=os.environ | {"nnUNet_def_n_proc": "2"})
     report = (tmp_path / "work" / "promise12.md").read_text()
     assert "vit_tiny, RANDOM weights" in report

@@ -11,15 +11,16 @@ import pytest
 import torch
 from conftest import Workspace, tiny_sections
 
-from desam_nnunet.training.desam import DeSAMTrainer
+from desam_nnunet.training.base import SamTrainer
+from desam_nnunet.training.registry import TRAINERS
 
 
 class StoppedError(Exception):
     """As a user's Ctrl-C, after the first epoch."""
 
 
-class SeededTrainer(DeSAMTrainer):
-    """Draws batches and points from seeds of epoch and iteration."""
+class Seeded(SamTrainer):
+    """Draws batches, points and dropout from seeds of epoch and iteration; put in front of a trainer."""
 
     stop = False
 
@@ -41,10 +42,13 @@ class SeededTrainer(DeSAMTrainer):
             raise StoppedError
 
 
-def train(workspace: Workspace, plans: str, seed: int, *, stop: bool = False, resume: bool = False) -> SeededTrainer:
+def train(
+    workspace: Workspace, name: str, plans: str, seed: int, *, stop: bool = False, resume: bool = False
+) -> Seeded:
     torch.manual_seed(seed)
     given = workspace.plans(plans) | {"continue_training": resume}
-    trainer = SeededTrainer(given, "2d", 0, workspace.dataset_json(), torch.device("cpu"))
+    kind: type[Seeded] = type(f"Seeded{name}", (Seeded, TRAINERS[name]), {})
+    trainer = kind(given, "2d", 0, workspace.dataset_json(), torch.device("cpu"))
     trainer.stop = stop
     if resume:
         trainer.load_checkpoint(str(Path(trainer.output_folder) / "checkpoint_latest.pth"))
@@ -52,14 +56,17 @@ def train(workspace: Workspace, plans: str, seed: int, *, stop: bool = False, re
     return trainer
 
 
-@pytest.mark.parametrize("features", ["cached", pytest.param("online", marks=pytest.mark.slow)])
-def test_resumed_training_equals_uninterrupted_training(workspace: Workspace, features: str) -> None:
-    name = f"Resumed_{features}"
-    workspace.write_plans(name, **tiny_sections(features=features, epochs=2, iterations_per_epoch=2))
-    whole = train(workspace, name, 0).bare_network.state_dict()
+@pytest.mark.parametrize(("name", "features"), [
+    ("DeSAMTrainer", "cached"), pytest.param("DeSAMTrainer", "online", marks=pytest.mark.slow),
+    *(pytest.param(name, "online", marks=pytest.mark.slow) for name in TRAINERS if not name.startswith("DeSAM")),
+])
+def test_resumed_training_equals_uninterrupted_training(workspace: Workspace, name: str, features: str) -> None:
+    plans = f"Resumed_{features}"
+    workspace.write_plans(plans, **tiny_sections(features=features, epochs=2, iterations_per_epoch=2))
+    whole = train(workspace, name, plans, 0).bare_network.state_dict()
     with pytest.raises(StoppedError):
-        train(workspace, name, 0, stop=True)
-    resumed = train(workspace, name, 99, resume=True)
+        train(workspace, name, plans, 0, stop=True)
+    resumed = train(workspace, name, plans, 99, resume=True)
     assert resumed.current_epoch == 2
     for key, value in resumed.bare_network.state_dict().items():
         torch.testing.assert_close(value, whole[key], rtol=0, atol=1e-6)
