@@ -25,7 +25,6 @@ from desam_nnunet.sections import (
     SamSection,
 )
 
-MAX_BATCH_SIZE = 8  # the published batch size; stock plans may ask for many more
 _MAX_WARMUP = 250  # iterations, as published
 
 Section = TypeVar("Section", SamSection, DesamSection, SamedSection, DbsamSection)
@@ -69,7 +68,7 @@ def parse_section(kind: type[Section], given: dict[str, Any]) -> Section:
 
 def read_section(configuration: dict[str, Any], kind: type[Section]) -> Section:
     """A resolved section of a model's configuration."""
-    return parse_section(kind, _section(configuration, _NAMES[kind]))
+    return parse_section(kind, given_section(configuration, _NAMES[kind]))
 
 
 def resolve_plans(
@@ -81,7 +80,8 @@ def resolve_plans(
 ) -> None:
     """Fills the sections ``sam`` and `method` of one configuration with everything that is not given.
 
-    They are written into `plans`. On stock plans (no section ``sam``) the batch size is lowered to at most 8 as well.
+    They are written into `plans`. On stock plans (no section ``sam``) the batch size is lowered as
+    well, see :class:`~desam_nnunet.sections.Method`.
 
     Args:
         plans: nnU-Net's plans, changed in place.
@@ -97,14 +97,14 @@ def resolve_plans(
     _refuse_3d(manager, configuration_name)
     own = plans["configurations"][configuration_name]
     if "sam" not in configuration:
-        own["batch_size"] = min(configuration["batch_size"], MAX_BATCH_SIZE)
+        own["batch_size"] = min(configuration["batch_size"], METHODS[method].batch_size)
     regions = manager.get_label_manager(dataset_json).has_regions
     schemes = configuration["normalization_schemes"]
-    given = {"encoder": default_encoder} | _section(configuration, "sam")
+    given = {"encoder": default_encoder} | given_section(configuration, "sam")
     sam = _resolve_sam(given, schemes, regions, METHODS[method])
     own["sam"] = asdict(sam)
     own[method] = asdict(parse_section(
-        METHODS[method].section, _method_defaults(method, sam) | _section(configuration, method)))
+        METHODS[method].section, _method_defaults(method, sam) | given_section(configuration, method)))
 
 
 def _resolve_sam(given: dict[str, Any], normalization_schemes: list[str], regions: bool, method: Method) -> SamSection:
@@ -149,7 +149,7 @@ def _refuse_3d(manager: PlansManager, name: str) -> None:
     )
 
 
-def _section(configuration: dict[str, Any], name: str) -> dict[str, Any]:
+def given_section(configuration: dict[str, Any], name: str) -> dict[str, Any]:
     section = configuration.get(name, {})
     if not isinstance(section, dict):
         raise ValueError(f"The plans' section '{name}' is {section!r}, but must be an object with keys.")

@@ -13,7 +13,7 @@ from nnunetv2.paths import nnUNet_results
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from desam_nnunet.config import resolve_plans
+from desam_nnunet.config import given_section, resolve_plans
 from desam_nnunet.networks.official import IMAGE_ENCODER
 from desam_nnunet.preprocessed import read_preprocessed
 from desam_nnunet.published import Published, read_published
@@ -72,7 +72,7 @@ def import_official(file: Path, target: Target, folder: Path | None = None) -> I
     folder = folder or _results_folder(plans, target.configuration, trainer)
     if (folder / "plans.json").exists() or (folder / "pretrained_weights.pth").exists():
         raise FileExistsError(f"{folder} holds a model already: remove it or choose another folder with -o.")
-    complete = _check_network(published.state, plans, dataset_json, target.configuration, trainer, file)
+    complete = _check_network(published, plans, dataset_json, target.configuration, trainer, file)
     pretrained = folder / "pretrained_weights.pth"
     save({"network_weights": published.state}, pretrained)
     if not complete:
@@ -84,7 +84,7 @@ def import_official(file: Path, target: Target, folder: Path | None = None) -> I
 
 def _fix_section(plans: dict[str, Any], configuration: str, published: Published, file: Path) -> None:
     """Writes into the plans what the checkpoint fixes of its method's section."""
-    given = PlansManager(plans).get_configuration(configuration).configuration.get(published.method, {})
+    given = given_section(PlansManager(plans).get_configuration(configuration).configuration, published.method)
     for key, value in published.own.items():
         if given.get(key, value) != value:
             raise ValueError(f"{file} has {published.method}.{key} {value!r}, but the plans say {given[key]!r}: take "
@@ -119,18 +119,21 @@ def _check_image_encoder(theirs: State, sam: dict[str, Any], file: Path) -> None
 
 
 def _check_network(
-    state: State, plans: dict[str, Any], dataset_json: dict[str, Any], name: str, trainer: str, file: Path
+    published: Published, plans: dict[str, Any], dataset_json: dict[str, Any], name: str, trainer: str, file: Path
 ) -> bool:
     """Whether the state is a whole model of this data set: its outputs may differ, all else must fit."""
     manager = PlansManager(plans)
     configuration = manager.get_configuration(name)
-    heads = manager.get_label_manager(dataset_json).num_segmentation_heads
+    labels = manager.get_label_manager(dataset_json)
+    heads = labels.num_segmentation_heads
     channels = determine_num_input_channels(manager, configuration, dataset_json)
     network = TRAINERS[trainer].build_network_architecture(manager, configuration, channels, heads, False)
     expected = {key: value.shape for key, value in network.state_dict().items()}
     shared = {key: shape for key, shape in expected.items() if ".seg_layers." not in key}
+    state = published.state
     check_state({key: value for key, value in state.items() if ".seg_layers." not in key}, shared, str(file))
-    return expected == {key: value.shape for key, value in state.items()}
+    fits = not (published.background and labels.has_regions)
+    return fits and expected == {key: value.shape for key, value in state.items()}
 
 
 def _results_folder(plans: dict[str, Any], configuration: str, trainer: str) -> Path:

@@ -37,6 +37,7 @@ class Published(NamedTuple):
         own: What it fixes in the method's section.
         image_encoder: SAM's part of the file, by SAM's key names; empty where there is none.
         preparation: In what the published image preparation differs.
+        background: Whether the first output is the background, so that the outputs are no regions.
     """
 
     method: str
@@ -46,6 +47,7 @@ class Published(NamedTuple):
     own: dict[str, Any]
     image_encoder: State
     preparation: str
+    background: bool
 
 
 def read_published(file: Path) -> Published:
@@ -65,11 +67,12 @@ def _desam(state: State, file: Path) -> Published:
     if key not in ours:
         raise ValueError(f"{file}: {key} is missing.")
     encoder = {name: value for name, value in state.items() if name.startswith(IMAGE_ENCODER)}
-    return Published("desam", ("DeSAMTrainer", "DeSAMTrainerWholeBox"), ours, ours[key].shape[1], {}, encoder, _DESAM)
+    return Published("desam", ("DeSAMTrainer", "DeSAMTrainerWholeBox"), ours, ours[key].shape[1], {}, encoder, _DESAM,
+                     background=False)
 
 
 def _samed(state: State) -> Published:
     trainer = "SAMedTrainerS" if adapts_decoder(state) else "SAMedTrainer"
     rank, width = state["w_a_000"].shape
     return Published("samed", (trainer,), rename_official_samed(state), width, {"rank": rank, "targets": "qv"}, {},
-                     _SAMED)
+                     _SAMED, background=True)

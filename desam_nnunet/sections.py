@@ -131,12 +131,14 @@ class Method:
     Attributes:
         section: The method's own.
         plans_name: That ``desam plan`` gives.
+        batch_size: At most this on plans without our sections, which may ask for many more.
         image_size: The input side is at most this, unless it is given; None for no bound.
         frozen_features: Whether the encoder's output never changes, so that it can be stored.
     """
 
     section: type
     plans_name: str
+    batch_size: int = 8
     image_size: int | None = None
     frozen_features: bool = False
 
@@ -144,7 +146,7 @@ class Method:
 METHODS: dict[str, Method] = {
     "desam": Method(DesamSection, "DeSAMPlans", frozen_features=True),
     "samed": Method(SamedSection, "SAMedPlans", image_size=512),
-    "dbsam": Method(DbsamSection, "DBSAMPlans"),
+    "dbsam": Method(DbsamSection, "DBSAMPlans", batch_size=2),
 }
 SECTIONS: dict[str, type] = {"sam": SamSection} | {name: method.section for name, method in METHODS.items()}
 

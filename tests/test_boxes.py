@@ -15,7 +15,7 @@ from conftest import Workspace, make_trainer, nnunet, tiny_sections
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 
-from desam_nnunet.boxes import Case, segment_volume
+from desam_nnunet.boxes import Case, segment_volume, window_around
 from desam_nnunet.cli import main
 from desam_nnunet.networks.frame import ABSENT_LOGIT
 
@@ -113,7 +113,8 @@ def test_every_class_of_every_slice_gets_its_own_box(monkeypatch: pytest.MonkeyP
         return Prompts(boxes=torch.tensor(boxes)), target[:, 0]
 
     monkeypatch.setattr("desam_nnunet.boxes.sample_boxes", exact)
-    logits = segment_volume(Painter(), Case("c", np.zeros((1, 3, 20, 20)), reference, {}), labels, CPU)  # type: ignore
+    case = Case("c", np.zeros((1, 3, 20, 20)), reference, {})
+    logits = segment_volume(Painter(), case, labels, (8, 24), CPU)  # type: ignore[arg-type]
     assert logits.shape == (2 if regions else 3, 3, 20, 20)
     foreground = logits if regions else logits[1:]
     assert regions or logits[0].eq(0).all()
@@ -122,6 +123,24 @@ def test_every_class_of_every_slice_gets_its_own_box(monkeypatch: pytest.MonkeyP
     assert torch.equal(foreground[1] > 0, torch.from_numpy(reference[0] == 2))
     if not regions:
         assert torch.equal(logits.argmax(0), torch.from_numpy(reference[0]).long())
+
+
+@pytest.mark.parametrize(("size", "patch", "occupied", "window"), [
+    ((20, 20), (8, 8), ((9, 11), (0, 2)), (6, 0, 8, 8)),  # in the middle, as far as the slice goes
+    ((20, 20), (8, 8), ((2, 18), (17, 20)), (2, 12, 16, 8)),  # larger than the patch
+    ((20, 20), (24, 32), ((3, 4), (3, 4)), (-2, -6, 24, 32)),  # padded as nnU-Net's predictor pads
+])
+def test_an_object_is_seen_in_a_window_of_the_patch(
+    size: tuple[int, int], patch: tuple[int, int], occupied: Any, window: tuple[int, ...]
+) -> None:
+    mask = np.zeros(size, bool)
+    mask[slice(*occupied[0]), slice(*occupied[1])] = True
+    found = window_around(mask, patch)
+    assert found == window
+    crop, plane = found.crop(mask[None])[0], torch.zeros(size)
+    assert crop.shape == window[2:]
+    found.paste(torch.from_numpy(crop).float(), plane)
+    assert torch.equal(plane.bool(), torch.from_numpy(mask))
 
 
 def test_unseen_volumes_are_scored_and_the_figures_labelled(
@@ -159,6 +178,21 @@ def test_wrong_input_is_one_sentence_and_writes_nothing(
         assert main(["boxes", str(folder), "-i", str(i), "-l", str(l), "-o", str(out), "-device", "cpu"]) == 1
         assert message in capsys.readouterr().err
     assert not out.exists()
+    before = {path: path.read_bytes() for path in labels.iterdir()}
+    assert main(["boxes", str(model), "-i", str(images), "-l", str(labels), "-o", str(labels), "-device", "cpu"]) == 1
+    assert "exists: give another folder with -o" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in labels.iterdir()} == before
+
+
+def test_a_reference_of_another_shape_is_named(
+    workspace: Workspace, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(workspace.unseen / "labels", tmp_path / "labels")
+    path = sorted((tmp_path / "labels").iterdir())[0]
+    sitk.WriteImage(sitk.ReadImage(path)[:, :, 1:], path)
+    given = ["-i", str(workspace.unseen / "images"), "-l", str(path.parent), "-o", str(tmp_path / "out")]
+    assert main(["boxes", str(model), *given, "-device", "cpu"]) == 1
+    assert f"Case {path.name.removesuffix('.nii.gz')}: Shape mismatch" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from desam_nnunet.planning.choices import (
+    Choice,
     choose_batch_size,
+    choose_checkpointing,
     choose_image_size,
     choose_patch,
     choose_schedule,
@@ -100,3 +102,19 @@ def test_what_is_never_drawn_is_not_encoded() -> None:
 def test_small_data_sets_train_shorter(tiles: int, batch: int, iterations: int, validation: int) -> None:
     value = choose_schedule(tiles, batch).value
     assert value == (50, iterations, validation)
+
+
+@pytest.mark.parametrize(("kept", "recomputed", "batch", "again"), [
+    (8, 8, 8, False), (4, 8, 4, False), (3, 8, 8, True), (2, 2, 2, False), (None, 2, 2, True), (2, None, 2, False),
+])
+def test_blocks_are_computed_again_only_where_too_few_tiles_fit(
+    kept: int | None, recomputed: int | None, batch: int, again: bool
+) -> None:
+    given = [None if size is None else Choice(size, "") for size in (kept, recomputed)]
+    choice = choose_checkpointing(*given)
+    assert choice is not None
+    assert (choice[0].value, choice[1]) == (batch, again)
+
+
+def test_checkpointing_can_not_help_where_nothing_fits() -> None:
+    assert choose_checkpointing(None, None) is None

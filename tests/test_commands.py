@@ -30,9 +30,10 @@ def assert_same_masks(one: Path, other: Path) -> None:
 
 
 def predict(workspace: Workspace, out: Path, trainer: str) -> Path:
-    """The unseen site, predicted by an ensemble of two folds, with probabilities."""
-    nnunet("nnUNetv2_predict", "-i", workspace.unseen / "images", "-o", out, "-d", 501, "-c", "2d", "-f", 0, 1,
-           "-tr", trainer, "-p", PLANS, "-device", "cpu", "-npp", 1, "-nps", 1, "--save_probabilities")
+    """The unseen site, predicted by an ensemble of the trained folds, with probabilities."""
+    nnunet("nnUNetv2_predict", "-i", workspace.unseen / "images", "-o", out, "-d", 501, "-c", "2d", "-f",
+           *TRAINERS[trainer], "-tr", trainer, "-p", PLANS, "-device", "cpu", "-npp", 1, "-nps", 1,
+           "--save_probabilities")
     return out
 
 
@@ -42,8 +43,8 @@ def predicted(trained: Workspace) -> Path:
 
 
 def test_training_fills_nnunets_folders(trained: Workspace) -> None:
-    for trainer in TRAINERS:
-        for fold in (0, 1):
+    for trainer, folds in TRAINERS.items():
+        for fold in folds:
             folder = trained.model(trainer) / f"fold_{fold}"
             assert (folder / "checkpoint_final.pth").is_file()
             assert (folder / "progress.png").is_file()
@@ -81,6 +82,7 @@ def test_prediction_of_an_unseen_site(trained: Workspace, predicted: Path) -> No
         assert set(np.unique(mask)) <= {0, 1}
 
 
+@pytest.mark.slow
 def test_prediction_from_the_model_folder(trained: Workspace, predicted: Path, tmp_path: Path) -> None:
     nnunet("nnUNetv2_predict_from_modelfolder", "-i", trained.unseen / "images", "-o", tmp_path, "-m",
            trained.model("DeSAMTrainer"), "-f", 0, 1, "-device", "cpu", "-npp", 1, "-nps", 1)
@@ -100,7 +102,7 @@ def test_zip_export_and_installation_elsewhere(
 
 
 def test_best_configuration(trained: Workspace) -> None:
-    nnunet("nnUNetv2_find_best_configuration", 501, "-c", "2d", "-p", PLANS, "-tr", *TRAINERS, "-f", 0, 1, "-np", 1)
+    nnunet("nnUNetv2_find_best_configuration", 501, "-c", "2d", "-p", PLANS, "-tr", *TRAINERS, "-f", 0, "-np", 1)
     information = json.loads((trained.results / "inference_information.json").read_text())
     assert len(information["considered_models"]) == 2
 
@@ -111,6 +113,7 @@ def test_ensemble(trained: Workspace, predicted: Path, tmp_path: Path) -> None:
     assert masks(tmp_path / "both").keys() == masks(predicted).keys()
 
 
+@pytest.mark.slow
 def test_validation_alone_repeats_itself(trained: Workspace, tmp_path: Path) -> None:
     validation = trained.model("DeSAMTrainer") / "fold_1" / "validation"
     before = masks(validation)
@@ -119,6 +122,7 @@ def test_validation_alone_repeats_itself(trained: Workspace, tmp_path: Path) -> 
         np.testing.assert_array_equal(mask, before[name])
 
 
+@pytest.mark.slow
 def test_pretrained_weights_go_from_one_prompt_mode_to_the_other(trained: Workspace) -> None:
     trained.write_plans("FineTune", **tiny_sections())
     checkpoint = trained.model("DeSAMTrainer") / "fold_0" / "checkpoint_final.pth"

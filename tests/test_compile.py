@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import test_dbsam
+import test_samed
 import torch
 from test_network import make
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -50,4 +52,26 @@ def test_training_gives_the_same_gradients(backend: CompileCounterWithBackend) -
     found = gradients(torch.compile(network, backend=backend))
     assert backend.frame_count > 0
     for ours, eager in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-3, atol=1e-4 * max(1.0, float(eager.abs().max())))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [test_samed, test_dbsam])
+def test_samed_and_db_sam_compile_and_do_not_recompile(backend: CompileCounterWithBackend, method: Any) -> None:
+    network = method.build().eval()  # without drop-path, so that both ways are the same
+    compiled = torch.compile(network, backend=backend)
+    tiles = [torch.randn(1, 1, 64, 64) for _ in range(3)]
+    graphs = []
+    with torch.inference_mode():
+        for tile in tiles:
+            torch.testing.assert_close(compiled(tile), network(tile), rtol=0, atol=1e-4)
+            graphs.append(backend.frame_count)
+    assert graphs[0] == graphs[-1] > 0
+
+    def gradients(run: Any) -> list[torch.Tensor]:
+        network.zero_grad()
+        run(tiles[0]).square().mean().backward()
+        return [parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None]
+
+    for ours, eager in zip(gradients(compiled), gradients(network), strict=True):
         torch.testing.assert_close(ours, eager, rtol=1e-3, atol=1e-4 * max(1.0, float(eager.abs().max())))

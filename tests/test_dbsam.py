@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import TRAINED
 from torch import nn
 from torch.nn import functional as F
 
@@ -87,7 +88,8 @@ def test_all_that_trains_gets_a_gradient_and_the_encoder_none() -> None:
     for name, parameter in network.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
     assert all(parameter.grad is None for parameter in network.encoder.parameters())
-    assert not any(name.startswith("encoder") for name in network.state_dict())
+    assert not any(".vit." in name for name in network.state_dict())
+    assert {name.split(".")[0] for name in network.state_dict()} == TRAINED["DBSAMTrainer"] | {"prompt_encoder"}
 
 
 def test_a_box_changes_the_mask() -> None:

@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import TRAINED, Workspace, make_trainer, tiny_sections
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import distributed as dist
 from torch import multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from desam_nnunet.cache.store import Store, open_stores
 from desam_nnunet.training.cached import cached_loaders
+from desam_nnunet.training.losses import DiceCELoss
 
+LABELS = LabelManager({"background": 0, "a": 1, "b": 2}, None)
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -40,6 +43,35 @@ def train_all(rank: int, port: int, workspace: Workspace, out: Path) -> None:
     for name, trainer in trainers.items():
         torch.save(train(rank, trainer), out / f"{name}{rank}.pth")
     dist.destroy_process_group()
+
+
+def dice_of_both(rank: int, port: int, out: Path) -> None:
+    """The loss of a batch of four, two in each process, and its gradient as DDP averages it."""
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    logits, target = four_tiles()
+    mine = slice(2 * rank, 2 * rank + 2)
+    loss = DiceCELoss(LABELS, ce=0.0, dice=1.0, background=True, ddp=True)(logits[mine], target[mine])
+    (gradient,) = torch.autograd.grad(loss, logits)
+    dist.all_reduce(gradient)
+    torch.save({"loss": loss.detach(), "gradient": gradient / 2}, out / f"{rank}.pth")
+    dist.destroy_process_group()
+
+
+def four_tiles() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 3, 8, 8, generator=generator).requires_grad_()
+    return logits, torch.randint(0, 3, (4, 1, 8, 8), generator=generator)
+
+
+def test_dice_is_of_the_whole_batch(tmp_path: Path) -> None:
+    mp.spawn(dice_of_both, (free_port(), tmp_path), nprocs=2)
+    logits, target = four_tiles()
+    loss = DiceCELoss(LABELS, ce=0.0, dice=1.0, background=True)(logits, target)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pth", weights_only=True)
+        torch.testing.assert_close(found["loss"], loss.detach())
+        torch.testing.assert_close(found["gradient"], gradient)
 
 
 def train(rank: int, trainer: Any) -> dict[str, dict[str, torch.Tensor]]:

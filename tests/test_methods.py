@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import Workspace, nnunet, tiny_sections
+from conftest import TRAINED, Workspace, nnunet, tiny_sections
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from desam_nnunet.cli import main
@@ -45,7 +45,7 @@ def test_trains_and_predicts_through_nnunets_commands(planned: Workspace, traine
     log = next(folder.glob("training_log_*.txt")).read_text()
     assert "tiles are encoded as they come, nothing is cached" in log
     checkpoint = torch.load(folder / "checkpoint_final.pth", map_location="cpu", weights_only=False)
-    assert not any("encoder.vit" in key or key.startswith("encoder") for key in checkpoint["network_weights"])
+    assert {key.split(".")[0] for key in checkpoint["network_weights"]} == TRAINED[trainer] | {"prompt_encoder"}
     method = checkpoint["init_args"]["plans"]["configurations"]["2d"]["samed" if "SAMed" in trainer else "dbsam"]
     assert method["lr"] == (0.005 if "SAMed" in trainer else 1e-4)
     assert len(predict(planned, trainer, tmp_path, 0)) == 2

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DATASET, Workspace, nnunet
+from conftest import DATASET, Workspace, make_trainer, nnunet
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -27,6 +27,9 @@ from desam_nnunet.planning.presets import preset_names
 from desam_nnunet.planning.speed import operations
 from desam_nnunet.planning.wishes import Wishes
 from desam_nnunet.sam.variants import VARIANTS
+from desam_nnunet.training.base import SamTrainer
+from desam_nnunet.training.dbsam import DBSAMTrainer
+from desam_nnunet.training.samed import SAMedTrainer
 
 CT = Facts(((100, 512, 512),) * 60, (128, 128), 1, 1, ("CTNormalization",))
 CARDIAC = Facts(((10, 128, 128),) * 100, (32, 32), 1, 3, ("ZScoreNormalization",))
@@ -64,6 +67,23 @@ def test_every_choice_is_in_the_plans_and_printed_with_its_reason(
     for key in ("patch_size", "batch_size", "sam.image_size", "sam.features", "sam.views", "sam.epochs"):
         assert any(line.startswith(key) and len(line.split()) > 3 for line in out.splitlines())
     assert "nnUNetv2_train 501 2d 0 -tr DeSAMTrainer -p DeSAMPlans" in out
+
+
+@pytest.mark.parametrize(("trainer", "method", "name"), [
+    ("SAMedTrainerS", "samed", "SAMedPlans"), ("DBSAMTrainerBoxes", "dbsam", "DBSAMPlans"),
+])
+def test_other_methods_get_their_own_section_and_name(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str], trainer: str, method: str, name: str
+) -> None:
+    assert main(["plan", "-d", "501", "--encoder", "vit_tiny", "-device", "cpu", "--trainer", trainer]) == 0
+    out = capsys.readouterr().out
+    configuration = workspace.plans(name)["configurations"]["2d"]
+    assert configuration[method] == {}
+    assert not {"desam", "samed", "dbsam"} - {method} & configuration.keys()
+    assert configuration["sam"]["features"] == "online"
+    assert f"nnUNetv2_train 501 2d 0 -tr {trainer} -p {name}" in out
+    assert re.search(rf"^{method}.checkpointing +false +what a step keeps fits", out, re.M)
+    make_trainer(trainer, workspace, plans=workspace.plans(name))  # the sections are valid
 
 
 @pytest.mark.slow
@@ -121,6 +141,8 @@ def test_an_unplanned_data_set_is_planned_by_nnunet_first(
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
+    (("--trainer", "SAMTrainer"), r"no trainer 'SAMTrainer' here: choose DeSAMTrainer, .*DBSAMTrainerBoxes\."),
+    (("--trainer", "SAMedTrainer", "--preset", "paper"), "'paper' is for the method desam, but SAMedTrainer trains"),
     (("--preset", "nothing"), "There is no preset 'nothing'; there are: cpu, laptop, paper"),
     (("--encoder", "vit_x"), "Unknown encoder 'vit_x'"),
     (("-gpu_memory_target", "0.1"), r"takes 0.\d GB, but 0.1 GB are there"),
@@ -206,6 +228,21 @@ def test_a_gpu_gets_the_largest_encoder_that_memory_and_disk_hold(
     assert configuration["batch_size"] >= 4
 
 
+@pytest.mark.parametrize(("trainer", "memory", "image_size", "checkpointing"), [
+    (SAMedTrainer, 40, 512, False), (SAMedTrainer, 2.5, 512, True), (DBSAMTrainer, 80, 1024, False),
+    (DBSAMTrainer, 24, 1024, True),
+])
+def test_blocks_are_computed_again_before_the_input_shrinks(
+    weights: None, trainer: type[SamTrainer], memory: float, image_size: int, checkpointing: bool
+) -> None:
+    configuration, lines = choose(CT, Wishes(trainer=trainer), machine(memory, 1000, "cuda"))
+    sam, own = configuration["sam"], configuration[trainer.method]
+    assert (sam["encoder"], sam["image_size"], sam["features"]) == ("vit_b", image_size, "online")
+    assert own.get("checkpointing", False) == checkpointing
+    assert {line.key: line.value for line in lines}[f"{trainer.method}.checkpointing"] == str(checkpointing).lower()
+    assert next(line.reason for line in lines if line.key == "sam.encoder") == "the published one"
+
+
 def test_a_smaller_input_gets_a_smaller_patch(weights: None) -> None:
     """Masks would else be coarser than 2.5 pixels of the tile."""
     configuration, _ = choose(CT, Wishes(encoder="vit_h"), machine(3.3, 1000, "cuda"))
@@ -234,20 +271,28 @@ def test_more_of_anything_takes_more_memory() -> None:
         assert larger.training(2) > small.training(2)
     assert small.training(3) > small.training(2)
     assert footprint(tiny, 128, (96, 96), 1, half=True).training(2) < small.training(2)
+    for method in ("samed", "dbsam"):
+        kept, recomputed = (footprint(tiny, 128, (96, 96), 1, half=False, method=method, checkpointing=again)
+                            for again in (False, True))
+        assert recomputed.training(2) < kept.training(2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "variant", "size", "batch", "outputs", "patch"), [
-    ("desam", "vit_tiny", 256, 8, 1, 160), ("desam", "vit_b", 256, 8, 8, 256), ("desam", "vit_b", 256, 8, 1, 1024),
-    ("desam", "vit_b", 512, 4, 1, 320), ("desam", "vit_h", 512, 4, 1, 512),
-    ("samed", "vit_tiny", 256, 8, 1, 160), ("samed", "vit_b", 512, 2, 8, 320),
-    ("dbsam", "vit_tiny", 256, 8, 1, 160), ("dbsam", "vit_b", 256, 2, 1, 256),
+@pytest.mark.parametrize(("method", "variant", "size", "batch", "outputs", "patch", "checkpointing"), [
+    ("desam", "vit_tiny", 256, 8, 1, 160, False), ("desam", "vit_b", 256, 8, 8, 256, False),
+    ("desam", "vit_b", 256, 8, 1, 1024, False), ("desam", "vit_b", 512, 4, 1, 320, False),
+    ("desam", "vit_h", 512, 4, 1, 512, False),
+    ("samed", "vit_tiny", 256, 8, 1, 160, False), ("samed", "vit_b", 512, 2, 8, 320, False),
+    ("samed", "vit_b", 512, 2, 8, 320, True),
+    ("dbsam", "vit_tiny", 256, 8, 1, 160, False), ("dbsam", "vit_b", 256, 2, 1, 256, False),
+    ("dbsam", "vit_tiny", 256, 8, 1, 160, True), ("dbsam", "vit_b", 256, 2, 1, 256, True),
 ])
 def test_the_memory_model_is_within_a_fifth_of_the_measured_peak(
-    method: str, variant: str, size: int, batch: int, outputs: int, patch: int
+    method: str, variant: str, size: int, batch: int, outputs: int, patch: int, checkpointing: bool
 ) -> None:
     script = Path(__file__).with_name("step_peak.py")
-    words = [sys.executable, script, method, variant, size, batch, outputs, patch]
+    words = [sys.executable, script, method, variant, size, batch, outputs, patch, *["checkpointing"] * checkpointing]
     measured = int(subprocess.run(list(map(str, words)), check=True, capture_output=True, text=True).stdout)
-    need = footprint(VARIANTS[variant], size, (patch, patch), outputs, half=False, method=method)
+    need = footprint(VARIANTS[variant], size, (patch, patch), outputs, half=False, method=method,
+                     checkpointing=checkpointing)
     assert need.training(batch) - need.weights == pytest.approx(measured, rel=0.2)

@@ -114,10 +114,10 @@ def test_boxes_lie_around_the_class_drawn_within_their_shift() -> None:
     second = chosen[:, 0, 95]
     assert 0.3 < second.float().mean() < 0.7
     assert torch.equal(chosen[second], target[0, 1].expand(int(second.sum()), -1, -1))
-    for which, box in ((~second, (30, 10, 50, 20)), (second, (90, 0, 100, 3))):
+    for which, box, largest in ((~second, (30, 10, 50, 20), 20), (second, (90, 0, 100, 3), 10.24 * 3 / 4)):
         moved = prompts.boxes[which] - 10.24 * torch.tensor(box)
         assert moved.abs().max() <= 20
-        assert moved[:, 3].max() > 15
+        assert 0.75 * largest < moved[:, 3].max() <= largest + 1e-3
     assert prompts.boxes.min() == 0  # sides stay in the tile
     assert prompts.boxes[:, 2].max() == 1024
 
@@ -133,3 +133,12 @@ def test_boxes_are_drawn_again_from_the_same_seed() -> None:
     draws = [sample_boxes(target, Geometry((16, 16), 64), torch.Generator().manual_seed(3)) for _ in range(2)]
     assert torch.equal(draws[0][0].boxes, draws[1][0].boxes)
     assert torch.equal(draws[0][1], draws[1][1])
+
+
+def test_boxes_around_the_smallest_object_are_not_turned_inside_out() -> None:
+    target = torch.zeros(1, 1, 160, 160, dtype=torch.bool)
+    target[0, 0, 80, 40] = True
+    boxes = sample_boxes(target.expand(300, -1, -1, -1), Geometry((160, 160), 1024))[0].boxes
+    assert (boxes[:, :2] < boxes[:, 2:]).all()
+    middle = boxes[:, :2] + boxes[:, 2:]
+    assert (middle / 2 - torch.tensor([40.5, 80.5]) * 6.4).abs().max() <= 6.4 / 4

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import Workspace, make_trainer
 
+from desam_nnunet.networks.official_samed import official_samed_names
 from desam_nnunet.networks.samed import SAMed, build_samed
 from desam_nnunet.sam.attention import use_exact_attention
 from desam_nnunet.sam.encoder import FrozenEncoder
@@ -63,10 +64,22 @@ def test_merged_weights_never_grow_old() -> None:
         assert len(merged) == 8
         assert torch.equal(network(tiles), before)
         assert all(layer._merged is one for layer, one in zip(network._adapted, merged, strict=True))
+        original = {key: value.clone() for key, value in network.state_dict().items()}
         other = {key: -value if key.endswith("up.weight") else value for key, value in network.state_dict().items()}
         network.load_state_dict(other)  # as nnU-Net's predictor goes from fold to fold
         after = network(tiles)
         assert not torch.equal(after, before)
+        network._apply(lambda x: x.clone())  # as nnU-Net moves it to a GPU: its weights have no version any more
+        assert all(layer.weight.is_inference() for layer in network._adapted)
+        torch.testing.assert_close(network(tiles), after, rtol=0, atol=0)
+        merged = [layer._merged for layer in network._adapted]
+        network(tiles)
+        assert all(layer._merged is one for layer, one in zip(network._adapted, merged, strict=True))
+        network.load_state_dict(original)
+        assert torch.equal(network(tiles), before)
+    network = shake(build()).eval()
+    with torch.inference_mode():
+        after = network(tiles)
     apart = network(tiles)  # with gradients
     torch.testing.assert_close(after, apart.detach(), rtol=0, atol=1e-5)
     assert all(layer._merged is None for layer in network._adapted)
@@ -152,3 +165,9 @@ def test_published_schedule(workspace: Workspace) -> None:
 def test_the_cache_is_not_for_adapted_encoders(workspace: Workspace) -> None:
     trainer = make_trainer("SAMedTrainer", workspace)
     assert trainer.sam.features == "online"
+
+
+@pytest.mark.parametrize(("targets", "named"), [("q", "q"), ("v", "v"), ("qkv", "k, q, v")])
+def test_other_updates_than_of_q_and_v_have_no_published_name(targets: str, named: str) -> None:
+    with pytest.raises(ValueError, match=f"format has updates of q and v, but these are of {named}\\."):
+        official_samed_names(build(targets=targets).state_dict())

@@ -103,9 +103,10 @@ def test_regions_with_an_ignore_label(workspace: Workspace, name: str) -> None:
     batch["target"][0, 2, :40] = 1  # ignored: half of the region
     with torch.no_grad():
         result = trainer.validation_step(batch)
-    assert (result["tp_hard"] + result["fn_hard"]).tolist() == [10 * 30] * 2
+    boxes = name == "DBSAMTrainerBoxes"  # one of the two regions is drawn
+    assert (result["tp_hard"] + result["fn_hard"]).tolist() == [10 * 30] * (1 if boxes else 2)
     assert np.isfinite(trainer.train_step(batch)["loss"])
-    assert trainer.network(batch["data"]).shape[1] == 2
+    assert boxes or trainer.network(batch["data"]).shape[1] == 2
 
 
 def test_the_ignore_label_changes_no_gradient(workspace: Workspace) -> None:

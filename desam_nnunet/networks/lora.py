@@ -62,12 +62,15 @@ class AdaptedLinear(nn.Module):
         return changed[0] if self.parts == 1 else torch.cat(changed, dim=-1)
 
     def merge(self) -> None:
-        """Without gradients the layer is one product from now on. Done again only where a weight has changed since."""
+        """Without gradients the layer is one product from now on. Done again only where a weight has changed since.
+
+        Weights that were made in inference mode don't tell: who loads others into them calls :meth:`release`.
+        """
         (updates,) = self._updates
         weights = [self.weight, *(layer.weight for update in updates.values() for layer in (update.down, update.up))]
-        tracked = not any(weight.is_inference() for weight in weights)
-        versions = tuple((weight.data_ptr(), weight._version) for weight in weights) if tracked else ()
-        if self._merged is not None and tracked and versions == self._versions:
+        versions = tuple(
+            (weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights)
+        if self._merged is not None and versions == self._versions:
             return
         rows = self.weight.chunk(self.parts)
         with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):  # rounded once, in the product

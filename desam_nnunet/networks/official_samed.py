@@ -23,7 +23,7 @@ _MODULES = {
 }
 _NUMBERED = re.compile(rf"({'|'.join(_SEQUENCES)})_([ab])_(\d{{3}})")
 _FINAL = re.compile(r"fati_([qv])([ab])")
-_OURS = re.compile(rf"({'|'.join(map(re.escape, _SEQUENCES.values()))})\.(\d+)\.([qv])\.(down|up)\.weight")
+_OURS = re.compile(rf"({'|'.join(map(re.escape, _SEQUENCES.values()))})\.(\d+)\.([qkv])\.(down|up)\.weight")
 _OUR_FINAL = re.compile(r"decoder_updates\.final\.0\.([qv])\.(down|up)\.weight")
 
 
@@ -47,6 +47,9 @@ def official_samed_names(state: State) -> State:
     Raises:
         ValueError: Low-rank updates of other projections than q and v have no published name.
     """
+    letters = {match[3] for match in map(_OURS.fullmatch, state) if match}
+    if letters != set(_PAIR):
+        raise ValueError(f"SAMed's format has updates of q and v, but these are of {', '.join(sorted(letters))}.")
     return {_published(key): value for key, value in state.items()}
 
 
@@ -70,8 +73,6 @@ def _published(key: str) -> str:
         return f"{_key_of(_SEQUENCES, sequence)}_{_key_of(_MATRICES, matrix)}_{number:03d}"
     if match := _OUR_FINAL.fullmatch(key):
         return f"fati_{match[1]}{_key_of(_MATRICES, match[2])}"
-    if "updates." in key:
-        raise ValueError(f"{key} has no name in SAMed's format, which knows updates of q and v alone.")
     for theirs, ours in _MODULES.items():
         if key.startswith(ours):
             return theirs + key.removeprefix(ours)

@@ -6,6 +6,7 @@ Source: Zhang and Liu, Customized Segment Anything Model for Medical Image Segme
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -68,6 +69,14 @@ class SAMed(SamNetwork):
         assert isinstance(encoder, FrozenEncoder)
         return encoder
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+        self._release()
+        return super().load_state_dict(state_dict, *args, **options)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SamNetwork:
+        self._release()
+        return super()._apply(fn, recurse)
+
     @uncompiled
     def forward(self, tiles: Tensor, *, low_resolution: bool = False) -> Tensor:
         """Args:
@@ -91,10 +100,10 @@ class SAMed(SamNetwork):
 
         Without gradients each adapted layer becomes one product first, until gradients are wanted again.
         """
-        for layer in self._adapted:
-            if torch.is_grad_enabled():
-                layer.release()
-            else:
+        if torch.is_grad_enabled():
+            self._release()
+        else:
+            for layer in self._adapted:
                 layer.merge()
         images = self.images(tiles)  # B G 3 S S
         return mean_over_groups(self.neck(images.flatten(0, 1)), images.shape[1])
@@ -112,6 +121,10 @@ class SAMed(SamNetwork):
         """Mask logits (B, outputs, S/4, S/4)."""
         sparse, dense = prompt_tokens(self.prompt_encoder, Prompts())
         return self.decoder(neck + dense, dense_positions(self.prompt_encoder), sparse)
+
+    def _release(self) -> None:
+        for layer in self._adapted:
+            layer.release()
 
 
 def build_samed(

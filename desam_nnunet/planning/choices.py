@@ -85,7 +85,7 @@ def choose_batch_size(tiles: int, fits: Callable[[int], bool]) -> Choice[int] | 
     if best < wanted:
         return Choice(best, "what fits into the memory")
     if best == MAX_BATCH_SIZE:
-        return Choice(best, "the published batch size")
+        return Choice(best, "as many as DeSAM was published with")
     return Choice(best, "the least" if best == MIN_BATCH_SIZE else "5 % of the tiles, as in nnU-Net")
 
 

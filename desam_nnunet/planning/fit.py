@@ -70,7 +70,7 @@ def fit_encoder(encoder: str, facts: Facts, wishes: Wishes, machine: Machine) ->
         patch = choose_patch(facts.planes, facts.divisor, size)
         tiles = facts.tiles(patch.value)
         need = partial(footprint, variant, size, patch.value, facts.outputs, half=machine.device.type == "cuda",
-                       method=wishes.method)
+                       method=wishes.method, images=images_per_tile(facts.channels))
         batch = _choose_batch(wishes, tiles, partial(_fits, need(), machine.memory.value))
         checkpointing = _KEPT
         if not method.frozen_features:

@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensorMode
 
 from desam_nnunet.networks.dbsam import DBSAM, build_dbsam
 from desam_nnunet.networks.desam import build_desam
-from desam_nnunet.networks.frame import SamNetwork
+from desam_nnunet.networks.frame import SamNetwork, mean_over_groups
 from desam_nnunet.networks.samed import SAMed, build_samed
 from desam_nnunet.sam.attention import use_exact_attention
 from desam_nnunet.sam.encoder import FrozenEncoder
@@ -54,10 +54,9 @@ class Footprint(NamedTuple):
         return self.weights + max(step, self.encoding)
 
 
-@cache
 def footprint(
     variant: Variant, image_size: int, patch_size: tuple[int, int], outputs: int, *, half: bool, method: str = "desam",
-    checkpointing: bool = False,
+    checkpointing: bool = False, images: int = 1,
 ) -> Footprint:
     """The memory of training one of the methods on this encoder.
 
@@ -66,8 +65,9 @@ def footprint(
         half: Under autocast, as on a GPU.
         method: ``desam``, ``samed`` or ``dbsam``.
         checkpointing: Whether the encoder's blocks are computed again in the backward pass; not of ``desam``.
+        images: For one tile, where it has many channels; they count where training goes through the encoder.
     """
-    size = Size(variant, image_size, patch_size, outputs)
+    size = Size(variant, image_size, patch_size, outputs, images)
     network, ledger = _desam(size) if method == "desam" else _adapted(size, method)
     kept = ledger.with_checkpointing() if checkpointing else ledger.total()
     trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
@@ -90,6 +90,7 @@ class Size(NamedTuple):
     image_size: int
     patch_size: tuple[int, int]
     outputs: int
+    images: int
 
 
 class Ledger:
@@ -146,6 +147,7 @@ class Ledger:
         self._now = self._outside
 
 
+@cache
 def _desam(size: Size) -> tuple[Any, Ledger]:
     """The network, and what autograd keeps of the decoder for one tile."""
     variant, side, dim = size.variant, size.image_size // PATCH, size.variant.prompt_dim
@@ -163,6 +165,7 @@ def _desam(size: Size) -> tuple[Any, Ledger]:
     return network, ledger
 
 
+@cache
 def _adapted(size: Size, method: str) -> tuple[Any, Ledger]:
     """The network, and what autograd keeps of encoder and decoder for one tile.
 
@@ -170,7 +173,7 @@ def _adapted(size: Size, method: str) -> tuple[Any, Ledger]:
     """
     settings: dict[str, Any] = {"to_image": TileToImage(size.image_size, "unit"), "num_channels": 1}
     with FakeTensorMode():
-        images = torch.empty(1, 3, size.image_size, size.image_size)
+        images = torch.empty(size.images, 3, size.image_size, size.image_size)
         network: SAMed | DBSAM
         if method == "samed":
             network = build_samed(sam=_sam(size), outputs=size.outputs + 1, rank=4, targets="qv", adapt_decoder=False,
@@ -183,9 +186,10 @@ def _adapted(size: Size, method: str) -> tuple[Any, Ledger]:
         ledger = Ledger(network, [*network.encoder.vit.blocks, *exchanges])
         with ledger.open():
             if isinstance(network, SAMed):
-                masks = network.decode(network.neck(images))
+                masks = network.decode(mean_over_groups(network.neck(images), size.images))
             else:
-                masks = network.decode(network.both_branches(images), Prompts(boxes=torch.zeros(1, 4)))
+                neck = mean_over_groups(network.both_branches(images), size.images)
+                masks = network.decode(neck, Prompts(boxes=torch.zeros(1, 4)))
             network.tile_logits(masks, Geometry(size.patch_size, size.image_size)).logsumexp(1)
     return network, ledger
 

@@ -110,8 +110,8 @@ def sample_boxes(
 ) -> tuple[Prompts, Tensor]:
     """Draws one of the classes present in each tile, and a box around it whose sides are moved at random.
 
-    A side moves by at most 20 pixels of an input of 1024 in either direction, and stays in the tile. A tile without
-    foreground gets a box around all of it.
+    A side moves by at most 20 pixels of an input of 1024, and at most a quarter of the box, in either direction, and
+    stays in the tile. A tile without foreground gets a box around all of it.
 
     Args:
         target: (B, K, H, W) bool, one channel per foreground class or region, False on the ignore label.
@@ -128,7 +128,8 @@ def sample_boxes(
     rows, columns = (_extent(chosen.any(axis)) for axis in (2, 1))  # B 2 each, in pixels of the tile
     (left, right), (top, bottom) = (columns * (width / geometry.tile[1])).T, (rows * (height / geometry.tile[0])).T
     boxes = torch.stack([left, top, right, bottom], dim=1)
-    largest = _BOX_SHIFT * geometry.image_size
+    sides = torch.stack([right - left, bottom - top] * 2, dim=1)
+    largest = (sides / 4).clamp(max=_BOX_SHIFT * geometry.image_size)
     boxes = boxes + largest * (2 * torch.rand(boxes.shape, device=device, generator=generator) - 1)
     limit = boxes.new_tensor([width, height, width, height])
     return Prompts(boxes=boxes.clamp(min=0).minimum(limit)), chosen

@@ -40,7 +40,7 @@ class DBSAMTrainer(AdaptedSamTrainer):
         return self.num_iterations_per_epoch
 
     def _build_loss(self) -> nn.Module:
-        return DiceCELoss(self.target_labels, ce=1.0, dice=1.0, background=False)
+        return DiceCELoss(self.target_labels, ce=1.0, dice=1.0, background=False, ddp=self.is_ddp)
 
     def compute_loss(self, inputs: Any, target: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.network(inputs)

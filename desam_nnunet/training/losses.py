@@ -6,6 +6,7 @@ DeSAM's mask loss is nnU-Net's own.
 from __future__ import annotations
 
 import torch
+from nnunetv2.utilities.ddp_allgather import AllGatherGrad
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -49,14 +50,18 @@ class DiceCELoss(nn.Module):
     Args:
         ce, dice: Weights of the two.
         background: Whether the Dice of labels is a mean over the background as well.
+        ddp: Whether the batch of the Dice is that of all processes together, as nnU-Net's batch Dice.
     """
 
-    def __init__(self, label_manager: LabelManager, *, ce: float, dice: float, background: bool) -> None:
+    def __init__(
+        self, label_manager: LabelManager, *, ce: float, dice: float, background: bool, ddp: bool = False
+    ) -> None:
         super().__init__()
         self.label_manager = label_manager
         self.ce = ce
         self.dice = dice
         self.background = background
+        self.ddp = ddp
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Args:
@@ -77,11 +82,12 @@ class DiceCELoss(nn.Module):
             if not self.background:
                 found, wanted = found[:, 1:], wanted[:, 1:]
         entropy = (entropy * weight).sum() / weight.sum().clamp(min=1)
-        return self.ce * entropy + self.dice * (1 - soft_dice(found * weight, wanted * weight).mean())
+        return self.ce * entropy + self.dice * (1 - soft_dice(found * weight, wanted * weight, ddp=self.ddp).mean())
 
 
-def soft_dice(found: Tensor, wanted: Tensor, smooth: float = 1e-5) -> Tensor:
+def soft_dice(found: Tensor, wanted: Tensor, *, ddp: bool = False, smooth: float = 1e-5) -> Tensor:
     """Of each channel over batch and pixels, (C,), squares in the denominator. Args: found, wanted: (B, C, H, W)."""
     axes = (0, 2, 3)
-    overlap = 2 * (found * wanted).sum(axes)
-    return (overlap + smooth) / (found.square().sum(axes) + wanted.square().sum(axes) + smooth)
+    sums = torch.stack([2 * (found * wanted).sum(axes), found.square().sum(axes) + wanted.square().sum(axes)])
+    overlap, total = AllGatherGrad.apply(sums).sum(0) if ddp else sums
+    return (overlap + smooth) / (total + smooth)

@@ -43,7 +43,7 @@ class SAMedTrainer(AdaptedSamTrainer):
         return self.own.warmup
 
     def _build_loss(self) -> nn.Module:
-        return DiceCELoss(self.label_manager, ce=_CE, dice=_DICE, background=True)
+        return DiceCELoss(self.label_manager, ce=_CE, dice=_DICE, background=True, ddp=self.is_ddp)
 
     def compute_loss(self, inputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The loss at a quarter of the input size, against the target's nearest pixels."""

@@ -1,0 +1,34 @@
+"""nnU-Net's checkpoints, read without running code that they may hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+# What they hold beside tensors and plain Python values: numpy's numbers.
+_NUMBERS: list[Any] = [np.float64(0).__reduce__()[0], np.dtype, type(np.dtype("float32")), type(np.dtype("float64"))]
+
+
+def read_checkpoint(model: Path, fold: str, name: str) -> dict[str, Any]:
+    """One fold's checkpoint, on the CPU.
+
+    Args:
+        model: nnU-Net's model folder, ``<trainer>__<plans>__<configuration>``.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It can't be read.
+    """
+    path = model / f"fold_{fold}" / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: give the model folder, -f and -chk of a trained fold.")
+    try:
+        with torch.serialization.safe_globals(_NUMBERS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # damaged bytes make the unpickler raise anything
+        raise ValueError(f"{path} can't be read as a checkpoint of nnU-Net's ({type(error).__name__}).") from error
