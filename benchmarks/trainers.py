@@ -35,7 +35,8 @@ CACHED = "cached"
 PLAIN = "nnUNetTrainer"
 MERGED = "merged"
 WEIGHTS = "random_vit_b.pth"
-SUBJECTS = (PLAIN, f"DeSAMTrainer {CACHED}", *(name for name in TRAINERS if name != "DBSAMTrainerBoxes"))  # other prompts
+# DBSAMTrainerBoxes differs from DBSAMTrainer in prompts alone.
+SUBJECTS = (PLAIN, f"DeSAMTrainer {CACHED}", *(name for name in TRAINERS if name != "DBSAMTrainerBoxes"))
 _STAGES = 7
 PLANS: dict[str, Any] = {
     "dataset_name": "Dataset501_Bench", "plans_name": "BenchPlans", "transpose_forward": [0, 1, 2],
