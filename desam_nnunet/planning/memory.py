@@ -27,6 +27,8 @@ from desam_nnunet.sam.variants import PATCH, Variant, build_sam
 from desam_nnunet.sam.weights import LoadedSam
 
 _KEPT = {"desam": 1.25, "samed": 1.4, "dbsam": 1.15}  # of what autograd keeps: gradients that live beside it
+_RECOMPUTED = 2.4  # of what the largest block keeps, while it is computed again and its gradients are made
+_COPIED = {"samed": 0.55, "dbsam": 0.0}  # of the encoder's weights, with checkpointing, whatever the batch
 _LOGITS = 3.5  # copies of the logits at tile size that the loss makes
 _CONSTANT = 60e6  # bytes
 _HALF = 0.72  # of float32, under autocast: DeSAM's published 7.8 of 10.9 GB
@@ -39,18 +41,20 @@ class Footprint(NamedTuple):
     Attributes:
         weights: Of the network with its encoder.
         optimiser: Gradients and Adam's two moments.
+        copies: Of weights, while the encoder's blocks are computed again.
         per_tile: Of a training step, for each tile of the batch.
         encoding: While one image is encoded.
     """
 
     weights: float
     optimiser: float
+    copies: float
     per_tile: float
     encoding: float
 
     def training(self, batch_size: int) -> float:
         """Peak of a training step, or of encoding, whichever is larger."""
-        step = _CONSTANT + self.optimiser + batch_size * self.per_tile
+        step = _CONSTANT + self.optimiser + self.copies + batch_size * self.per_tile
         return self.weights + max(step, self.encoding)
 
 
@@ -69,16 +73,19 @@ def footprint(
     """
     size = Size(variant, image_size, patch_size, outputs, images)
     network, ledger = _desam(size) if method == "desam" else _adapted(size, method)
-    kept = ledger.with_checkpointing() if checkpointing else ledger.total()
     trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     encoder = sum(parameter.numel() for parameter in network.encoder.parameters())
     side = image_size // PATCH
+    kept = _KEPT[method] * ledger.total()
+    if checkpointing:
+        kept = _KEPT[method] * ledger.without_blocks() + _RECOMPUTED * ledger.largest_block()
     features = 4 * network.encoder.channels * side**2 if method == "desam" else 0
     logits = 4 * (outputs + 1) * patch_size[0] * patch_size[1]
     share = _HALF if half else 1.0
     return Footprint(
         weights=4.0 * (trained + encoder), optimiser=12.0 * trained,
-        per_tile=share * _KEPT[method] * kept + features + _LOGITS * logits,
+        copies=4.0 * _COPIED[method] * encoder if checkpointing else 0.0,
+        per_tile=share * kept + features + _LOGITS * logits,
         encoding=share * _ENCODER_COPIES * 4 * side**2 * variant.embed_dim,
     )
 
@@ -130,9 +137,12 @@ class Ledger:
             together |= kept
         return sum(together.values())
 
-    def with_checkpointing(self) -> int:
-        """The blocks' inputs stay, and one block after the other is there as a whole."""
-        return sum(self._outside.values()) + self._given + max(sum(kept.values()) for kept in self._within)
+    def without_blocks(self) -> int:
+        """What stays with checkpointing: all but what the blocks keep, and their inputs."""
+        return sum(self._outside.values()) + self._given
+
+    def largest_block(self) -> int:
+        return max(sum(kept.values()) for kept in self._within)
 
     def _remember(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
