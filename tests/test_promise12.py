@@ -16,6 +16,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "promise12.py"
 DATA = Path(os.environ.get("DESAM_PROMISE12", "promise12 is not here"))
 
 
+WORKERS = {"nnUNet_def_n_proc": "2", "nnUNet_n_proc_DA": "1"}
 SHORT = ["--image-size", "128", "--disable_tta", "--epochs", "2", "--iterations", "5"]
 real_data = pytest.mark.skipif(not DATA.is_dir(), reason="DESAM_PROMISE12 does not name the folder with RUNMC and UCL")
 
@@ -43,10 +44,10 @@ def work(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("trainer", ["SAMedTrainer", "SAMedTrainerS", "DBSAMTrainer", "DeSAMTrainerWholeBox"])
 def test_every_trainer_trains_resumes_and_ensembles_on_real_data(data: Path, work: Path, trainer: str) -> None:
     words = [sys.executable, SCRIPT, data, work, *SHORT, "-tr", trainer]
-    subprocess.run(words, check=True, env=os.environ | {"nnUNet_def_n_proc": "2"})
+    subprocess.run(words, check=True, env=os.environ | WORKERS)
     assert f"| {trainer} | " in (work / "promise12.md").read_text()
     folders = {name: str(work / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
-    environment = os.environ | folders | {"nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1"}
+    environment = os.environ | folders | WORKERS
     programs = Path(sys.executable).parent
     given = ["-tr", trainer, "-p", "Promise12Plans", "-device", "cpu"]
     train = [programs / "nnUNetv2_train", "512", "2d", "1", *given, "--c"]
@@ -69,7 +70,7 @@ def test_every_trainer_trains_resumes_and_ensembles_on_real_data(data: Path, wor
 @real_data
 def test_real_data_from_end_to_end(data: Path, tmp_path: Path) -> None:
     command = [sys.executable, SCRIPT, data, tmp_path / "work", *SHORT]
-    subprocess.run(command, check=True, env=os.environ | {"nnUNet_def_n_proc": "2"})
+    subprocess.run(command, check=True, env=os.environ | WORKERS)
     report = (tmp_path / "work" / "promise12.md").read_text()
     assert "vit_tiny, RANDOM weights" in report
     assert re.search(r"embedding cache: \d+ tiles in [\d.]+ minutes, [\d.]+ GB as float16", report)
