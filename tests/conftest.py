@@ -126,6 +126,6 @@ def make_trainer(name: str, workspace: Workspace, *, plans: dict[str, Any] | Non
 
     plans = (plans or workspace.plans()) | {"continue_training": False}
     return BY_NAME[name](plans, configuration, fold, dataset_json or workspace.dataset_json(),
-                                torch.device("cpu"))
+                         torch.device("cpu"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -37,13 +38,24 @@ def root(workspace: Workspace) -> Path:
 
 
 @pytest.fixture(scope="module")
-def store(workspace: Workspace, root: Path) -> Store:
-    """All five cases, built by the command."""
+def built(workspace: Workspace, root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Path]:
+    """All five cases, built by the command, and a copy of it for tests that begin after another has failed."""
     workspace.write_plans(PLANS, **tiny_sections(image_size=SIZE))
     result = nnunet("desam", "cache", "-d", 501, "-p", PLANS, "-device", "cpu")
     assert re.search(r"tiles of 5 case\(s\) to encode, about 0\.\d\d GB \(.* GB free\) and (less than a|\d+) min",
                      result.stdout)
     (store,) = (store for store in open_stores(root) if store.recipe.image_size == SIZE)
+    copy = tmp_path_factory.mktemp("built") / store.folder.name
+    shutil.copytree(store.folder, copy)
+    return store, copy
+
+
+@pytest.fixture
+def store(built: tuple[Store, Path]) -> Store:
+    """As it was built, whatever the tests before did to it."""
+    store, copy = built
+    shutil.rmtree(store.folder, ignore_errors=True)
+    shutil.copytree(copy, store.folder)
     return store
 
 
@@ -179,7 +191,7 @@ def test_twenty_kills_and_a_resumed_build_give_the_same_store(workspace: Workspa
     expected = contents(store)
     delete_stores("501", store.folder.name)
     killing = Path(__file__).with_name("killing.py")
-    subprocess.run([sys.executable, killing, "501", PLANS, "20", "1.5"], check=True, capture_output=True)
+    subprocess.run([sys.executable, killing, "501", PLANS, "20", store.folder], check=True, capture_output=True)
     partial = contents(store)
     assert any(name.endswith(".tile") for name in partial)
     assert {name: expected[name] for name in partial} == partial  # nothing half-written ever got its name
