@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from desam_nnunet.checkpoints import read_checkpoint
 from desam_nnunet.files import replace_file
+from desam_nnunet.labels import foreground_of
 from desam_nnunet.networks.dbsam import DBSAM
 from desam_nnunet.networks.frame import ABSENT_LOGIT
 from desam_nnunet.sam.prompts import sample_boxes
@@ -112,7 +113,7 @@ def segment_volume(
     Each object is seen in a window of the patch's size around it, as in training, or larger where it is larger. A class
     without a box in a slice has :data:`~desam_nnunet.networks.frame.ABSENT_LOGIT` there, the background 0.
     """
-    kinds = labels.foreground_regions if labels.has_regions else labels.foreground_labels
+    kinds = foreground_of(labels)
     background = int(not labels.has_regions)
     volume, reference = np.asarray(case.data[:]), np.asarray(case.seg[:])[0]
     logits = torch.full((background + len(kinds), *reference.shape), ABSENT_LOGIT)
@@ -125,12 +126,13 @@ def segment_volume(
             if not mask.any():
                 continue
             window = window_around(mask, patch_size)
-            tile = torch.from_numpy(window.crop(volume[:, z])).float()[None].to(device)
-            geometry = network.geometry(tile)
-            prompts, _ = sample_boxes(torch.from_numpy(window.crop(mask[None]))[None], geometry, generator)
+            target = torch.from_numpy(window.crop(mask[None]))[None]
+            geometry = network.geometry(target)
+            prompts, _ = sample_boxes(target, geometry, generator)
             assert prompts.boxes is not None
             if window not in necks:
-                necks[window] = network.encode(tile)
+                tile = torch.from_numpy(window.crop(volume[:, z])).float()[None]
+                necks[window] = network.encode(tile.to(device))
             masks = network.decode(necks[window], prompts._replace(boxes=prompts.boxes.to(device)))
             window.paste(network.tile_logits(masks, geometry)[0, 0].float().cpu(), logits[channel, z])
     return logits
@@ -177,12 +179,11 @@ def window_around(mask: np.ndarray, patch_size: Sequence[int]) -> Window:
 def score(labels: Path, out: Path, plans: PlansManager, dataset_json: dict[str, Any]) -> float:
     """nnU-Net's ``summary.json`` of a folder of segmentations, and beside it what the figures mean."""
     manager = plans.get_label_manager(dataset_json)
-    kinds = manager.foreground_regions if manager.has_regions else manager.foreground_labels
     ending = dataset_json["file_ending"]
     workers = min(default_num_processes, len(list(out.glob(f"*{ending}"))))
     summary = compute_metrics_on_folder(
-        str(labels), str(out), str(out / "summary.json"), plans.image_reader_writer_class(), ending, kinds,
-        manager.ignore_label, workers)
+        str(labels), str(out), str(out / "summary.json"), plans.image_reader_writer_class(), ending,
+        foreground_of(manager), manager.ignore_label, workers)
     replace_file(out / "prompts.json", [json.dumps({"note": NOTE}, indent=4).encode()])
     return float(summary["foreground_mean"]["Dice"])
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from desam_nnunet.cache.entry import DamagedEntryError
 from desam_nnunet.cache.store import CaseRecord, ChangedCaseError, Store
+from desam_nnunet.labels import foreground_of
 from desam_nnunet.sam.encoder import Features
 
 _AHEAD = 4  # batches at most that are read ahead: they are large
@@ -163,8 +164,8 @@ class _Shares:
     def __init__(self, record: CaseRecord, label_manager: LabelManager, views: int) -> None:
         self.entries = [(number, view) for number in range(len(record.tiles)) for view in range(views)]
         labels = [record.labels[number][view] for number, view in self.entries]
-        regions = label_manager.foreground_regions if label_manager.has_regions else label_manager.foreground_labels
-        wanted = [tuple(region) if isinstance(region, list | tuple) else (region,) for region in regions]
+        wanted = [tuple(region) if isinstance(region, list | tuple) else (region,)
+                  for region in foreground_of(label_manager)]
         pixels = np.array([[sum(counts.get(label, 0) for label in region) for region in wanted] for counts in labels],
                           dtype=float)  # entries, classes
         self.of_class = [column / column.sum() for column in pixels.T if column.sum() > 0]

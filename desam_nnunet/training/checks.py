@@ -11,6 +11,8 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from desam_nnunet.labels import foreground_of
+
 _GEOMETRY = ("data_identifier", "patch_size", "spacing", "normalization_schemes")
 _DATASET = ("labels", "regions_class_order", "channel_names")
 
@@ -48,8 +50,8 @@ def missing_labels(found: set[Any], label_manager: LabelManager) -> list[Any]:
     Raises:
         ValueError: Not a single one occurs.
     """
-    wanted = label_manager.foreground_regions if label_manager.has_regions else label_manager.foreground_labels
-    keys = [tuple(map(int, label)) if isinstance(label, list | tuple) else int(label) for label in wanted]
+    keys = [tuple(map(int, label)) if isinstance(label, list | tuple) else int(label)
+            for label in foreground_of(label_manager)]
     missing = [label for label in keys if label not in found]
     if len(missing) == len(keys):
         raise ValueError(

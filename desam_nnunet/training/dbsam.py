@@ -6,7 +6,7 @@ Source: Qin et al., DB-SAM, MICCAI 2024, section 3, and the published settings: 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
@@ -20,20 +20,27 @@ from desam_nnunet.training.losses import DiceCELoss
 
 
 class DBSAMTrainer(AdaptedSamTrainer):
-    """Trains a convolution branch beside SAM's frozen encoder, the neck and the decoder."""
+    """Trains a convolution branch beside SAM's frozen encoder, the neck and the decoder.
+
+    Attributes:
+        boxes: Whether each tile comes with a box, and the network has one mask, of what the box is around.
+    """
 
     method = "dbsam"
     decay = 0.01
+    boxes: ClassVar[bool] = False
 
-    @staticmethod
+    @classmethod
     def build_network_architecture(
+        cls,
         plans_manager: PlansManager,
         configuration_manager: ConfigurationManager,
         num_input_channels: int,
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
-        return network_from_plans(plans_manager, configuration_manager, num_input_channels, num_output_channels)
+        outputs = None if cls.boxes else num_output_channels
+        return network_from_plans(plans_manager, configuration_manager, num_input_channels, outputs)
 
     @property
     def warmup(self) -> int:

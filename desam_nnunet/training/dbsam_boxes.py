@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributed as dist
 
 from desam_nnunet.boxes import Case, score, segment_cases
 from desam_nnunet.sam.prompts import sample_boxes
 from desam_nnunet.training.base import Batch
-from desam_nnunet.training.dbsam import DBSAMTrainer, network_from_plans
+from desam_nnunet.training.dbsam import DBSAMTrainer
 from desam_nnunet.training.losses import foreground_target
 
 VALIDATION = "validation_with_boxes"
@@ -32,15 +31,7 @@ class DBSAMTrainerBoxes(DBSAMTrainer):
     nnU-Net's predictor knows no boxes, so a model is evaluated with ``desam boxes``, as is the fold's validation.
     """
 
-    @staticmethod
-    def build_network_architecture(
-        plans_manager: PlansManager,
-        configuration_manager: ConfigurationManager,
-        num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
-    ) -> nn.Module:
-        return network_from_plans(plans_manager, configuration_manager, num_input_channels, None)
+    boxes = True
 
     @property
     def target_labels(self) -> LabelManager:

@@ -6,6 +6,8 @@ with polynomial decay, batch 8, 50 epochs.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 
@@ -20,12 +22,19 @@ from desam_nnunet.training.losses import foreground_target, score_loss
 
 
 class DeSAMTrainer(FrozenSamTrainer):
-    """Trains with one sampled point per tile; predicts with a grid of points."""
+    """Trains with one sampled point per tile; predicts with a grid of points.
+
+    Attributes:
+        whole_box: Whether the prompt is a box around the tile.
+    """
 
     method = "desam"
 
-    @staticmethod
+    whole_box: ClassVar[bool] = False
+
+    @classmethod
     def build_network_architecture(
+        cls,
         plans_manager: PlansManager,
         configuration_manager: ConfigurationManager,
         num_input_channels: int,
@@ -33,7 +42,7 @@ class DeSAMTrainer(FrozenSamTrainer):
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
         return network_from_plans(
-            plans_manager, configuration_manager, num_input_channels, num_output_channels, whole_box=False
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, whole_box=cls.whole_box
         )
 
     def compute_loss(self, features: Features, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,17 +58,7 @@ class DeSAMTrainer(FrozenSamTrainer):
 class DeSAMTrainerWholeBox(DeSAMTrainer):
     """Trains and predicts with one box around the tile; no score decides whether a class is present."""
 
-    @staticmethod
-    def build_network_architecture(
-        plans_manager: PlansManager,
-        configuration_manager: ConfigurationManager,
-        num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
-    ) -> nn.Module:
-        return network_from_plans(
-            plans_manager, configuration_manager, num_input_channels, num_output_channels, whole_box=True
-        )
+    whole_box = True
 
     def compute_loss(self, features: Features, target: Tensor) -> tuple[Tensor, Tensor]:
         network = self.bare_network

@@ -6,6 +6,8 @@ with linear warm-up and polynomial decay; 0.2 cross-entropy + 0.8 Dice at a quar
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,13 +24,19 @@ _CE, _DICE = 0.2, 0.8
 
 
 class SAMedTrainer(AdaptedSamTrainer):
-    """Trains low-rank updates of SAM's encoder, and its mask decoder; without prompts."""
+    """Trains low-rank updates of SAM's encoder, and its mask decoder; without prompts.
+
+    Attributes:
+        adapt_decoder: Whether the decoder's transformer gets low-rank updates too, instead of training as a whole.
+    """
 
     method = "samed"
     decay = 0.1
+    adapt_decoder: ClassVar[bool] = False
 
-    @staticmethod
+    @classmethod
     def build_network_architecture(
+        cls,
         plans_manager: PlansManager,
         configuration_manager: ConfigurationManager,
         num_input_channels: int,
@@ -36,7 +44,8 @@ class SAMedTrainer(AdaptedSamTrainer):
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
         return network_from_plans(
-            plans_manager, configuration_manager, num_input_channels, num_output_channels, adapt_decoder=False)
+            plans_manager, configuration_manager, num_input_channels, num_output_channels,
+            adapt_decoder=cls.adapt_decoder)
 
     @property
     def warmup(self) -> int:
@@ -57,16 +66,7 @@ class SAMedTrainer(AdaptedSamTrainer):
 class SAMedTrainerS(SAMedTrainer):
     """SAMed_s: the decoder's transformer is frozen as well and gets low-rank updates."""
 
-    @staticmethod
-    def build_network_architecture(
-        plans_manager: PlansManager,
-        configuration_manager: ConfigurationManager,
-        num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
-    ) -> nn.Module:
-        return network_from_plans(
-            plans_manager, configuration_manager, num_input_channels, num_output_channels, adapt_decoder=True)
+    adapt_decoder = True
 
 
 def network_from_plans(
