@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from desam_nnunet.sam.encoder import Features
 from desam_nnunet.sam.precision import encoder_dtype
 from measure import Report, compare, matmul_rate, seconds
-from peak import peak_memory
+from peak import measured_peak
 from reference import Subject, build, stock_features
 
 TOLERANCE = 1e-4  # of the largest value, float32
@@ -26,7 +26,7 @@ def run(device: torch.device, repeats: int) -> Report:
             _share_of_the_machine(report, variant, device)
         for who in ("reference", "ours"):
             report.fact(f"peak memory of one ViT-B image at 1024 above the network's own, {who}",
-                        f"{peak_memory('encoder', who, device) / 1e6:.0f} MB")
+                        f"{measured_peak('encoder', who, device) / 1e6:.0f} MB")
     return report
 
 

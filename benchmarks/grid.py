@@ -8,7 +8,7 @@ from torch import Tensor
 from desam_nnunet.networks.desam import DeSAM
 from desam_nnunet.sam.encoder import Features
 from measure import Report, compare
-from peak import peak_memory
+from peak import measured_peak
 from reference import build, let_points_pass, published_grid
 
 ROUNDING = 1e-6  # of the largest logit
@@ -33,7 +33,7 @@ def run(device: torch.device, repeats: int) -> Report:
                     lambda n=network, f=features, t=tile: published_grid(n, f, t),
                     lambda n=network, f=features, t=tile: ours(n, f, t),
                     device=device, repeats=repeats, required=required, notes=notes))
-    peaks = {who: peak_memory("grid", who, device) for who in ("reference", "ours")}
+    peaks = {who: measured_peak("grid", who, device) for who in ("reference", "ours")}
     for who, peak in peaks.items():
         report.fact(f"peak memory at 1024, 81 points, above the network's own, {who}", f"{peak / 1e6:.0f} MB")
     assert peaks["ours"] <= peaks["reference"], "grid prediction needs more memory than the reference"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -11,10 +10,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from desam_nnunet.files import replace_file
+from desam_nnunet.machine import describe_machine
 
 RESULTS = Path(__file__).resolve().parent / "results"
 Work = Callable[[], Any]
@@ -77,26 +76,6 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / min(seconds(lambda: a @ b, device) for _ in range(5))
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures depend on."""
-    description = {
-        "device": cpu_name(), "threads": torch.get_num_threads(),
-        "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(), "torch": torch.__version__,
-    }
-    if device.type == "cuda":
-        description |= {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
-    return description
-
-
-def cpu_name() -> str:
-    tell = getattr(torch.cpu, "get_capabilities", dict)
-    known = tell()
-    level = torch.backends.cpu.get_cpu_capability()
-    return f"{known.get('cpu_name', platform.processor() or 'CPU')}, {level}"
-
-
 @dataclass
 class Report:
     """One benchmark's results, written as Markdown and JSON at every addition, so that a stopped run keeps them."""
@@ -125,13 +104,13 @@ class Report:
         RESULTS.mkdir(parents=True, exist_ok=True)
         stem = self.name if self.device.type == "cpu" else f"{self.name}_{self.device.type}"
         tables = {name: [asdict(row) | {"passed": row.passed} for row in rows] for name, rows in self.tables.items()}
-        result = {"benchmark": self.name, "settings": self.settings, "machine": machine(self.device),
+        result = {"benchmark": self.name, "settings": self.settings, "machine": describe_machine(self.device),
                   "tables": tables, "facts": self.facts}
         replace_file(RESULTS / f"{stem}.json", [json.dumps(result, indent=2).encode(), b"\n"])
         replace_file(RESULTS / f"{stem}.md", [self._markdown().encode()])
 
     def _markdown(self) -> str:
-        where = ", ".join(f"{key} {value}" for key, value in machine(self.device).items())
+        where = ", ".join(f"{key} {value}" for key, value in describe_machine(self.device).items())
         parts = [f"# {self.title}", self.settings, f"Machine: {where}."]
         parts += [f"## {name}\n\n{_table(rows)}" for name, rows in self.tables.items()]
         if self.facts:

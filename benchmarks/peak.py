@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 
+from desam_nnunet.machine import peak_memory
 from desam_nnunet.sam.encoder import Features
 from reference import build, let_points_pass, published_grid, stock_features
 
 
-def peak_memory(what: str, who: str, device: torch.device) -> int:
+def measured_peak(what: str, who: str, device: torch.device) -> int:
     """Bytes. what: ``encoder`` or ``grid``. who: ``reference`` or ``ours``."""
     command = [sys.executable, __file__, what, who, "--device", device.type]
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
@@ -31,7 +32,7 @@ def main() -> None:
         work = _work(args.what, args.who, device)
         before = reset(device)
         work()
-        print(highest(device) - before)
+        print(peak_memory(device) - before)
 
 
 def _work(what: str, who: str, device: torch.device) -> Callable[[], object]:
@@ -56,14 +57,7 @@ def reset(device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from here
-    return highest(device)
-
-
-def highest(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+    return peak_memory(device)
 
 
 if __name__ == "__main__":

@@ -22,12 +22,13 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
 from torch.nn import functional as F
 
+from desam_nnunet.machine import peak_memory
 from desam_nnunet.sam.random_weights import random_state
 from desam_nnunet.sam.variants import VARIANTS
 from desam_nnunet.sam.weights import load_sam
 from desam_nnunet.training.registry import TRAINERS
 from measure import Report, Row, compare
-from peak import highest, reset
+from peak import reset
 from reference import TILE, smooth_noise
 
 SIZE, BATCH = 512, 2
@@ -102,7 +103,7 @@ def main() -> None:
     reset(device)
     for _ in range(2):
         trainer.train_step(batch)
-    peak = highest(device) - before
+    peak = peak_memory(device) - before
     plain = make_trainer(PLAIN, folder, device)
     tiles = make_batch(plain)
     plain.train_step(tiles)

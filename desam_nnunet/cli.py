@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from desam_nnunet import __version__
 from desam_nnunet._startup import trainers_folder
+from desam_nnunet.cross_site.command import add_arguments as add_cross_site
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_plan(_add(commands, "plan", _plan, "fit nnU-Net's plans to the data set and this machine"))
     _add_cache(_add(commands, "cache", _cache, "encode a data set once, so that training reads features from disk"))
     _add_boxes(_add(commands, "boxes", _boxes, "evaluate a DBSAMTrainerBoxes model with boxes from the reference"))
+    add_cross_site(_add(commands, "cross-site", _cross_site, "train at each site, test at the others, report"))
     weights = commands.add_parser("weights", help="SAM's weights files and published checkpoints")
     _add_weights(weights.add_subparsers(required=True, metavar="action"))
     return parser
@@ -160,6 +162,13 @@ def _boxes(options: argparse.Namespace) -> int:
     dice = evaluate_with_boxes(options.model, options.f, options.chk, options.i, options.l, options.o, device)
     print(f"{NOTE}\nMean Dice with boxes: {dice:.4f}. Everything else: {options.o / 'summary.json'}")
     return 0
+
+
+def _cross_site(options: argparse.Namespace) -> int:
+    from desam_nnunet.cross_site.command import run
+
+    _device(options.device)
+    return run(options)
 
 
 def _device(name: str) -> torch.device:

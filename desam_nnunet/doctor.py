@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from desam_nnunet import __version__
 from desam_nnunet._startup import VARIABLE, trainers_folder
@@ -20,6 +17,7 @@ from desam_nnunet.sam.precision import encoder_dtype
 from desam_nnunet.sam.random_weights import RANDOM_IDENTITY
 from desam_nnunet.sam.variants import VARIANTS, Variant
 from desam_nnunet.sam.weights import file_md5, find_weights, search_folders
+from desam_nnunet.training.lookup import look_up
 from desam_nnunet.training.registry import TRAINERS
 
 _NNUNET_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -68,8 +66,7 @@ def _print(finding: Finding) -> Finding:
 
 def _trainer(name: str) -> Finding:
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # the look-up talks
-            found = recursive_find_trainer_class_by_name(name)
+        found = look_up(name)
     except Exception as error:  # the look-up imports files of others
         listed = os.environ.get(VARIABLE, "")
         remedy = f"export nnUNet_extTrainer=$nnUNet_extTrainer:{trainers_folder()}"

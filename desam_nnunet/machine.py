@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import platform
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -29,6 +32,41 @@ def free_memory(device: torch.device) -> int:
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved
     return min([psutil.virtual_memory().available, *(limit - used for limit, used in _groups())])
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held: of the GPU on a CUDA device, else of main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.is_file():  # not getrusage, which keeps the peak of the process that started this one
+        return 1024 * int(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")))
+    memory: Any = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):  # Windows
+        return memory.peak_wset
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """What times and memory depend on."""
+    description = {
+        "device": _cpu_name(), "threads": torch.get_num_threads(),
+        "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(), "torch": torch.__version__,
+    }
+    if device.type == "cuda":
+        description |= {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    return description
+
+
+def _cpu_name() -> str:
+    tell: Any = getattr(torch.cpu, "get_capabilities", dict)
+    level = torch.backends.cpu.get_cpu_capability()
+    return f"{tell().get('cpu_name', platform.processor() or 'CPU')}, {level}"
 
 
 def _groups(

@@ -176,15 +176,11 @@ def minutes_of(work: Callable[[], None], noted: Path, *, done: bool) -> float:
 
 
 def train_plain(options: argparse.Namespace) -> None:
-    """nnU-Net's own 2D trainer for as many iterations: it takes their number from attributes, not from plans."""
-    from nnunetv2.run.run_training import get_trainer_from_args
-
-    trainer = get_trainer_from_args(str(DATASET), "2d", 0, "nnUNetTrainer", PLANS, device=torch.device(options.device))
-    trainer.num_epochs = options.epochs
-    trainer.num_iterations_per_epoch = options.iterations
-    trainer.num_val_iterations_per_epoch = VALIDATION_ITERATIONS
-    trainer.run_training()
-    trainer.perform_actual_validation()
+    """nnU-Net's own 2D trainer for as many iterations."""
+    words = ["-m", "desam_nnunet.cross_site.budget", str(DATASET), "0", "-tr", "nnUNetTrainer", "-p", PLANS,
+             "-device", options.device, f"--epochs={options.epochs}", f"--iterations_per_epoch={options.iterations}",
+             f"--val_iterations_per_epoch={VALIDATION_ITERATIONS}"]
+    subprocess.run([sys.executable, *words], check=True)
 
 
 def step_seconds(options: argparse.Namespace, model: Path) -> float:

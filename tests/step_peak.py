@@ -15,6 +15,7 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 
+from desam_nnunet.machine import peak_memory
 from desam_nnunet.networks.dbsam import build_dbsam
 from desam_nnunet.networks.desam import build_desam
 from desam_nnunet.networks.samed import build_samed
@@ -35,13 +36,13 @@ def main() -> None:
     network = build(method, variant, size, outputs)
     optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad])
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before = highest()
+    before = peak_memory(torch.device("cpu"))
     for _ in range(2):
         target = torch.randint(0, outputs + 1, (batch, 1, patch, patch))
         optimizer.zero_grad()
         STEPS[method](network, variant, size, batch, target, manager).backward()
         optimizer.step()
-    print(highest() - before)
+    print(peak_memory(torch.device("cpu")) - before)
 
 
 def build(method: str, variant: Variant, size: int, outputs: int) -> Any:
@@ -93,11 +94,6 @@ def step_of_dbsam(
 
 
 STEPS = {"desam": step_of_desam, "samed": step_of_samed, "dbsam": step_of_dbsam}
-
-
-def highest() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
 
 
 if __name__ == "__main__":

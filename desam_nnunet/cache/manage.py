@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import shutil
 from pathlib import Path
 
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -24,6 +21,7 @@ from desam_nnunet.sections import SamSection
 from desam_nnunet.training.cached import augmentation_of, build_missing, recipe_of
 from desam_nnunet.training.desam import network_from_plans
 from desam_nnunet.training.frozen import FrozenSamTrainer
+from desam_nnunet.training.lookup import look_up
 
 
 def build_dataset(
@@ -69,8 +67,7 @@ def build_dataset(
 
 
 def _find_trainer(name: str) -> type[FrozenSamTrainer]:
-    with contextlib.redirect_stdout(io.StringIO()):  # the look-up talks
-        found = recursive_find_trainer_class_by_name(name)
+    found = look_up(name)
     if not issubclass(found, FrozenSamTrainer):
         raise ValueError(f"-tr {name} does not train on a frozen encoder's features, so it has nothing to cache.")
     return found

@@ -1,0 +1,47 @@
+"""nnU-Net's own trainers with as many iterations as the study's settings give to all.
+
+nnU-Net takes the number of iterations from attributes of the trainer; the trainers of this package take it from the
+plans.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+import torch
+from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
+
+from desam_nnunet.planning.facts import CONFIGURATION
+
+KEYS = {"epochs": "num_epochs", "iterations_per_epoch": "num_iterations_per_epoch",
+        "val_iterations_per_epoch": "num_val_iterations_per_epoch"}
+
+
+def main() -> None:
+    """Trains one fold, going on where it was stopped, and validates it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("dataset")
+    parser.add_argument("fold")
+    parser.add_argument("-tr", required=True)
+    parser.add_argument("-p", required=True)
+    parser.add_argument("-device", default="cuda")
+    for key in KEYS:
+        parser.add_argument(f"--{key}", type=int)
+    options = parser.parse_args()
+    torch.set_num_threads(os.cpu_count() or 1 if options.device == "cpu" else 1)  # as nnUNetv2_train does
+    torch.backends.cudnn.benchmark = True
+    fold = options.fold if options.fold == "all" else int(options.fold)
+    trainer = get_trainer_from_args(options.dataset, CONFIGURATION, fold, options.tr, options.p,
+                                    continue_training=True, device=torch.device(options.device))
+    for key, attribute in KEYS.items():
+        if (value := getattr(options, key)) is not None:
+            setattr(trainer, attribute, value)
+    trainer.save_every = 1
+    maybe_load_checkpoint(trainer, True, False)
+    trainer.run_training()
+    trainer.perform_actual_validation()
+
+
+if __name__ == "__main__":
+    main()

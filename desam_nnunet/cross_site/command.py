@@ -1,0 +1,57 @@
+"""The words of ``desam cross-site``. Importing this module imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+from importlib.util import find_spec
+from pathlib import Path
+
+_EXTRA = ("monai", "jinja2")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What one can type."""
+    parser.add_argument("data", type=Path, nargs="?", metavar="DATA",
+                        help="folder with a folder per site, or a manifest (CSV or JSON: case, site, image, label)")
+    parser.add_argument("-d", nargs="+", default=[], metavar="SITE=DATASET",
+                        help="instead of DATA: data sets in nnU-Net's folders, such as RUNMC=501 UCL=502")
+    parser.add_argument("-o", type=Path, required=True, metavar="OUT", help="folder of the study, new or to go on with")
+    parser.add_argument("-tr", nargs="+", default=[], metavar="TRAINER",
+                        help="ours and nnU-Net's (default: DeSAMTrainer nnUNetTrainer)")
+    parser.add_argument("--sources", nargs="+", default=[], metavar="SITE", help="to train at (default: every site)")
+    parser.add_argument("--targets", nargs="+", default=[], metavar="SITE", help="to test at (default: every site)")
+    parser.add_argument("-f", nargs="+", default=["0"], metavar="FOLD", help="folds to train, or all (default: 0)")
+    parser.add_argument("-p", default="", metavar="PLANS",
+                        help="plans for all trainers (default: desam plan's for ours, nnUNetPlans for nnU-Net's)")
+    parser.add_argument("--settings", type=Path, metavar="FILE",
+                        help="JSON with keys of the plans' 2D configuration for all trainers, such as batch_size and "
+                             "sam; the iterations in it hold for nnU-Net's trainers too")
+    parser.add_argument("--labels", nargs="+", default=[], metavar="NAME=VALUE",
+                        help="classes (default: the values in the references, if all sites have the same)")
+    parser.add_argument("--channels", nargs="+", default=[], metavar="NAME",
+                        help="as in nnU-Net's dataset.json; CT is normalised as CT (default: image)")
+    parser.add_argument("--tolerance", type=float, default=2.0, metavar="MM", help="of the surface Dice (default: 2)")
+    parser.add_argument("-device", default="cuda", choices=["cuda", "cpu", "mps"], help="default: cuda, as nnU-Net")
+    parser.add_argument("-num_parts", type=int, default=1, help="share sources and trainers among so many processes")
+    parser.add_argument("-part_id", type=int, default=0, help="which share this is, from 0")
+    parser.add_argument("--dry-run", action="store_true", help="say what would run and what is done, and do nothing")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs or describes the study."""
+    if missing := [name for name in _EXTRA if find_spec(name) is None]:
+        raise ValueError(f"desam cross-site needs {' and '.join(missing)}: pip install 'desam-nnunet[cross-site]'.")
+    from desam_nnunet.cross_site.opening import open_study
+    from desam_nnunet.cross_site.runner import describe_steps, run_study
+
+    study = open_study(
+        options.data, options.d, options.o, trainers=options.tr, sources=options.sources, targets=options.targets,
+        folds=options.f, plans=options.p, settings=options.settings, labels=options.labels,
+        channels=options.channels, tolerance=options.tolerance)
+    if options.dry_run:
+        print("\n".join(describe_steps(study, options.device)))
+        return 0
+    report = run_study(study, options.device, options.num_parts, options.part_id)
+    if report is not None:
+        print(f"The report: {report}")
+    return 0

@@ -1,0 +1,78 @@
+"""Whether a step has anything to do, and what a kill in the middle of one has left to clear away."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+import zipfile
+import zlib
+from pathlib import Path
+
+import SimpleITK as sitk
+
+from desam_nnunet.cross_site.sites import ENDINGS
+from desam_nnunet.cross_site.study import STOCK_PLANS, Study
+from desam_nnunet.planning.facts import CONFIGURATION
+from desam_nnunet.sections import FEATURES
+
+
+def planned(study: Study, source: str) -> str | None:
+    """The plans that an existing data set has, whose preprocessed data are used; None where it has none."""
+    name = study.plans or STOCK_PLANS
+    return name if (study.preprocessed(source) / f"{name}.json").is_file() else None
+
+
+def is_unprepared(study: Study, source: str) -> bool:
+    """Whether a case is not preprocessed. A study's own data set begins anew: what is there is half of something."""
+    folder = study.preprocessed(source)
+    if not study.existing:
+        shutil.rmtree(folder, ignore_errors=True)
+        return True
+    plans = planned(study, source)
+    if plans is None:
+        return True
+    configuration = json.loads((folder / f"{plans}.json").read_text())["configurations"][CONFIGURATION]
+    data = folder / configuration["data_identifier"]
+    ending = study.dataset_json["file_ending"]
+    return not all((data / f"{case.name}.pkl").is_file() and  # written last
+                   (folder / "gt_segmentations" / f"{case.name}{ending}").is_file() for case in study.sites[source])
+
+
+def is_cached(study: Study, source: str, plans: str) -> bool:
+    """Whether training reads stored features; plans without our section do."""
+    configurations = json.loads((study.preprocessed(source) / f"{plans}.json").read_text())["configurations"]
+    return configurations[CONFIGURATION].get("sam", {}).get("features", FEATURES[1]) == FEATURES[1]
+
+
+def is_missing(path: Path) -> bool:
+    return not path.is_file()
+
+
+def is_untrained(folder: Path) -> bool:
+    """Whether a fold has work left. Checkpoints that a kill has cut off are put aside: nnU-Net would try them first."""
+    names = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
+    for path in (folder / name for name in names):
+        if path.is_file() and not zipfile.is_zipfile(path):
+            path.replace(path.with_name(f"{path.name}.damaged"))
+    return not ((folder / names[0]).is_file() and (folder / "validation" / "summary.json").is_file())
+
+
+def is_unsegmented(folder: Path) -> bool:
+    """There is always something to do; what a kill has cut off is removed, since nnU-Net goes by names."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name.endswith(ENDINGS) and not _is_whole(path):
+            path.unlink()
+    return True
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        if path.suffix == ".gz":
+            with gzip.open(path) as stream:
+                while stream.read(2**24):
+                    pass  # the checksum is at the end
+        sitk.ReadImage(path)
+    except (OSError, EOFError, RuntimeError, zlib.error):
+        return False
+    return True

@@ -1,0 +1,279 @@
+"""Opens a study: what was asked for, checked against the data and against what its folder holds."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from desam_nnunet.config import check_keys, given_section, resolve_plans
+from desam_nnunet.cross_site.sites import Case, Sites, check_sites, ending_of, given_labels, labels_of, read_sites
+from desam_nnunet.cross_site.study import FILE, FOLDERS, STOCK_PLANS, STUDY_PLANS, Study, method_of, plain, plain_sites
+from desam_nnunet.files import TEMPORARY
+from desam_nnunet.planning.facts import CONFIGURATION
+from desam_nnunet.sections import SECTIONS
+from desam_nnunet.training.lookup import look_up
+
+_FOLDS = 5  # of nnU-Net's split
+_GROWING = ("trainers", "sources", "targets")  # what a later call may add to
+_NEEDS_BOXES = "DBSAMTrainerBoxes"
+_KEYS = ("batch_size", "patch_size")  # of the 2D configuration, beside our sections
+DEFAULT_TRAINERS = ("DeSAMTrainer", "nnUNetTrainer")
+
+
+def open_study(
+    data: Path | None, datasets: Sequence[str], out: Path, *, trainers: Sequence[str], sources: Sequence[str],
+    targets: Sequence[str], folds: Sequence[str], plans: str, settings: Path | None, labels: Sequence[str],
+    channels: Sequence[str], tolerance: float,
+) -> Study:
+    """The study that was asked for: a new one, or the one that `out` holds, with trainers and sites added.
+
+    Args:
+        data: Folder or manifest, see :func:`~desam_nnunet.cross_site.sites.read_sites`. datasets: Instead of it,
+            ``SITE=DATASET`` of data sets in nnU-Net's folders.
+        trainers, sources, targets: Empty for those of the study that `out` holds, or for the default: every site.
+
+    Raises:
+        FileNotFoundError, ValueError: What was given can't be a study; one sentence says why.
+    """
+    if (data is None) == (not datasets):
+        raise ValueError("Give the sites' data: a folder or manifest, or nnU-Net's data sets with -d SITE=DATASET.")
+    if datasets and (labels or channels):
+        raise ValueError("--labels and --channels are for data that are no nnU-Net data sets yet: -d has them from "
+                         "dataset.json.")
+    chosen = _read_settings(settings, plans)
+    before = _read(out)
+    sites, names = (read_sites(data), {}) if data is not None else _from_datasets(datasets)
+    names = names or {site: f"Dataset{number:03d}_{site}" for number, site in enumerate(sites, 1)}
+    known = before or {name: [] for name in _GROWING}
+    study = Study(
+        out.resolve(), sites, names, {}, not data, _unique(trainers or known["trainers"] or DEFAULT_TRAINERS),
+        _known_sites(sources or known["sources"], sites, "--sources"),
+        _known_sites(targets or known["targets"], sites, "--targets"), tuple(map(str, folds)), plans, chosen, tolerance)
+    check_trainers(study.trainers)
+    _check(study)
+    if study.settings:
+        _check_settings(study)
+    study = replace(study, dataset_json=_description(study, before, labels, channels))
+    return study if before is None else _joined(before, study)
+
+
+def _description(
+    study: Study, before: dict[str, Any] | None, labels: Sequence[str], channels: Sequence[str]
+) -> dict[str, Any]:
+    """``dataset.json`` without its number of cases. Files are looked into where they are not those of before."""
+    unchanged = before is not None and before["sites"] == plain_sites(study.sites)
+    if study.existing:
+        description = _common_description(study.datasets)
+        if not unchanged:
+            _check_values(check_sites(study.sites), description)
+        return description
+    if before is None or not unchanged:
+        return _describe(study.sites, labels, channels)
+    description = dict(before["dataset_json"])
+    if labels:
+        description["labels"] = given_labels(labels)
+    if channels:
+        description["channel_names"] = _numbered(channels)
+    return description
+
+
+def _check_values(found: dict[str, list[int]], description: dict[str, Any]) -> None:
+    declared = {int(value) for values in description["labels"].values()
+                for value in (values if isinstance(values, list) else [values])}
+    for site, values in found.items():
+        if unknown := [value for value in values if value not in declared]:
+            raise ValueError(f"The references of {site} have the value {unknown[0]}, which dataset.json does not name: "
+                             "add it, or relabel these references.")
+
+
+def check_trainers(names: Sequence[str]) -> None:
+    """Looks every trainer up as nnU-Net does.
+
+    Raises:
+        ValueError: There is none of that name, or it can't segment a new site.
+    """
+    for name in names:
+        if name == _NEEDS_BOXES:
+            raise ValueError(f"-tr {name} needs boxes from the reference, which a new site does not have: choose "
+                             "another trainer, such as DBSAMTrainer.")
+        try:
+            look_up(name)
+        except RuntimeError as error:
+            raise ValueError(f"-tr {name}: nnU-Net finds no trainer of that name: see desam doctor.") from error
+
+
+def _check(study: Study) -> None:
+    if study.tolerance <= 0:
+        raise ValueError(f"--tolerance is {study.tolerance}, but must be a distance in mm above 0.")
+    if bad := [fold for fold in study.folds if fold != "all" and fold not in map(str, range(_FOLDS))]:
+        raise ValueError(f"-f {bad[0]} is no fold: give some of 0 to {_FOLDS - 1}, or all.")
+    if "all" in study.folds and len(study.folds) > 1:
+        raise ValueError("-f all trains on all cases and can't be mixed with other folds.")
+    for source in study.sources if "all" not in study.folds else ():
+        number = len(study.sites[source])
+        split = study.preprocessed(source) / "splits_final.json"
+        if study.existing and split.is_file():
+            splits = len(json.loads(split.read_text()))
+            if bad := [fold for fold in study.folds if int(fold) >= splits]:
+                raise ValueError(f"-f {bad[0]}: {split} has {splits} fold(s), counted from 0.")
+        elif number < _FOLDS:
+            raise ValueError(
+                f"Site {source} has {number} case(s), but nnU-Net's {_FOLDS} folds need {_FOLDS}: add -f all to train "
+                "on all of them, or leave it out of --sources.")
+    if not any(target != source for source in study.sources for target in study.targets):
+        raise ValueError("There is no other site to segment: a study needs a target that is not the source.")
+    if not study.existing and study.plans not in ("", STOCK_PLANS):
+        raise ValueError(f"There are no plans '{study.plans}' of data sets that are yet to be made: use --settings, or "
+                         "-d with data sets that are planned.")
+    if study.existing and study.plans:
+        for source in study.sources:
+            path = study.preprocessed(source) / f"{study.plans}.json"
+            if study.plans != STOCK_PLANS and not path.is_file():
+                raise FileNotFoundError(f"{path} does not exist: plan it for every source first.")
+
+
+def _joined(before: dict[str, Any], study: Study) -> Study:
+    """The study on disk with what this call adds.
+
+    Raises:
+        ValueError: It was made with other settings.
+    """
+    now = plain(study)
+    for name, value in now.items():
+        if name not in _GROWING and before[name] != value:
+            raise ValueError(
+                f"{study.out} holds a study with other {name} ({_brief(before[name])}, now {_brief(value)}): give the "
+                "same, or another folder with -o.")
+    grown: dict[str, Any] = {name: _unique([*before[name], *now[name]]) for name in _GROWING}
+    return replace(study, **grown)
+
+
+def _read(out: Path) -> dict[str, Any] | None:
+    path = out / FILE
+    if not path.is_file():
+        if out.is_dir() and any(not path.name.endswith(TEMPORARY) for path in out.iterdir()):
+            raise FileExistsError(f"{out} holds other things than a study: give a new folder with -o.")
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: give another folder with -o.") from error
+
+
+def _read_settings(path: Path | None, plans: str) -> dict[str, Any]:
+    if path is None:
+        return {}
+    if plans:
+        raise ValueError(f"-p {plans} and --settings exclude each other: put the settings into these plans.")
+    try:
+        settings = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} can't be read as JSON: {error}.") from error
+    if not isinstance(settings, dict) or not settings:
+        raise ValueError(f"{path} must hold an object with keys of the plans' 2D configuration, such as batch_size.")
+    for name, section in SECTIONS.items():
+        check_keys(name, section, given_section(settings, name))
+    if unknown := [key for key in settings if key not in SECTIONS and key not in _KEYS]:
+        raise ValueError(f"{path} has the key '{unknown[0]}', which a study does not take: choose among "
+                         f"{', '.join([*SECTIONS, *_KEYS])}.")
+    if not isinstance(settings.get("batch_size"), int) or settings["batch_size"] < 1:
+        raise ValueError(f"{path} must give batch_size, a number from 1 on, so that all trainers have the same.")
+    return settings
+
+
+def _check_settings(study: Study) -> None:
+    """Whether plans with these settings hold for every trainer, and the weights are here, before data are planned."""
+    window = study.settings.get("sam", {}).get("intensity") == "window"
+    configuration = {"patch_size": [64, 64], "normalization_schemes": ["CTNormalization" if window else ""],
+                     "architecture": {}}
+    for method in {method for trainer in study.trainers if (method := method_of(trainer)) is not None}:
+        plans = {"plans_name": STUDY_PLANS, "label_manager": "LabelManager",
+                 "configurations": {CONFIGURATION: copy.deepcopy(configuration | study.settings)}}
+        resolve_plans(plans, CONFIGURATION, {"labels": {"background": 0, "organ": 1}}, method)
+
+
+def _from_datasets(datasets: Sequence[str]) -> tuple[Sites, dict[str, str]]:
+    """Sites that are nnU-Net data sets."""
+    for name in FOLDERS:
+        if not os.environ.get(name):
+            raise ValueError(f"-d needs nnU-Net's own folders: set {name}.")
+    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+    sites: Sites = {}
+    names = {}
+    for text in datasets:
+        site, _, dataset = text.partition("=")
+        if not site or not dataset or site in sites:
+            raise ValueError(f"-d {text} is not SITE=DATASET with a name of its own, such as RUNMC=501.")
+        try:
+            names[site] = maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset)
+        except RuntimeError as error:
+            raise FileNotFoundError(f"-d {text}: nnU-Net has no data set {dataset}.") from error
+        raw = _raw_folder() / names[site]
+        if not (raw / "dataset.json").is_file():
+            raise FileNotFoundError(f"{raw / 'dataset.json'} does not exist: a study needs the raw images.")
+        files = get_filenames_of_train_images_and_targets(str(raw))
+        sites[site] = sorted(Case(case, tuple(map(Path, entry["images"])),
+                                  Path(entry["label"])) for case, entry in files.items())
+    return sites, names
+
+
+def _raw_folder() -> Path:
+    return Path(os.environ[FOLDERS[0]])
+
+
+def _common_description(names: dict[str, str]) -> dict[str, Any]:
+    """``dataset.json``, without what may differ between sites."""
+    found = {}
+    for site, dataset in names.items():
+        given = json.loads((_raw_folder() / dataset / "dataset.json").read_text())
+        found[site] = {key: given[key] for key in ("channel_names", "labels", "file_ending", "regions_class_order")
+                       if key in given}
+    (first, description), *others = found.items()
+    for site, theirs in others:
+        for key in ("labels", "file_ending", "regions_class_order"):
+            if theirs.get(key) != description.get(key):
+                raise ValueError(f"The data sets of {first} and {site} differ in {key} ({description.get(key)} and "
+                                 f"{theirs.get(key)}): make them alike, or no model of one can be scored at the other.")
+        if len(theirs["channel_names"]) != len(description["channel_names"]):
+            raise ValueError(f"The data sets of {first} and {site} have {len(description['channel_names'])} and "
+                             f"{len(theirs['channel_names'])} channels, but need the same.")
+    return description
+
+
+def _describe(sites: Sites, labels: Sequence[str], channels: Sequence[str]) -> dict[str, Any]:
+    values = check_sites(sites)
+    first = next(iter(sites.values()))[0]
+    number = len(first.images)
+    names = list(channels) or [f"image {index}" if number > 1 else "image" for index in range(number)]
+    if len(names) != number:
+        raise ValueError(f"--channels names {len(names)} channel(s), but {first.name} has {number} image file(s).")
+    return {"channel_names": _numbered(names), "labels": labels_of(values, labels),
+            "file_ending": ending_of(first.label)}
+
+
+def _numbered(names: Sequence[str]) -> dict[str, str]:
+    return {str(index): name for index, name in enumerate(names)}
+
+
+def _known_sites(names: Sequence[str], sites: Sites, flag: str) -> tuple[str, ...]:
+    for name in names:
+        if name not in sites:
+            raise ValueError(f"{flag} {name} is not among the sites {', '.join(sites)}.")
+    return _unique(names or sites)
+
+
+def _unique(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names))
+
+
+def _brief(value: Any) -> str:
+    text = re.sub(r"\s+", " ", json.dumps(value))
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,108 @@
+"""What PRIM thinks of every point of the grid: where DeSAM finds the organ, and where it says that there is none.
+
+Source: Gao et al., DeSAM, MICCAI 2024, section 2.2: the score of a prompt decides which mask is taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+from desam_nnunet.cache.tiles import crop, tiles_of
+from desam_nnunet.cross_site.costs import CHECKPOINT
+from desam_nnunet.cross_site.pictures import TRUTH, chosen_cases, outline, save
+from desam_nnunet.cross_site.study import Study
+from desam_nnunet.evaluation.scores import classes_of, read_rows
+from desam_nnunet.networks.desam import DeSAM
+
+
+class ScoreMap(NamedTuple):
+    """Of one tile.
+
+    Attributes:
+        image: (H, W), preprocessed. labels: The same, of the reference.
+        scores: (grid, grid, K), from PRIM, of the points at the centres of the grid's cells.
+        slice: Of the volume before preprocessing.
+    """
+
+    image: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray
+    slice: int
+
+
+def draw_scores(study: Study, source: str, trainer: str, target: str) -> None:
+    """Writes the maps of the median case: a slice through the organ and, where there is one, a slice without it.
+
+    On the CPU, so that nothing is left on a GPU that the next step needs.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):  # the predictor talks
+        predictor = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False, allow_tqdm=False)
+        predictor.initialize_from_trained_model_folder(
+            str(study.model(source, trainer)), [study.folds[0]], CHECKPOINT)
+    network = predictor.network.eval()
+    assert isinstance(network, DeSAM)
+    classes, _ = classes_of(study.dataset_json)
+    cases = chosen_cases(read_rows(study.scores(source, trainer, target)))
+    case = next(case for case in study.sites[target] if case.name == cases[len(cases) // 2][1])
+    organs = [value for values in classes.values() for value in values]
+    maps = score_maps(network, predictor, [str(path) for path in case.images], str(case.label), organs)
+    figure = Figure(figsize=(3.6 * len(classes), 3.3 * len(maps)), layout="constrained")
+    axes = figure.subplots(len(maps), len(classes), squeeze=False)
+    for row, found in zip(axes, maps, strict=True):
+        for index, (axis, (name, values)) in enumerate(zip(row, classes.items(), strict=True)):
+            outline(axis, np.isin(found.labels, values), TRUTH, 1.5)
+            _draw(axis, found, index, f"{case.name}, slice {found.slice}, {name}", network.iou_threshold)
+    figure.colorbar(axes[0, 0].collections[-1], ax=axes, label="PRIM's score of the point", shrink=0.8)
+    save(figure, study.score_picture(source, trainer, target))
+
+
+@torch.inference_mode()
+def score_maps(
+    network: DeSAM, predictor: nnUNetPredictor, images: list[str], label: str, organs: list[int]
+) -> list[ScoreMap]:
+    """The tile with most of the organ, and the same place on a slice without it. Args: organs: Their label values."""
+    configuration: Any = predictor.configuration_manager
+    preprocessor = configuration.preprocessor_class(verbose=False)
+    data, seg, properties = preprocessor.run_case(
+        images, label, predictor.plans_manager, configuration, predictor.dataset_json)
+    patch_size = configuration.patch_size
+    first = properties["bbox_used_for_cropping"][0][0]  # 2D configurations do not resample across slices
+    area = np.isin(seg[0], organs).sum((1, 2))
+    organ = int(area.argmax())
+    tiles = [tile for tile in tiles_of(data.shape[1:], patch_size) if tile.slice == organ]
+    tile = max(tiles, key=lambda tile: int(np.isin(crop(seg, tile, patch_size, -1), organs).sum()))
+    free = np.flatnonzero(area == 0)
+    slices = [organ, *([int(free[len(free) // 2])] if len(free) else [])]
+    maps = []
+    for z in slices:
+        here = tile._replace(slice=z)
+        image = torch.from_numpy(crop(data, here, patch_size, 0))[None].float()
+        features = network.encode(image)
+        scores = network.grid_scores(features, network.geometry(image))
+        side = network.grid or 0
+        maps.append(ScoreMap(image[0, 0].numpy(), crop(seg, here, patch_size, -1)[0],
+                             scores.float().numpy().reshape(side, side, -1), z + int(first)))
+    return maps
+
+
+def _draw(axis: Any, found: ScoreMap, index: int, title: str, threshold: float) -> None:
+    scores = found.scores[..., index]
+    height, width = found.image.shape
+    side = len(scores)
+    centres = (np.arange(side) + 0.5) / side
+    x, y = np.meshgrid(centres * width - 0.5, centres * height - 0.5)
+    axis.imshow(found.image, cmap="gray")
+    best = np.unravel_index(scores.argmax(), scores.shape)
+    axis.scatter(x[best], y[best], s=90, facecolors="none", edgecolors="red", linewidths=1.5)
+    axis.scatter(x, y, c=scores, cmap="viridis", vmin=0, vmax=1, s=16)
+    verdict = "present" if scores.max() > threshold else "absent"
+    axis.set_title(f"{title}\nbest score {scores.max():.2f}: {verdict} (threshold {threshold:g})", fontsize=8)
+    axis.set_xticks([])
+    axis.set_yticks([])

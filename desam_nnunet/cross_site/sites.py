@@ -1,0 +1,278 @@
+"""The sites of a study: which images and references each has, checked before any work begins."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import SimpleITK as sitk
+from tqdm import tqdm
+
+ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
+LABEL_WORDS = ("_segmentation", "_seg", "_label", "_mask")
+ALL = "all"  # what stands for every site together, and so is no site's name
+_SITE = re.compile(r"[A-Za-z0-9_-]+")
+_CASE = re.compile(r"[^/\\:*?\"<>|\x00-\x1f]+")
+_COLUMNS = {"case", "site", "image", "label"}
+_APART = 1e-2  # mm, and of direction cosines
+
+
+class Case(NamedTuple):
+    """Attributes: images: One file per channel."""
+
+    name: str
+    images: tuple[Path, ...]
+    label: Path
+
+
+Sites = dict[str, list[Case]]
+
+
+def read_sites(data: Path) -> Sites:
+    """From a folder with a folder per site, or a manifest.
+
+    A site's folder holds ``imagesTr`` and ``labelsTr`` (or ``images`` and ``labels``) as in nnU-Net's raw data sets, or
+    all volumes side by side, where a reference has the name of its image and ``_segmentation``, ``_seg``, ``_label`` or
+    ``_mask``. A manifest is CSV with the columns ``case``, ``site``, ``image`` and ``label``, the files of several
+    channels separated by semicolons, or JSON with a list of such rows; paths are relative to it.
+
+    Raises:
+        FileNotFoundError: There is no such folder or file, or no cases in it.
+        ValueError: A manifest that is not as above, or a case that occurs twice at a site.
+    """
+    if data.is_dir():
+        sites = {folder.name: list(_cases_in(folder)) for folder in sorted(data.iterdir())
+                 if folder.is_dir() and not folder.name.startswith(".")}
+    elif data.is_file():
+        sites = _from_manifest(data)
+    else:
+        raise FileNotFoundError(f"{data} does not exist: give a folder with a folder per site, or a manifest.")
+    if not sites:
+        raise FileNotFoundError(f"{data} holds no folders: give one that has a folder for each site.")
+    return {name: sorted(cases) for name, cases in sorted(sites.items())}
+
+
+def check_sites(sites: Sites) -> dict[str, list[int]]:
+    """Looks into every file, with progress.
+
+    Returns:
+        Per site the values that occur in its references, without 0.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A name that can't be a file's, an image that occurs twice, cases with different numbers of channels
+            or file endings, or an image whose geometry is not its reference's.
+    """
+    for site, cases in sites.items():
+        if not _SITE.fullmatch(site) or site == ALL:
+            raise ValueError(f"The site's name {site!r} is '{ALL}' or has characters other than letters, digits, - and "
+                             "_: rename it.")
+        for case in cases:
+            if not _CASE.fullmatch(case.name) or case.name.startswith("."):
+                raise ValueError(f"Site {site} has a case called {case.name!r}, which can't be a file's name: rename "
+                                 "it.")
+        twice = [name for name, number in Counter(case.name for case in cases).items() if number > 1]
+        if twice:
+            raise ValueError(f"Site {site} has the case '{twice[0]}' more than once: give each case its own name.")
+    every = [(site, case) for site, cases in sites.items() for case in cases]
+    _check_apart(every)
+    site, first = every[0]
+    values: dict[str, set[int]] = {site: set() for site in sites}
+    for site, case in tqdm(every, desc="Checking volumes", unit="case"):
+        if len(case.images) != len(first.images):
+            raise ValueError(f"Case {case.name} of site {site} has {len(case.images)} channel(s), but {first.name} has "
+                             f"{len(first.images)}: all cases need the same ones.")
+        for path in (*case.images, case.label):
+            if ending_of(path) != ending_of(first.label):
+                raise ValueError(f"{path} is not {ending_of(first.label)} like {first.label}: nnU-Net needs one file "
+                                 "format in all of a study, so convert it.")
+        values[site] |= _check_case(site, case)
+    return {site: sorted(found - {0}) for site, found in values.items()}
+
+
+def labels_of(found: Mapping[str, list[int]], given: Iterable[str]) -> dict[str, int]:
+    """nnU-Net's ``labels``, the background included.
+
+    Args:
+        found: Per site, of :func:`check_sites`.
+        given: ``NAME=VALUE`` of each class, as typed; empty where values are to be taken as they occur.
+
+    Raises:
+        ValueError: Sites have other values than each other, and none were given; or a site has one that was not given.
+    """
+    chosen = given_labels(given or [f"label {value}={value}" for value in _common_values(found)])
+    for site, values in found.items():
+        if unknown := [value for value in values if value not in chosen.values()]:
+            raise ValueError(f"The references of {site} have the value {unknown[0]}, which --labels does not name: add "
+                             "it, or relabel these references.")
+    return chosen
+
+
+def given_labels(given: Iterable[str]) -> dict[str, int]:
+    """What was typed, checked by itself; the background comes first.
+
+    Raises:
+        ValueError: It is not ``NAME=VALUE``, or the values are not those from 1 on.
+    """
+    chosen = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        if not name or not value.isdigit() or int(value) == 0:
+            raise ValueError(f"--labels {text} is not NAME=VALUE with a value above 0, such as prostate=1.")
+        chosen[name] = int(value)
+    ordered = sorted(chosen.items(), key=lambda item: item[1])
+    if [value for _, value in ordered] != list(range(1, len(ordered) + 1)):
+        raise ValueError(f"The labels are {', '.join(f'{name}={value}' for name, value in ordered)}, but nnU-Net needs "
+                         f"consecutive values from 1 to {len(ordered)}: relabel the references.")
+    return {"background": 0} | dict(ordered)
+
+
+def _common_values(found: Mapping[str, list[int]]) -> list[int]:
+    (first, values), *others = found.items()
+    for site, theirs in others:
+        if theirs != values:
+            raise ValueError(
+                f"The references of {first} have the values {_text(values)}, those of {site} {_text(theirs)}: say "
+                "which class has which value with --labels, such as --labels prostate=1, and relabel what differs."
+            )
+    if not values:
+        raise ValueError("All references are empty: there is nothing to segment.")
+    return values
+
+
+def _check_apart(every: list[tuple[str, Case]]) -> None:
+    """No image may be of two cases: a model would be tested on what it was trained with."""
+    seen: dict[Path, tuple[str, str]] = {}
+    for site, case in every:
+        for image in case.images:
+            file = image.resolve()
+            if file in seen and seen[file] != (site, case.name):
+                raise ValueError(f"{image} is an image of case {case.name} of site {site} and of case {seen[file][1]} "
+                                 f"of site {seen[file][0]}: a volume may be in a study only once.")
+            seen[file] = (site, case.name)
+
+
+def ending_of(path: Path) -> str:
+    """Of the formats that a study can hold.
+
+    Raises:
+        ValueError: It is another format.
+    """
+    for ending in ENDINGS:
+        if path.name.endswith(ending):
+            return ending
+    raise ValueError(f"{path} is none of the volume formats {', '.join(ENDINGS)}: convert it.")
+
+
+def _cases_in(folder: Path) -> Iterator[Case]:
+    for images, labels in (("imagesTr", "labelsTr"), ("images", "labels")):
+        if (folder / images).is_dir() and (folder / labels).is_dir():
+            cases = list(_in_two_folders(folder / images, folder / labels))
+            break
+    else:
+        cases = list(_side_by_side(folder))
+    if not cases:
+        raise FileNotFoundError(
+            f"Site {folder} holds no case: it needs imagesTr and labelsTr as nnU-Net's raw data, or volumes beside "
+            f"references called <image>{LABEL_WORDS[0]}.nii.gz.")
+    yield from cases
+
+
+def _in_two_folders(images: Path, labels: Path) -> Iterator[Case]:
+    channels = defaultdict(list)
+    for path in _volumes(images):
+        channels[re.sub(r"_\d{4}$", "", _stem(path))].append(path)
+    for label in _volumes(labels):
+        name = _stem(label)
+        if name not in channels:
+            raise FileNotFoundError(f"{label} has no image {images / name}_0000{ending_of(label)}.")
+        yield Case(name, tuple(channels.pop(name)), label)
+    if channels:
+        print(f"{images}: {len(channels)} image(s) without a reference are left out, such as {min(channels)}.")
+
+
+def _side_by_side(folder: Path) -> Iterator[Case]:
+    stems = {_stem(path): path for path in _volumes(folder)}
+    for stem, path in stems.items():
+        for word in LABEL_WORDS:
+            name = stem.removesuffix(word)
+            if name != stem and name in stems:
+                yield Case(name, (stems[name],), path)
+
+
+def _volumes(folder: Path) -> list[Path]:
+    return sorted(path.absolute() for path in folder.iterdir()
+                  if path.name.endswith(ENDINGS) and not path.name.startswith("."))
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(ending_of(path))
+
+
+def _from_manifest(path: Path) -> Sites:
+    try:
+        rows = _rows_of(path)
+    except (json.JSONDecodeError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} can't be read as {path.suffix[1:] or 'a manifest'}: {error}.") from error
+    sites = defaultdict(list)
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) and row[key] for key in _COLUMNS):
+            raise ValueError(f"Row {number} of {path} lacks one of {', '.join(sorted(_COLUMNS))}.")
+        images = tuple((path.parent / image.strip()).absolute() for image in row["image"].split(";"))
+        sites[row["site"]].append(Case(row["case"], images, (path.parent / row["label"]).absolute()))
+    if not sites:
+        raise ValueError(f"{path} has no rows: it needs the columns {', '.join(sorted(_COLUMNS))}.")
+    return dict(sites)
+
+
+def _rows_of(path: Path) -> Any:
+    if path.suffix == ".json":
+        return json.loads(path.read_text())
+    with path.open(encoding="utf-8-sig", newline="") as stream:  # as Excel writes it, too
+        return list(csv.DictReader(stream))
+
+
+def _check_case(site: str, case: Case) -> set[int]:
+    """The values of its reference."""
+    where = f"Case {case.name} of site {site}"
+    for path in (*case.images, case.label):
+        if not path.is_file():
+            raise FileNotFoundError(f"{where}: {path} does not exist.")
+    label = _header(case.label)
+    if label.GetDimension() != 3:
+        raise ValueError(f"{where}: {case.label} has {label.GetDimension()} axes, but must be a volume of 3.")
+    for path in case.images:
+        image = _header(path)
+        for name in ("Size", "Spacing", "Origin", "Direction"):
+            of_image, of_label = (getattr(reader, f"Get{name}")() for reader in (image, label))
+            if len(of_image) != len(of_label) or not np.allclose(of_image, of_label, rtol=0, atol=_APART):
+                raise ValueError(f"{where}: the image's {name.lower()} is {_rounded(of_image)}, its reference's "
+                                 f"{_rounded(of_label)}: resample one onto the other.")
+    values = np.unique(sitk.GetArrayFromImage(sitk.ReadImage(case.label)))
+    if not np.array_equal(values, values.astype(int)) or values.min() < 0:
+        raise ValueError(f"{where}: {case.label} has values that are not whole numbers from 0 on.")
+    return set(values.astype(int).tolist())
+
+
+def _header(path: Path) -> sitk.ImageFileReader:
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise ValueError(f"{path} can't be read as an image: it is damaged, or not what its name says.") from error
+    return reader
+
+
+def _rounded(values: Iterable[float]) -> str:
+    return "(" + ", ".join(f"{value + 0.0:.5g}" for value in values) + ")"
+
+
+def _text(values: list[int]) -> str:
+    return "{" + ", ".join(map(str, values)) + "}"

@@ -1,0 +1,154 @@
+"""One study: its settings, and where everything of it lies."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from desam_nnunet.cross_site.sites import Sites
+from desam_nnunet.files import replace_file
+from desam_nnunet.planning.facts import CONFIGURATION
+from desam_nnunet.sections import METHODS
+from desam_nnunet.training.base import SamTrainer
+from desam_nnunet.training.lookup import look_up
+
+STOCK_PLANS, STUDY_PLANS = "nnUNetPlans", "CrossSitePlans"
+FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+FILE = "study.json"
+
+
+def _digest(settings: dict[str, Any]) -> str:
+    """Tells the plans of one study from those of another where both lie in the user's folders."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
+@lru_cache
+def method_of(trainer: str) -> str | None:
+    """The method that a trainer of this package trains; None for nnU-Net's and others'."""
+    found = look_up(trainer)
+    return found.method if issubclass(found, SamTrainer) else None
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything that decides a result, and nothing of the machine.
+
+    Attributes:
+        out: The study's folder.
+        sites: Cases of every site, sources and targets alike.
+        datasets: nnU-Net's data set of every site.
+        dataset_json: nnU-Net's description, the same for all sites but for the number of cases.
+        existing: Whether the data sets lie in the user's own nnU-Net folders; else in `out`.
+        trainers, sources, targets: What is trained, where, and which sites are segmented.
+        folds: As typed after ``-f``.
+        plans: Name of plans for all trainers; empty for each method's own, or where there are settings.
+        settings: Keys of the plans' 2D configuration for all trainers.
+        tolerance: Of the surface Dice, in mm.
+    """
+
+    out: Path
+    sites: Sites
+    datasets: dict[str, str]
+    dataset_json: dict[str, Any]
+    existing: bool
+    trainers: tuple[str, ...]
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    folds: tuple[str, ...] = ("0",)
+    plans: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    tolerance: float = 2.0
+
+    def folder(self, name: str) -> Path:
+        """One of nnU-Net's three."""
+        return Path(os.environ[name]) if self.existing else self.out / name
+
+    def environment(self) -> dict[str, str]:
+        """For nnU-Net's commands."""
+        return dict(os.environ) | {name: str(self.folder(name)) for name in FOLDERS}
+
+    def preprocessed(self, source: str) -> Path:
+        return self.folder("nnUNet_preprocessed") / self.datasets[source]
+
+    def plans_of(self, trainer: str) -> str:
+        """The name of the plans that `trainer` trains with."""
+        if self.settings:
+            return f"{STUDY_PLANS}_{_digest(self.settings)}" if self.existing else STUDY_PLANS
+        if self.plans:
+            return self.plans
+        method = method_of(trainer)
+        return METHODS[method].plans_name if method else STOCK_PLANS
+
+    def model(self, source: str, trainer: str) -> Path:
+        name = f"{trainer}__{self.plans_of(trainer)}__{CONFIGURATION}"
+        return self.folder("nnUNet_results") / self.datasets[source] / name
+
+    def images(self, site: str) -> Path:
+        """A folder as nnUNetv2_predict wants it."""
+        return self.out / "sites" / site
+
+    def predictions(self, source: str, trainer: str, target: str) -> dict[str, Path]:
+        """The file of every case of `target`, whether it is there or not; on the source itself, of held-out cases."""
+        ending = self.dataset_json["file_ending"]
+        if source == target:
+            folders = [self.model(source, trainer) / f"fold_{fold}" / "validation" for fold in self.folds]
+            return {path.name.removesuffix(ending): path for folder in folders
+                    for path in sorted(folder.glob(f"*{ending}"))}
+        return {case.name: self.predicted(source, trainer, target) / f"{case.name}{ending}"
+                for case in self.sites[target]}
+
+    def predicted(self, source: str, trainer: str, target: str) -> Path:
+        return self.out / "predictions" / source / trainer / target
+
+    def references(self, target: str) -> dict[str, Path]:
+        return {case.name: case.label for case in self.sites[target]}
+
+    def scores(self, source: str, trainer: str, target: str) -> Path:
+        return self.out / "scores" / f"{source}__{trainer}__{target}.json"
+
+    def pictures(self, source: str, trainer: str, target: str) -> Path:
+        return self.out / "pictures" / f"{source}__{trainer}__{target}.png"
+
+    def score_picture(self, source: str, trainer: str, target: str) -> Path:
+        return self.out / "pictures" / f"{source}__{trainer}__{target}__scores.png"
+
+    def note(self, step: str) -> Path:
+        """Written when a step is done: what it took."""
+        return self.out / "state" / f"{step}.json"
+
+    def cells(self) -> Iterable[tuple[str, str, str]]:
+        """Source, trainer and target; a source's own held-out cases first. Fold ``all`` holds out none."""
+        for source in self.sources:
+            for trainer in self.trainers:
+                if "all" not in self.folds:
+                    yield source, trainer, source
+                yield from ((source, trainer, target) for target in self.targets if target != source)
+
+    def write(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        replace_file(self.out / FILE, [json.dumps(plain(self), indent=4).encode()])
+
+
+def plain(study: Study) -> dict[str, Any]:
+    """As JSON reads it back; `out` is where the file lies."""
+    content = asdict(study) | {"sites": plain_sites(study.sites)}
+    del content["out"]
+    return json.loads(json.dumps(content))
+
+
+def plain_sites(sites: Sites) -> dict[str, list[dict[str, Any]]]:
+    return {site: [{"case": case.name, "images": [_stamp(path) for path in case.images], "label": _stamp(case.label)}
+                   for case in cases] for site, cases in sites.items()}
+
+
+def _stamp(path: Path) -> list[Any]:
+    """A file, and what changes when it does."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist.")
+    return [str(path), path.stat().st_size, path.stat().st_mtime_ns]

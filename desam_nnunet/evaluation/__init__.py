@@ -1,0 +1,1 @@
+"""Scores of segmentations: metrics of a case, the two protocols, and statistics over cases."""

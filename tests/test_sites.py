@@ -1,0 +1,302 @@
+"""What a study accepts as data, and the sentence for each thing that it does not."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from desam_nnunet.cli import main
+from desam_nnunet.cross_site.opening import open_study
+from desam_nnunet.cross_site.sites import check_sites, labels_of, read_sites
+from desam_nnunet.cross_site.study import Study
+
+SHAPE = (4, 10, 12)
+
+
+def write(
+    path: Path, array: np.ndarray, *, spacing: tuple[float, ...] = (1, 1, 3), origin: tuple[float, ...] = (0, 0, 0)
+) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing(spacing)
+    image.SetOrigin(origin)
+    sitk.WriteImage(image, path)
+    return path
+
+
+def labelled(*values: int) -> np.ndarray:
+    array = np.zeros(SHAPE, np.uint8)
+    for value in values:
+        array[1:3, value : value + 3, 2:6] = value
+    return array
+
+
+def side_by_side(folder: Path, cases: int, *values: int) -> None:
+    for number in range(cases):
+        write(folder / f"case{number}.nii.gz", np.random.RandomState(number).rand(*SHAPE).astype(np.float32))
+        write(folder / f"case{number}_segmentation.nii.gz", labelled(*values))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Two sites of five and one case, volumes side by side."""
+    side_by_side(tmp_path / "data" / "A", 5, 1)
+    side_by_side(tmp_path / "data" / "B", 1, 1)
+    return tmp_path / "data"
+
+
+def opened(data: Path | None, out: Path, **changes: Any) -> Study:
+    given: dict[str, Any] = {"trainers": ["DeSAMTrainer"], "sources": ["A"], "targets": [], "folds": ["0"], "plans": "",
+                             "settings": None, "labels": [], "channels": [], "tolerance": 2.0}
+    return open_study(data, changes.pop("datasets", []), out, **given | changes)
+
+
+def test_volumes_side_by_side(data: Path, tmp_path: Path) -> None:
+    study = opened(data, tmp_path / "out")
+    assert {site: len(cases) for site, cases in study.sites.items()} == {"A": 5, "B": 1}
+    assert study.sites["A"][0].label == data / "A" / "case0_segmentation.nii.gz"
+    assert study.dataset_json == {"channel_names": {"0": "image"}, "labels": {"background": 0, "label 1": 1},
+                                  "file_ending": ".nii.gz"}
+    assert list(study.cells()) == [("A", "DeSAMTrainer", "A"), ("A", "DeSAMTrainer", "B")]
+
+
+def test_nnunets_folders_with_two_channels(tmp_path: Path) -> None:
+    for site in ("A", "B"):
+        for channel in (0, 1):
+            write(tmp_path / site / "imagesTr" / f"x_{channel:04d}.nrrd", np.zeros(SHAPE, np.float32))
+        write(tmp_path / site / "labelsTr" / "x.nrrd", labelled(1))
+    sites = read_sites(tmp_path)
+    assert [path.name for path in sites["B"][0].images] == ["x_0000.nrrd", "x_0001.nrrd"]
+    assert check_sites(sites) == {"A": [1], "B": [1]}
+
+
+@pytest.mark.parametrize("ending", ["csv", "json"])
+def test_a_manifest(data: Path, tmp_path: Path, ending: str) -> None:
+    rows = [{"case": path.name.split("_")[0], "site": site, "image": f"data/{site}/{path.name.split('_')[0]}.nii.gz",
+             "label": f"data/{site}/{path.name}"}
+            for site in "AB" for path in sorted((data / site).glob("*_segmentation.nii.gz"))]
+    manifest = tmp_path / f"manifest.{ending}"
+    if ending == "json":
+        manifest.write_text(json.dumps(rows))
+    else:
+        with manifest.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    assert read_sites(manifest) == read_sites(data)
+
+
+def other_values(data: Path) -> None:
+    write(data / "B" / "case0_segmentation.nii.gz", labelled(2))
+
+
+def other_spacing(data: Path) -> None:
+    write(data / "B" / "case0_segmentation.nii.gz", labelled(1), spacing=(1, 1, 4))
+
+
+def other_place(data: Path) -> None:
+    write(data / "B" / "case0_segmentation.nii.gz", labelled(1), origin=(0, 5, 0))
+
+
+def other_size(data: Path) -> None:
+    write(data / "B" / "case0_segmentation.nii.gz", labelled(1)[:3])
+
+
+def other_format(data: Path) -> None:
+    for name in ("case0", "case0_segmentation"):
+        (data / "B" / f"{name}.nii.gz").unlink()
+        write(data / "B" / f"{name}.mha", labelled(1))
+
+
+def no_cases(data: Path) -> None:
+    for path in (data / "B").iterdir():
+        path.unlink()
+
+
+def a_damaged_file(data: Path) -> None:
+    (data / "B" / "case0.nii.gz").write_bytes(b"no image")
+
+
+def fractions(data: Path) -> None:
+    write(data / "B" / "case0_segmentation.nii.gz", labelled(1).astype(np.float32) / 2)
+
+
+def a_strange_name(data: Path) -> None:
+    (data / "B").rename(data / "B C")
+
+
+def one_volume_twice(data: Path) -> None:
+    (data / "B" / "case0.nii.gz").unlink()
+    (data / "B" / "case0.nii.gz").symlink_to(data / "A" / "case0.nii.gz")
+
+
+@pytest.mark.parametrize(("spoil", "message"), [
+    (other_values, r"references of A have the values \{1\}, those of B \{2\}: say which class has which .*--labels"),
+    (other_spacing, r"Case case0 of site B: the image's spacing is \(1, 1, 3\), its reference's \(1, 1, 4\): resample"),
+    (other_place, r"Case case0 of site B: the image's origin is \(0, 0, 0\), its reference's \(0, 5, 0\)"),
+    (other_size, r"Case case0 of site B: the image's size is \(12, 10, 4\), its reference's \(12, 10, 3\)"),
+    (other_format, r"case0.mha is not .nii.gz like .*nnU-Net needs one file format"),
+    (no_cases, r"Site .*B holds no case: it needs imagesTr and labelsTr"),
+    (a_damaged_file, r"case0.nii.gz can't be read as an image"),
+    (fractions, r"Case case0 of site B: .* has values that are not whole numbers"),
+    (a_strange_name, r"The site's name 'B C' is 'all' or has characters other than"),
+    (one_volume_twice, r"is an image of case case0 of site B and of case case0 of site A: .* only once"),
+])
+def test_bad_data_is_one_sentence(
+    data: Path, tmp_path: Path, spoil: Callable[[Path], None], message: str
+) -> None:
+    spoil(data)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        opened(data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"sources": ["C"]}, r"--sources C is not among the sites A, B"),
+    ({"sources": ["B"]}, r"Site B has 1 case\(s\), but nnU-Net's 5 folds need 5: add -f all"),
+    ({"targets": ["A"]}, "There is no other site to segment"),
+    ({"folds": ["7"]}, "-f 7 is no fold: give some of 0 to 4, or all"),
+    ({"folds": ["0", "all"]}, "-f all trains on all cases and can't be mixed"),
+    ({"tolerance": 0}, "--tolerance is 0, but must be a distance"),
+    ({"labels": ["organ=2"]}, "The labels are organ=2, but nnU-Net needs consecutive values from 1 to 1"),
+    ({"labels": ["organ"]}, "--labels organ is not NAME=VALUE"),
+    ({"labels": ["organ=1", "tumour=3"]}, "nnU-Net needs consecutive values from 1 to 2"),
+    ({"channels": ["T2", "ADC"]}, r"--channels names 2 channel\(s\), but case0 has 1 image file"),
+    ({"plans": "MyPlans"}, "There are no plans 'MyPlans' of data sets that are yet to be made"),
+    ({"datasets": ["A=1"]}, "Give the sites' data: a folder or manifest, or"),
+])
+def test_bad_wishes_are_one_sentence(data: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        opened(data, tmp_path / "out", **changes)
+
+
+def test_settings_are_checked(data: Path, tmp_path: Path) -> None:
+    settings = tmp_path / "settings.json"
+    for text, message in (
+        ("{", "can't be read as JSON"), ("[]", "must hold an object"), ('{"batchsize": 2}', "has the key 'batchsize'"),
+        ('{"sam": {"grid": 3}}', "The plans' section 'sam' has an unknown key 'grid'"),
+        ('{"sam": "vit_b"}', "The plans' section 'sam' is 'vit_b', but must be an object"),
+        ('{"sam": {"encoder": "vit_tiny"}}', "must give batch_size"),
+        ('{"batch_size": 2, "sam": {"encoder": "vit_tiny", "image_size": 100}}', "sam.image_size is 100, but must be"),
+    ):
+        settings.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            opened(data, tmp_path / "out", settings=settings)
+
+
+def test_weights_that_are_not_here_are_missed_at_once(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DESAM_WEIGHTS", str(tmp_path / "weights"))
+    settings = tmp_path / "settings.json"
+    settings.write_text('{"batch_size": 2, "sam": {"encoder": "vit_h"}}')
+    with pytest.raises(FileNotFoundError, match="vit_h"):
+        opened(data, tmp_path / "out", settings=settings)
+    assert opened(data, tmp_path / "out", settings=settings, trainers=["nnUNetTrainer"]).settings
+
+
+@pytest.mark.parametrize("name", ["../other", "a/b", ".hidden"])
+def test_a_case_can_not_lie_elsewhere(data: Path, tmp_path: Path, name: str) -> None:
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_text(f"case,site,image,label\n{name},B,data/B/case0.nii.gz,data/B/case0_segmentation.nii.gz\n")
+    with pytest.raises(ValueError, match="which can't be a file's name"):
+        check_sites(read_sites(manifest))
+
+
+def test_a_manifest_as_excel_writes_it(data: Path, tmp_path: Path) -> None:
+    manifest = tmp_path / "manifest.csv"
+    text = "case,site,image,label\r\ncase0,B,data/B/case0.nii.gz,data/B/case0_segmentation.nii.gz\r\n"
+    manifest.write_text(text, encoding="utf-8-sig", newline="")
+    assert [case.name for case in read_sites(manifest)["B"]] == ["case0"]
+
+
+def test_links_keep_the_names_that_they_have(data: Path, tmp_path: Path) -> None:
+    for path in (data / "A").iterdir():
+        hidden = tmp_path / "store" / f"{abs(hash(path.name))}.nii.gz"
+        hidden.parent.mkdir(exist_ok=True)
+        path.rename(hidden)
+        path.symlink_to(hidden)
+    assert [case.name for case in read_sites(data)["A"]] == [f"case{number}" for number in range(5)]
+
+@pytest.mark.parametrize(("rows", "message"), [
+    ("case,site,image\nx,A,x.nii.gz\n", "Row 1 of .* lacks one of case, image, label, site"),
+    ("case,site,image,label\n", "has no rows"),
+])
+def test_a_bad_manifest_is_one_sentence(tmp_path: Path, rows: str, message: str) -> None:
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_text(rows)
+    with pytest.raises(ValueError, match=message):
+        read_sites(manifest)
+
+
+def test_a_case_twice_and_a_missing_file(data: Path, tmp_path: Path) -> None:
+    manifest = tmp_path / "manifest.csv"
+    row = "case0,B,data/B/case0.nii.gz,data/B/case0_segmentation.nii.gz\n"
+    manifest.write_text("case,site,image,label\n" + 2 * row)
+    with pytest.raises(ValueError, match="Site B has the case 'case0' more than once"):
+        check_sites(read_sites(manifest))
+    manifest.write_text("case,site,image,label\n" + row.replace("B/case0.nii", "B/case9.nii"))
+    with pytest.raises(FileNotFoundError, match="Case case0 of site B: .*case9.nii.gz does not exist"):
+        check_sites(read_sites(manifest))
+
+
+def test_an_organ_missing_in_a_case_is_no_error(data: Path, tmp_path: Path) -> None:
+    write(data / "A" / "case1_segmentation.nii.gz", labelled())
+    assert opened(data, tmp_path / "out").dataset_json["labels"] == {"background": 0, "label 1": 1}
+    with pytest.raises(ValueError, match="The references of A have the value 2, which --labels does not name"):
+        labels_of({"A": [1, 2], "B": [1]}, ["organ=1"])
+    assert labels_of({"A": [1, 2], "B": [1]}, ["organ=1", "lesion=2"]) == {"background": 0, "organ": 1, "lesion": 2}
+
+
+def test_a_study_goes_on_with_its_own_settings_alone(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    opened(data, out).write()
+    grown = opened(data, out, trainers=["nnUNetTrainer"])
+    assert grown.trainers == ("DeSAMTrainer", "nnUNetTrainer")
+    with pytest.raises(ValueError, match=r"holds a study with other tolerance \(2.0, now 3.0\)"):
+        opened(data, out, tolerance=3.0)
+    write(data / "B" / "case0_segmentation.nii.gz", labelled(1, 1))
+    side_by_side(data / "B", 2, 1)
+    with pytest.raises(ValueError, match="holds a study with other sites"):
+        opened(data, out)
+
+
+def test_a_folder_of_other_things_is_left_alone(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").touch()
+    with pytest.raises(FileExistsError, match="holds other things than a study"):
+        opened(data, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("-tr", "NoTrainer"), "-tr NoTrainer: nnU-Net finds no trainer of that name"),
+    (("-tr", "DBSAMTrainerBoxes"), "-tr DBSAMTrainerBoxes needs boxes from the reference"),
+    (("-num_parts", "2", "-part_id", "2"), "-part_id 2 of -num_parts 2 does not exist"),
+    (("--sources", "A", "--targets", "X"), "--targets X is not among the sites A, B"),
+])
+def test_the_command_says_it_in_one_sentence(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    words = ["cross-site", str(data), "-o", str(tmp_path / "out"), "-device", "cpu", "--sources", "A", *arguments]
+    assert main(words) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_dry_run_says_everything_and_does_nothing(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["cross-site", str(data), "-o", str(out), "-device", "cpu", "--sources", "A", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert not out.exists()
+    assert f"nnUNet_raw={out / 'nnUNet_raw'}" in said
+    assert "[to do] train A DeSAMTrainer 0    nnUNetv2_train 1 2d 0 -tr DeSAMTrainer -p DeSAMPlans" in said
+    assert "[to do] train A nnUNetTrainer 0    nnUNetv2_train 1 2d 0 -tr nnUNetTrainer -p nnUNetPlans" in said
+    assert "[to do] predict A nnUNetTrainer B    nnUNetv2_predict -i" in said
