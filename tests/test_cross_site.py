@@ -291,7 +291,7 @@ def test_parts_share_the_pairs(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> Non
     steps = steps_of(study_of(ran, monkeypatch), "cpu")
     for part, trainer in enumerate(TRAINERS):
         assert {step.names[1] for step in steps if step.part == part} == {trainer}
-    assert all(step.kind in ("data", "prepare", "plan", "encode") for step in steps if step.part is None)
+    assert {step.kind for step in steps if step.part is None} == {"links", "data", "prepare", "plan", "encode"}
 
 
 def test_data_sets_of_nnunets_own_folders(trained: Workspace, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_model_folder_predicts_at_once(
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / image.name).write_bytes(image.read_bytes())
     nnunet("nnUNetv2_predict", "-i", tmp_path / "in", "-o", tmp_path / "out", "-d", 501, "-c", "2d", "-f", "all",
-           "-tr", "DeSAMTrainer", "-p", "Import", "-device", "cpu", "-npp", 1, "-nps", 1)
+           "-tr", "DeSAMTrainer", "-p", "Import", "-device", "cpu", "-npp", 0, "-nps", 0)
     assert sitk.GetArrayFromImage(sitk.ReadImage(next((tmp_path / "out").glob("*.nii.gz")))).any()
     predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(model), ("all",))

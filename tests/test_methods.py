@@ -33,7 +33,7 @@ def train(workspace: Workspace, trainer: str, fold: int) -> Path:
 
 def predict(workspace: Workspace, trainer: str, out: Path, *folds: int) -> dict[str, bytes]:
     nnunet("nnUNetv2_predict", "-i", workspace.unseen / "images", "-o", out, "-d", 501, "-c", "2d", "-f", *folds, "-tr",
-           trainer, "-p", METHOD_PLANS, "-device", "cpu", "-npp", 1, "-nps", 1, "--disable_tta",
+           trainer, "-p", METHOD_PLANS, "-device", "cpu", "-npp", 0, "-nps", 0, "--disable_tta",
            "--save_probabilities")
     return {path.name: sitk.GetArrayFromImage(sitk.ReadImage(path)).tobytes() for path in out.glob("*.nii.gz")}
 

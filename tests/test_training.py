@@ -212,9 +212,11 @@ def test_resuming_with_another_patch_is_refused_and_the_encoders_path_is_not_loo
 
 
 def test_a_fold_with_other_settings_is_kept_out_of_the_model_folder(workspace: Workspace) -> None:
-    workspace.write_plans("Mixed", **tiny_sections())
     model = workspace.model("DeSAMTrainer", "Mixed")
-    nnunet("nnUNetv2_train", 501, "2d", 0, "-tr", "DeSAMTrainer", "-p", "Mixed", "-device", "cpu")
+    first = make_trainer("DeSAMTrainer", workspace, plans=workspace.write_plans("Mixed", **tiny_sections()))
+    first.on_train_start()
+    first.on_train_end()
+    assert (model / "fold_0" / "checkpoint_final.pth").exists()
     before = (model / "plans.json").read_bytes()
     trainer = make_trainer("DeSAMTrainer", workspace, plans=workspace.write_plans("Mixed", **tiny_sections(epochs=9)),
                            fold=1)

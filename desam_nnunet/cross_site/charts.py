@@ -43,7 +43,7 @@ def box_plot(scores: pd.DataFrame, target: str, metric: Metric) -> str:
         words = [f"{source}\n(held-out cases)" if source == target else f"trained at {source}" for source in sources]
         axis.set_xticks([group * (len(trainers) + 0.8) + centre for group in range(len(sources))], words)
         axis.set_ylabel(metric.name + (f", {metric.unit}" if metric.unit else ""))
-        axis.set_ylim(*((-0.02, 1.02) if metric.better == "high" else (0, None)))
+        axis.set_ylim(*((-0.02, 1.02) if metric.better == "high" else (0, 1.05 * axis.get_ylim()[1])))
         axis.set_title(f"Segmented: {target}", fontsize=10)
         axis.grid(axis="y", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)

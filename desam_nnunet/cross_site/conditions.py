@@ -12,7 +12,7 @@ from pathlib import Path
 import SimpleITK as sitk
 
 from desam_nnunet.cross_site.sites import ENDINGS
-from desam_nnunet.cross_site.study import STOCK_PLANS, Study
+from desam_nnunet.cross_site.study import STOCK_PLANS, Study, method_of
 from desam_nnunet.planning.facts import CONFIGURATION
 from desam_nnunet.sections import FEATURES
 
@@ -39,10 +39,13 @@ def is_unprepared(study: Study, source: str) -> bool:
                    (folder / "gt_segmentations" / f"{case.name}{ending}").is_file() for case in study.sites[source])
 
 
-def is_cached(study: Study, source: str, plans: str) -> bool:
-    """Whether training reads stored features; plans without our section do."""
-    configurations = json.loads((study.preprocessed(source) / f"{plans}.json").read_text())["configurations"]
-    return configurations[CONFIGURATION].get("sam", {}).get("features", FEATURES[1]) == FEATURES[1]
+def is_to_be_cached(study: Study, source: str, method: str) -> bool:
+    """Whether a fold of `method` is yet to be trained, and reads stored features; plans without our section do."""
+    trainers = [trainer for trainer in study.trainers if method_of(trainer) == method]
+    folds = (study.model(source, trainer) / f"fold_{fold}" for trainer in trainers for fold in study.folds)
+    plans = json.loads((study.preprocessed(source) / f"{study.plans_of(trainers[0])}.json").read_text())
+    features = plans["configurations"][CONFIGURATION].get("sam", {}).get("features", FEATURES[1])
+    return features == FEATURES[1] and any(map(is_untrained, folds))
 
 
 def is_missing(path: Path) -> bool:

@@ -55,13 +55,13 @@ def draw_cases(study: Study, source: str, trainer: str, target: str) -> None:
 
 
 def chosen_cases(rows: list[Row]) -> list[tuple[str, str, float]]:
-    """Best, median and worst case by mean Dice over classes, all slices counted; fewer where there are fewer."""
+    """Best, median and worst case by mean Dice over classes, all slices counted; of two best and worst, of one it."""
     found: dict[str, list[float]] = {}
     for row in rows:
         if row["protocol"] == "volume":
             found.setdefault(row["case"], []).append(row["dice"])
     ranked = sorted(((float(np.mean(dice)), case) for case, dice in found.items()), reverse=True)
-    places = {"best": 0, "worst": len(ranked) - 1, "median": len(ranked) // 2}
+    places = {"only case" if len(ranked) == 1 else "best": 0, "worst": len(ranked) - 1, "median": len(ranked) // 2}
     words: dict[int, str] = {}
     for word, place in places.items():
         words.setdefault(place, word)

@@ -84,7 +84,7 @@ def _run_all(study: Study, steps: list[Step], device: str) -> None:
                     study.note(later.name).unlink(missing_ok=True)
             begin = time.monotonic()
             took = _run(study, step, device)
-            replace_file(note, [json.dumps({"seconds": time.monotonic() - begin} | took).encode()])
+            replace_file(note, [json.dumps({"with_start": time.monotonic() - begin} | took).encode()])
 
 
 @contextmanager
@@ -156,7 +156,7 @@ def _left(study: Study, steps: list[Step]) -> str:
     known = defaultdict(list)
     for step in steps:
         if is_done(study, step):
-            known[step.kind].append(json.loads(study.note(step.name).read_text())["seconds"])
+            known[step.kind].append(json.loads(study.note(step.name).read_text())["with_start"])
     todo = [step.kind for step in steps if not is_done(study, step)]
     minutes = sum(sum(known[kind]) / len(known[kind]) for kind in todo if known[kind]) / 60
     return f" ({'about' if all(known[kind] for kind in todo) else 'at least'} {max(1, round(minutes))} min left)"

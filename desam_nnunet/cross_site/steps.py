@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from desam_nnunet.cross_site.budget import KEYS
 from desam_nnunet.cross_site.conditions import (
-    is_cached,
     is_missing,
+    is_to_be_cached,
     is_unprepared,
     is_unsegmented,
     is_untrained,
@@ -109,7 +109,7 @@ def _plans(study: Study, source: str, device: str) -> Iterator[Step]:
         if METHODS[method].frozen_features:
             yield Step("encode", (source, method), None, (
                 "desam", "cache", "-d", _number(study, source), "-p", plans, "-tr", trainer, "-device", device),
-                needed=partial(is_cached, study, source, plans))
+                needed=partial(is_to_be_cached, study, source, method))
 
 
 def _pairs(study: Study, device: str) -> Iterator[Step]:
