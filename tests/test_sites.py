@@ -262,9 +262,11 @@ def test_a_study_goes_on_with_its_own_settings_alone(data: Path, tmp_path: Path)
     assert grown.trainers == ("DeSAMTrainer", "nnUNetTrainer")
     with pytest.raises(ValueError, match=r"holds a study with other tolerance \(2.0, now 3.0\)"):
         opened(data, out, tolerance=3.0)
-    write(data / "B" / "case0_segmentation.nii.gz", labelled(1, 1))
     side_by_side(data / "B", 2, 1)
-    with pytest.raises(ValueError, match="holds a study with other sites"):
+    with pytest.raises(ValueError, match="other data: case case0 of site B has changed since. Give another folder"):
+        opened(data, out)
+    (data / "A" / "case0_segmentation.nii.gz").unlink()
+    with pytest.raises(ValueError, match="other data: case case0 of site A is gone"):
         opened(data, out)
 
 

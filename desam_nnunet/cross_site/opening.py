@@ -145,6 +145,8 @@ def _joined(before: dict[str, Any], study: Study) -> Study:
         ValueError: It was made with other settings.
     """
     now = plain(study)
+    if changed := _changed_case(before["sites"], now["sites"]):
+        raise ValueError(f"{study.out} holds a study with other data: {changed}. Give another folder with -o.")
     for name, value in now.items():
         if name not in _GROWING and before[name] != value:
             raise ValueError(
@@ -152,6 +154,17 @@ def _joined(before: dict[str, Any], study: Study) -> Study:
                 "same, or another folder with -o.")
     grown: dict[str, Any] = {name: _unique([*before[name], *now[name]]) for name in _GROWING}
     return replace(study, **grown)
+
+
+def _changed_case(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The first case whose files are not those of before; empty where there is none."""
+    for site in sorted(before.keys() | now.keys()):
+        then, here = ({row["case"]: row for row in sites.get(site, [])} for sites in (before, now))
+        for case in sorted(then.keys() | here.keys()):
+            if then.get(case) != here.get(case):
+                word = "is new" if case not in then else "is gone" if case not in here else "has changed since"
+                return f"case {case} of site {site} {word}"
+    return ""
 
 
 def _read(out: Path) -> dict[str, Any] | None:
