@@ -26,7 +26,8 @@ from matplotlib import image as pictures
 import phantom
 from desam_nnunet.cli import main
 from desam_nnunet.cross_site import runner
-from desam_nnunet.cross_site.conditions import is_unsegmented, is_untrained
+from desam_nnunet.cross_site.conditions import is_to_be_cached, is_unprepared, is_unsegmented, is_untrained
+from desam_nnunet.cross_site.sites import Case
 from desam_nnunet.cross_site.steps import follows, steps_of
 from desam_nnunet.cross_site.study import Study
 
@@ -47,7 +48,7 @@ class Ran:
         phantom.write_unseen(self.data, sites=("SiteA",), cases=5)
         phantom.write_unseen(self.data, sites=("SiteB",), cases=2)
         phantom.write_unseen(self.data, sites=("SiteC",), cases=1)
-        settings = tiny_sections(image_size=64) | {"batch_size": 2}
+        settings = tiny_sections(image_size=64, features="online") | {"batch_size": 2}
         settings["desam"]["iou_threshold"] = 0.0
         (root / "settings.json").write_text(json.dumps(settings))
         self.words = ["cross-site", str(self.data), "-o", str(self.out), "-tr", *TRAINERS, "--sources", "SiteA",
@@ -294,8 +295,41 @@ def test_parts_share_the_pairs(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> Non
     assert {step.kind for step in steps if step.part is None} == {"links", "data", "prepare", "plan", "encode"}
 
 
+def test_a_study_of_data_sets_is_described_with_what_is_done(
+    trained: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = trained.root / "nnUNet_raw" / "Dataset777_SiteB"
+    shutil.copytree(trained.unseen / "images", raw / "imagesTr")
+    shutil.copytree(trained.unseen / "labels", raw / "labelsTr")
+    description = json.loads((trained.root / "nnUNet_raw" / "Dataset501_Phantom" / "dataset.json").read_text())
+    (raw / "dataset.json").write_text(json.dumps(description | {"numTraining": 2}))
+    words = ["cross-site", "-d", "SiteA=501", "SiteB=777", "-o", str(tmp_path / "study"), "-tr", "DeSAMTrainer", "-p",
+             PLANS, "--sources", "SiteA", "--targets", "SiteB", "-device", "cpu"]
+    try:
+        assert main([*words, "--dry-run"]) == 0
+        assert "[to do] train SiteA DeSAMTrainer 0    nnUNetv2_train 501 2d 0" in capsys.readouterr().out
+        (raw / "dataset.json").write_text(json.dumps(description | {"labels": {"background": 0, "other": 1}}))
+        assert main([*words, "--dry-run"]) == 1
+        assert "The data sets of SiteA and SiteB differ in labels" in capsys.readouterr().err
+    finally:
+        shutil.rmtree(raw)
+    study = opened_study(trained, tmp_path)
+    assert not is_unprepared(study, "SiteA")
+    assert not is_to_be_cached(study, "SiteA", "desam")
+    assert not is_untrained(trained.model("DeSAMTrainer") / "fold_0")
+
+
+def opened_study(trained: Workspace, out: Path) -> Study:
+    """The preprocessed data set of all tests as a study's only site."""
+    raw = trained.root / "nnUNet_raw" / "Dataset501_Phantom"
+    cases = [Case(path.name.removesuffix(".nii.gz"), (), path) for path in sorted((raw / "labelsTr").iterdir())]
+    return Study(out, {"SiteA": cases}, {"SiteA": "Dataset501_Phantom"}, {"file_ending": ".nii.gz"}, True,
+                 ("DeSAMTrainer",), ("SiteA",), (), plans=PLANS)
+
+
+@pytest.mark.slow
 def test_data_sets_of_nnunets_own_folders(trained: Workspace, tmp_path: Path) -> None:
-    """The fold that is there is used: what is left to do is to segment the other site."""
+    """The fold that is there is used as it is: what is left to do is to segment the other site."""
     raw = trained.root / "nnUNet_raw" / "Dataset777_SiteB"
     shutil.copytree(trained.unseen / "images", raw / "imagesTr")
     shutil.copytree(trained.unseen / "labels", raw / "labelsTr")

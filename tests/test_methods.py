@@ -15,7 +15,7 @@ from desam_nnunet.cli import main
 from desam_nnunet.networks.official_samed import official_samed_names
 
 METHOD_PLANS = "MethodPlans"
-METHODS = ["SAMedTrainer", *(pytest.param(name, marks=pytest.mark.slow) for name in ("DBSAMTrainer", "SAMedTrainerS"))]
+METHODS = ("SAMedTrainer", "DBSAMTrainer", "SAMedTrainerS")
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,7 @@ def predict(workspace: Workspace, trainer: str, out: Path, *folds: int) -> dict[
     return {path.name: sitk.GetArrayFromImage(sitk.ReadImage(path)).tobytes() for path in out.glob("*.nii.gz")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainer", METHODS)
 def test_trains_and_predicts_through_nnunets_commands(planned: Workspace, trainer: str, tmp_path: Path) -> None:
     folder = train(planned, trainer, 0)

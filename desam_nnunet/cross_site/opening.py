@@ -13,13 +13,12 @@ from typing import Any
 
 from desam_nnunet.config import check_keys, given_section, resolve_plans
 from desam_nnunet.cross_site.sites import Case, Sites, check_sites, ending_of, given_labels, labels_of, read_sites
-from desam_nnunet.cross_site.study import FILE, FOLDERS, STOCK_PLANS, STUDY_PLANS, Study, method_of, plain, plain_sites
+from desam_nnunet.cross_site.study import FILE, FOLDERS, STUDY_PLANS, Study, method_of, plain, plain_sites
 from desam_nnunet.files import TEMPORARY
-from desam_nnunet.planning.facts import CONFIGURATION
+from desam_nnunet.planning.facts import CONFIGURATION, FOLDS, STOCK_PLANS
 from desam_nnunet.sections import SECTIONS
 from desam_nnunet.training.lookup import look_up
 
-_FOLDS = 5  # of nnU-Net's split
 _GROWING = ("trainers", "sources", "targets")  # what a later call may add to
 _NEEDS_BOXES = "DBSAMTrainerBoxes"
 _KEYS = ("batch_size", "patch_size")  # of the 2D configuration, beside our sections
@@ -111,8 +110,8 @@ def check_trainers(names: Sequence[str]) -> None:
 def _check(study: Study) -> None:
     if study.tolerance <= 0:
         raise ValueError(f"--tolerance is {study.tolerance}, but must be a distance in mm above 0.")
-    if bad := [fold for fold in study.folds if fold != "all" and fold not in map(str, range(_FOLDS))]:
-        raise ValueError(f"-f {bad[0]} is no fold: give some of 0 to {_FOLDS - 1}, or all.")
+    if bad := [fold for fold in study.folds if fold != "all" and fold not in map(str, range(FOLDS))]:
+        raise ValueError(f"-f {bad[0]} is no fold: give some of 0 to {FOLDS - 1}, or all.")
     if "all" in study.folds and len(study.folds) > 1:
         raise ValueError("-f all trains on all cases and can't be mixed with other folds.")
     for source in study.sources if "all" not in study.folds else ():
@@ -122,9 +121,9 @@ def _check(study: Study) -> None:
             splits = len(json.loads(split.read_text()))
             if bad := [fold for fold in study.folds if int(fold) >= splits]:
                 raise ValueError(f"-f {bad[0]}: {split} has {splits} fold(s), counted from 0.")
-        elif number < _FOLDS:
+        elif number < FOLDS:
             raise ValueError(
-                f"Site {source} has {number} case(s), but nnU-Net's {_FOLDS} folds need {_FOLDS}: add -f all to train "
+                f"Site {source} has {number} case(s), but nnU-Net's {FOLDS} folds need {FOLDS}: add -f all to train "
                 "on all of them, or leave it out of --sources.")
     if not any(target != source for source in study.sources for target in study.targets):
         raise ValueError("There is no other site to segment: a study needs a target that is not the source.")

@@ -13,12 +13,12 @@ from typing import Any
 
 from desam_nnunet.cross_site.sites import Sites
 from desam_nnunet.files import replace_file
-from desam_nnunet.planning.facts import CONFIGURATION
+from desam_nnunet.planning.facts import CONFIGURATION, STOCK_PLANS
 from desam_nnunet.sections import METHODS
 from desam_nnunet.training.base import SamTrainer
 from desam_nnunet.training.lookup import look_up
 
-STOCK_PLANS, STUDY_PLANS = "nnUNetPlans", "CrossSitePlans"
+STUDY_PLANS = "CrossSitePlans"
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 FILE = "study.json"
 

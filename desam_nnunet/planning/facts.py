@@ -13,6 +13,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from desam_nnunet.cache.tiles import tiles_of
 
 CONFIGURATION = "2d"
+STOCK_PLANS = "nnUNetPlans"
+FOLDS = 5  # of nnU-Net's split
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,12 @@ from desam_nnunet.config import check_keys
 from desam_nnunet.files import replace_file
 from desam_nnunet.machine import device_is_here, memory_limit
 from desam_nnunet.planning.choices import Choice, choose_schedule
-from desam_nnunet.planning.facts import CONFIGURATION, Facts, read_facts
+from desam_nnunet.planning.facts import CONFIGURATION, FOLDS, STOCK_PLANS, Facts, read_facts
 from desam_nnunet.planning.fit import Machine, choose_encoder, is_here, variant_named
 from desam_nnunet.planning.wishes import Wishes
 from desam_nnunet.preprocessed import dataset_folder
 from desam_nnunet.sam.tiles import intensity_rule
 from desam_nnunet.sections import METHODS, SECTIONS
-
-STOCK = "nnUNetPlans"
-_FOLDS = 5
 
 
 class Line(NamedTuple):
@@ -78,7 +75,7 @@ def choose(facts: Facts, wishes: Wishes, machine: Machine) -> tuple[dict[str, An
     """The 2D configuration's keys that differ from nnU-Net's, and a table of them with reasons."""
     fit, why = choose_encoder(facts, wishes, machine)
     storage = fit.storage.value
-    schedule = choose_schedule(storage.views * fit.tiles * (_FOLDS - 1) // _FOLDS, fit.batch.value)
+    schedule = choose_schedule(storage.views * fit.tiles * (FOLDS - 1) // FOLDS, fit.batch.value)
     sam: dict[str, Any] = {
         "encoder": fit.encoder, "image_size": fit.image.value, "intensity": intensity_rule(list(facts.schemes)),
         "features": storage.features, "views": storage.views, "cache_dtype": storage.dtype,
@@ -137,14 +134,15 @@ def _stock_plans(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     number = convert_dataset_name_to_id(folder.name)
     if not (folder / "dataset_fingerprint.json").is_file():
         extract_fingerprint_dataset(number)
-    if not (folder / f"{STOCK}.json").is_file():
+    if not (folder / f"{STOCK_PLANS}.json").is_file():
         if get_allowed_n_proc_DA() < 1:
             raise ValueError("nnU-Net has not planned this data set, and its planner needs a worker, but "
                              "nnUNet_n_proc_DA is 0: set it to 1 for this command.")
         plan_experiment_dataset(number)
-    plans, dataset_json = (json.loads((folder / file).read_text()) for file in (f"{STOCK}.json", "dataset.json"))
+    plans, dataset_json = (json.loads((folder / file).read_text()) for file in (f"{STOCK_PLANS}.json", "dataset.json"))
     if CONFIGURATION not in plans["configurations"]:
-        raise ValueError(f"{folder / STOCK}.json has no configuration '{CONFIGURATION}': plan again with nnU-Net.")
+        raise ValueError(f"{folder / STOCK_PLANS}.json has no configuration '{CONFIGURATION}': plan again with "
+                         "nnU-Net.")
     return plans, dataset_json
 
 
@@ -174,5 +172,5 @@ def _commands(folder: Path, plans: dict[str, Any], cases: int, trainer: str) -> 
         yield f"desam weights get {encoder}"
     if not (folder / plans["configurations"][CONFIGURATION]["data_identifier"]).is_dir():
         yield f"nnUNetv2_preprocess -d {number} -plans_name {name} -c {CONFIGURATION}"
-    fold = "0" if cases >= _FOLDS or (folder / "splits_final.json").is_file() else "all"
+    fold = "0" if cases >= FOLDS or (folder / "splits_final.json").is_file() else "all"
     yield f"nnUNetv2_train {number} {CONFIGURATION} {fold} -tr {trainer} -p {name}"
