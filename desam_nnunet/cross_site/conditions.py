@@ -12,7 +12,7 @@ from pathlib import Path
 import SimpleITK as sitk
 
 from desam_nnunet.cross_site.sites import ENDINGS
-from desam_nnunet.cross_site.study import Study, method_of
+from desam_nnunet.cross_site.study import SPLITS, Study, method_of
 from desam_nnunet.planning.facts import CONFIGURATION, STOCK_PLANS
 from desam_nnunet.sections import FEATURES
 
@@ -24,10 +24,15 @@ def planned(study: Study, source: str) -> str | None:
 
 
 def is_unprepared(study: Study, source: str) -> bool:
-    """Whether a case is not preprocessed. A study's own data set begins anew: what is there is half of something."""
+    """Whether a case is not preprocessed. A study's own data set begins anew, since what is there is half of something;
+    the split stays, because trained folds rest on it."""
     folder = study.preprocessed(source)
     if not study.existing:
-        shutil.rmtree(folder, ignore_errors=True)
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != SPLITS:
+                path.unlink()
         return True
     plans = planned(study, source)
     if plans is None:

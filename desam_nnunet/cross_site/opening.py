@@ -13,7 +13,7 @@ from typing import Any
 
 from desam_nnunet.config import check_keys, given_section, resolve_plans
 from desam_nnunet.cross_site.sites import Case, Sites, check_sites, ending_of, given_labels, labels_of, read_sites
-from desam_nnunet.cross_site.study import FILE, FOLDERS, STUDY_PLANS, Study, method_of, plain, plain_sites
+from desam_nnunet.cross_site.study import FILE, FOLDERS, SPLITS, STUDY_PLANS, Study, method_of, plain, plain_sites
 from desam_nnunet.files import TEMPORARY
 from desam_nnunet.planning.facts import CONFIGURATION, FOLDS, STOCK_PLANS
 from desam_nnunet.sections import SECTIONS
@@ -116,7 +116,7 @@ def _check(study: Study) -> None:
         raise ValueError("-f all trains on all cases and can't be mixed with other folds.")
     for source in study.sources if "all" not in study.folds else ():
         number = len(study.sites[source])
-        split = study.preprocessed(source) / "splits_final.json"
+        split = study.preprocessed(source) / SPLITS
         if study.existing and split.is_file():
             splits = len(json.loads(split.read_text()))
             if bad := [fold for fold in study.folds if int(fold) >= splits]:

@@ -96,8 +96,10 @@ def _alone(note: Path, step: Step) -> Iterator[None]:
     except Timeout as error:
         raise RuntimeError(f"Another process is at the step '{step.title}' of this study: wait for it, or share the "
                            "work with -num_parts and -part_id.") from error
-    with lock:
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _run(study: Study, step: Step, device: str) -> dict[str, Any]:
@@ -155,8 +157,8 @@ def _left(study: Study, steps: list[Step]) -> str:
     """How long the rest takes at least, from steps of the same kinds that are done."""
     known = defaultdict(list)
     for step in steps:
-        if is_done(study, step):
-            known[step.kind].append(json.loads(study.note(step.name).read_text())["with_start"])
+        if is_done(study, step) and not (note := json.loads(study.note(step.name).read_text())).get("skipped"):
+            known[step.kind].append(note["with_start"])
     todo = [step.kind for step in steps if not is_done(study, step)]
     minutes = sum(sum(known[kind]) / len(known[kind]) for kind in todo if known[kind]) / 60
     return f" ({'about' if all(known[kind] for kind in todo) else 'at least'} {max(1, round(minutes))} min left)"

@@ -22,7 +22,7 @@ from desam_nnunet.cross_site.conditions import (
 from desam_nnunet.cross_site.datasets import write_dataset, write_links
 from desam_nnunet.cross_site.pictures import draw_cases
 from desam_nnunet.cross_site.score_maps import draw_scores
-from desam_nnunet.cross_site.study import Study, method_of
+from desam_nnunet.cross_site.study import SPLITS, Study, method_of
 from desam_nnunet.evaluation.scores import classes_of, score_cases, write_rows
 from desam_nnunet.files import replace_file
 from desam_nnunet.planning.facts import CONFIGURATION, STOCK_PLANS
@@ -167,7 +167,7 @@ def _look(study: Study, source: str, trainer: str, target: str) -> None:
 
 def held_out(study: Study, source: str) -> set[str]:
     """The cases of the source that the folds did not train on, from nnU-Net's split."""
-    splits = json.loads((study.preprocessed(source) / "splits_final.json").read_text())
+    splits = json.loads((study.preprocessed(source) / SPLITS).read_text())
     return {case for fold in study.folds for case in splits[int(fold)]["val"]}
 
 
