@@ -11,9 +11,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
 from desam_nnunet.config import check_keys, given_section, resolve_plans
-from desam_nnunet.cross_site.sites import Case, Sites, check_sites, ending_of, given_labels, labels_of, read_sites
+from desam_nnunet.cross_site.sites import (
+    Case,
+    Sites,
+    check_sites,
+    check_values,
+    ending_of,
+    given_labels,
+    labels_of,
+    read_sites,
+)
 from desam_nnunet.cross_site.study import FILE, FOLDERS, SPLITS, STUDY_PLANS, Study, method_of, plain, plain_sites
+from desam_nnunet.evaluation.scores import classes_of
 from desam_nnunet.files import TEMPORARY
 from desam_nnunet.planning.facts import CONFIGURATION, FOLDS, STOCK_PLANS
 from desam_nnunet.sections import SECTIONS
@@ -70,7 +83,7 @@ def _description(
     if study.existing:
         description = _common_description(study.datasets)
         if not unchanged:
-            _check_values(check_sites(study.sites), description)
+            check_values(check_sites(study.sites), _declared(description), "dataset.json")
         return description
     if before is None or not unchanged:
         return _describe(study.sites, labels, channels)
@@ -82,13 +95,10 @@ def _description(
     return description
 
 
-def _check_values(found: dict[str, list[int]], description: dict[str, Any]) -> None:
-    declared = {int(value) for values in description["labels"].values()
-                for value in (values if isinstance(values, list) else [values])}
-    for site, values in found.items():
-        if unknown := [value for value in values if value not in declared]:
-            raise ValueError(f"The references of {site} have the value {unknown[0]}, which dataset.json does not name: "
-                             "add it, or relabel these references.")
+def _declared(description: dict[str, Any]) -> set[int]:
+    """The label values that a description names, that of voxels to ignore included."""
+    classes, ignored = classes_of(description)
+    return {value for values in classes.values() for value in values} | ({ignored} if ignored is not None else set())
 
 
 def check_trainers(names: Sequence[str]) -> None:
@@ -215,9 +225,6 @@ def _from_datasets(datasets: Sequence[str]) -> tuple[Sites, dict[str, str]]:
     for name in FOLDERS:
         if not os.environ.get(name):
             raise ValueError(f"-d needs nnU-Net's own folders: set {name}.")
-    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
-
     sites: Sites = {}
     names = {}
     for text in datasets:

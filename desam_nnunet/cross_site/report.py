@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Callable
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -60,17 +61,17 @@ def _page(
     template = environment.from_string(source.read_text(encoding="utf-8"))
     classes = list(dict.fromkeys(scores["class"]))
     overall_class = ALL if len(classes) > 1 else classes[0]
-    of_all = summary[summary["class"] == overall_class]
     volume = scores[scores["protocol"] == "volume"]
     has_diagonal = "all" not in study.folds
     return template.render(
         study=study, metrics=METRICS, protocols=PROTOCOLS, classes=classes, overall_class=overall_class,
-        look=_Look(of_all), by_class=_Look(summary), pairs=_chosen_pairs(pairs, overall_class), costs=content["costs"],
+        look=_Look(summary, overall_class), pairs=_chosen_pairs(pairs, overall_class), costs=content["costs"],
         encoding=content["encoding_minutes"], settings=content["settings"], versions=content["versions"],
         machines=content["machines"],
         plots={target: [box_plot(volume, target, metric) for metric in METRICS if metric.key in _PLOTTED]
                for target in dict.fromkeys(volume["target"])},
-        pictures=_pictures(study), maps=_maps(study), random=_random_encoders(content["settings"]),
+        pictures=_drawn(study, study.pictures), maps=_drawn(study, study.score_picture),
+        random=_random_encoders(content["settings"]),
         columns=[site for site in study.sites if site in study.targets or (has_diagonal and site in study.sources)],
         cases={site: len(cases) for site, cases in study.sites.items()}, all_sites=ALL,
         has_diagonal=has_diagonal, significant=_SIGNIFICANT)
@@ -79,10 +80,10 @@ def _page(
 class _Look:
     """Looks a summary up by what it is of; None where there is none."""
 
-    def __init__(self, summary: pd.DataFrame) -> None:
+    def __init__(self, summary: pd.DataFrame, overall_class: str) -> None:
         keys = ["protocol", "class", "source", "target", "trainer", "metric"]
         self._rows = {tuple(row[key] for key in keys): row for row in summary.to_dict("records")}
-        self._class = next(iter(summary["class"]), "")
+        self._class = overall_class
 
     def __call__(
         self, protocol: str, source: str, target: str, trainer: str, metric: str, of_class: str | None = None
@@ -119,13 +120,9 @@ def _random_encoders(settings: dict[str, Any]) -> list[str]:
     return sorted({section["encoder"] for section in sections if section.get("identity", "").startswith("random:")})
 
 
-def _pictures(study: Study) -> list[tuple[str, str, str, str]]:
-    return [(*cell, _embedded(study.pictures(*cell))) for cell in study.cells() if study.pictures(*cell).is_file()]
-
-
-def _maps(study: Study) -> list[tuple[str, str, str, str]]:
-    return [(*cell, _embedded(study.score_picture(*cell))) for cell in study.cells()
-            if study.score_picture(*cell).is_file()]
+def _drawn(study: Study, place: Callable[[str, str, str], Path]) -> list[tuple[str, str, str, str]]:
+    """Every cell with its picture, where there is one."""
+    return [(*cell, _embedded(place(*cell))) for cell in study.cells() if place(*cell).is_file()]
 
 
 def _embedded(path: Path) -> str:

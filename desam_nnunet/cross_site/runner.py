@@ -46,10 +46,10 @@ def run_study(study: Study, device: str, parts: int = 1, part: int = 0) -> Path 
     mine = [step for step in steps if step.part is not None and step.part % parts == part]
     shared = [step for step in steps if step.part is None]
     if part == 0:
-        _run_all(study, [*shared, *mine], device)
+        _run_all(study, steps, [*shared, *mine], device)
     else:
         _wait_for(study, shared)
-        _run_all(study, mine, device)
+        _run_all(study, steps, mine, device)
     left = [step for step in steps if not is_done(study, step)]
     if left:
         print(f"Done here. {len(left)} step(s) of other parts are left; the last part writes the report.")
@@ -69,8 +69,8 @@ def is_done(study: Study, step: Step) -> bool:
     return study.note(step.name).is_file()
 
 
-def _run_all(study: Study, steps: list[Step], device: str) -> None:
-    everything = steps_of(study, device)
+def _run_all(study: Study, everything: list[Step], steps: list[Step], device: str) -> None:
+    """Does those of `steps` that are not done."""
     names = [step.name for step in everything]
     for number, step in enumerate(steps, 1):
         note = study.note(step.name)

@@ -107,11 +107,16 @@ def labels_of(found: Mapping[str, list[int]], given: Iterable[str]) -> dict[str,
         ValueError: Sites have other values than each other, and none were given; or a site has one that was not given.
     """
     chosen = given_labels(given or [f"label {value}={value}" for value in _common_values(found)])
-    for site, values in found.items():
-        if unknown := [value for value in values if value not in chosen.values()]:
-            raise ValueError(f"The references of {site} have the value {unknown[0]}, which --labels does not name: add "
-                             "it, or relabel these references.")
+    check_values(found, set(chosen.values()), "--labels")
     return chosen
+
+
+def check_values(found: Mapping[str, list[int]], known: set[int], where: str) -> None:
+    """Raises: ValueError: A site's references have a value that is not `known`; `where` is what should name it."""
+    for site, values in found.items():
+        if unknown := [value for value in values if value not in known]:
+            raise ValueError(f"The references of {site} have the value {unknown[0]}, which {where} does not name: add "
+                             "it, or relabel these references.")
 
 
 def given_labels(given: Iterable[str]) -> dict[str, int]:

@@ -119,10 +119,8 @@ def _pairs(study: Study, device: str) -> Iterator[Step]:
             folder = study.model(source, trainer) / f"fold_{fold}"
             yield Step("train", (source, trainer, fold), part, _train(study, source, trainer, fold, device),
                        needed=partial(is_untrained, folder))
-        for cell in study.cells():
-            if cell[:2] != (source, trainer):
-                continue
-            target = cell[2]
+        for target in study.tested_at(source):
+            cell = (source, trainer, target)
             if target != source:
                 folder = study.predicted(source, trainer, target)
                 yield Step("predict", cell, part, _predict(study, source, trainer, target, device),
@@ -150,7 +148,8 @@ def _score(study: Study, source: str, trainer: str, target: str) -> None:
     predictions = study.predictions(source, trainer, target)
     references = study.references(target)
     if target == source:
-        references = {case: path for case, path in references.items() if case in held_out(study, source)}
+        own = held_out(study, source)
+        references = {case: path for case, path in references.items() if case in own}
     classes, ignored = classes_of(study.dataset_json)
     rows = score_cases(predictions, references, classes, ignored, study.tolerance)
     path = study.scores(source, trainer, target)

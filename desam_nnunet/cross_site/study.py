@@ -127,9 +127,12 @@ class Study:
         """Source, trainer and target; a source's own held-out cases first. Fold ``all`` holds out none."""
         for source in self.sources:
             for trainer in self.trainers:
-                if "all" not in self.folds:
-                    yield source, trainer, source
-                yield from ((source, trainer, target) for target in self.targets if target != source)
+                yield from ((source, trainer, target) for target in self.tested_at(source))
+
+    def tested_at(self, source: str) -> list[str]:
+        """Where models of `source` are tested."""
+        own = [] if "all" in self.folds else [source]
+        return [*own, *(target for target in self.targets if target != source)]
 
     def write(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
