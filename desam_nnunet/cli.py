@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from desam_nnunet import __version__
 from desam_nnunet._startup import trainers_folder
 from desam_nnunet.cross_site.command import add_arguments as add_cross_site
+from desam_nnunet.pretraining.command import add_arguments as add_pretrain
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_cache(_add(commands, "cache", _cache, "encode a data set once, so that training reads features from disk"))
     _add_boxes(_add(commands, "boxes", _boxes, "evaluate a DBSAMTrainerBoxes model with boxes from the reference"))
     add_cross_site(_add(commands, "cross-site", _cross_site, "train at each site, test at the others, report"))
+    add_pretrain(_add(commands, "pretrain", _pretrain, "pretrain a small encoder on generated images"))
     weights = commands.add_parser("weights", help="SAM's weights files and published checkpoints")
     _add_weights(weights.add_subparsers(required=True, metavar="action"))
     return parser
@@ -166,6 +168,13 @@ def _boxes(options: argparse.Namespace) -> int:
 
 def _cross_site(options: argparse.Namespace) -> int:
     from desam_nnunet.cross_site.command import run
+
+    _device(options.device)
+    return run(options)
+
+
+def _pretrain(options: argparse.Namespace) -> int:
+    from desam_nnunet.pretraining.command import run
 
     _device(options.device)
     return run(options)

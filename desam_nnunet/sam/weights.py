@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from segment_anything.modeling import MaskDecoder, PromptEncoder
 from torch import Tensor
 from torch.nn import functional as F
@@ -154,18 +155,19 @@ def check_identity(encoder: str, found: str, expected: str) -> None:
 
 
 def read_sam_file(path: Path) -> State:
-    """A SAM state dict read from `path` without unpickling code.
+    """A SAM state dict read from `path`, PyTorch's format or ``.safetensors``, without unpickling code.
 
     Raises:
         ValueError: The file can't be read as a dict of tensors.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(
+            path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # damaged bytes make the unpickler raise anything
         raise ValueError(
-            f"{path} can't be read as PyTorch weights ({type(error).__name__}): it is truncated or not a weights "
+            f"{path} can't be read as weights ({type(error).__name__}): it is truncated or not a weights "
             "file. Fetch it again."
         ) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

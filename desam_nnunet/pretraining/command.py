@@ -1,0 +1,38 @@
+"""The words of ``desam pretrain``. Importing this module imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+_RECIPE = ("encoder", "images", "batch_size", "prompts", "lr", "regions", "seed")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What one can type. What is not given is the recipe's own."""
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="of the run, new or to go on with")
+    parser.add_argument("--encoder", help="size, whose random weights are the start (default: vit_tiny)")
+    parser.add_argument("--images", type=int, help="generated in all (default: 200000)")
+    parser.add_argument("--batch-size", type=int, help="images of a step (default: 16)")
+    parser.add_argument("--prompts", type=int, help="points for each image, and as many boxes (default: 4)")
+    parser.add_argument("--lr", type=float, help="highest learning rate (default: 0.001)")
+    parser.add_argument("--regions", type=float, help="weight of the descriptions of regions (default: 1)")
+    parser.add_argument("--seed", type=int, help="of images and prompts (default: 0)")
+    parser.add_argument("--minutes", type=float, default=math.inf,
+                        help="put the run down after so many; the same command goes on")
+    parser.add_argument("-device", default="cuda", choices=["cuda", "cpu"], help="default: cuda, as nnU-Net")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs or goes on with the pretraining."""
+    import torch
+
+    from desam_nnunet.pretraining.recipe import Recipe
+    from desam_nnunet.pretraining.run import pretrain
+
+    given = {key: getattr(options, key) for key in _RECIPE if getattr(options, key) is not None}
+    weights = pretrain(options.folder, Recipe(**given), torch.device(options.device), minutes=options.minutes)
+    if weights is not None:
+        print(f'To train on it: "sam": {{"encoder": "{weights.resolve()}"}} in the plans, or desam plan --encoder.')
+    return 0

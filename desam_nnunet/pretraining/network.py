@@ -1,0 +1,81 @@
+"""SAM in the size of a variant, with everything trained, and many prompts answered for each image at once."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from segment_anything.modeling import Sam
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from desam_nnunet.networks.two_way import run_layers, tokens_from_image
+from desam_nnunet.pretraining import regions
+from desam_nnunet.sam.encoder import Features
+from desam_nnunet.sam.prompts import Prompts, dense_positions, prompt_tokens
+from desam_nnunet.sam.random_weights import random_state
+from desam_nnunet.sam.variants import MASK_STRIDE, PATCH, PIXEL_MEAN, PIXEL_STD, Variant, build_sam
+
+_FINER = PATCH // MASK_STRIDE  # mask pixels along a token's side
+
+
+class Answers(NamedTuple):
+    """Attributes: masks: (N, s, s) logits, s a quarter of the image's side. iou: (N,), what SAM thinks of them."""
+
+    masks: Tensor
+    iou: Tensor
+
+
+class Pretrained(nn.Module):
+    """Starts from the variant's random weights.
+
+    Attributes:
+        sam: All that is kept. Of its four masks the first is trained, the one that boxes and DeSAM use.
+        told: Reads the regions' descriptions from each of the encoder's outputs; thrown away in the end.
+    """
+
+    def __init__(self, variant: Variant) -> None:
+        super().__init__()
+        self.level_blocks = variant.global_blocks[:-1]
+        self.sam: Sam = build_sam(variant)
+        self.sam.load_state_dict(random_state(variant))
+        widths = [variant.embed_dim] * len(self.level_blocks) + [variant.prompt_dim]
+        self.told = nn.ModuleList(nn.Conv2d(width, regions.CHANNELS * _FINER**2, 1) for width in widths)
+
+    def encode(self, images: Tensor) -> Features:
+        """Of grey images (B, 1, S, S), 0 to 255."""
+        vit = self.sam.image_encoder
+        mean, std = (images.new_tensor(values)[:, None, None] for values in (PIXEL_MEAN, PIXEL_STD))
+        x = vit.patch_embed((images - mean) / std) + vit.pos_embed
+        levels = []
+        for index, block in enumerate(vit.blocks):
+            x = block(x)
+            if index in self.level_blocks:
+                levels.append(x.permute(0, 3, 1, 2))
+        return Features(tuple(levels), vit.neck(x.permute(0, 3, 1, 2)))
+
+    def describe(self, features: Features) -> list[Tensor]:
+        """Each output's account of the regions, (B, 9, S/4, S/4), the border as a logit."""
+        return [F.pixel_shuffle(head(x), _FINER) for head, x in zip(self.told, features.tensors, strict=True)]
+
+    def answer(self, neck: Tensor, prompts: Prompts) -> Answers:
+        """Masks of B·N prompts, image by image, on necks (B, C, h, w)."""
+        sparse, dense = prompt_tokens(self.sam.prompt_encoder, prompts)  # B·N T C
+        decoder = self.sam.mask_decoder
+        image = (neck + dense[:1]).repeat_interleave(len(sparse) // len(neck), dim=0)
+        stream = image.flatten(2).transpose(1, 2)  # B·N hw C
+        positions = dense_positions(self.sam.prompt_encoder).flatten(2).transpose(1, 2)
+        own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+        tokens = torch.cat([own.expand(len(sparse), -1, -1), sparse], dim=1)
+        queries, stream = run_layers(decoder.transformer, stream, positions, tokens)
+        attention = decoder.transformer.final_attn_token_to_image
+        read = tokens_from_image(attention, (queries + tokens)[:, :2], stream + positions, stream)
+        read = decoder.transformer.norm_final_attn(queries[:, :2] + read)  # the IoU's token, the first mask's
+        embedding = stream.transpose(1, 2).unflatten(2, image.shape[-2:])
+        upscaled = decoder.output_upscaling(embedding)
+        masks = torch.einsum("nc,nchw->nhw", decoder.output_hypernetworks_mlps[0](read[:, 1]), upscaled)
+        return Answers(masks, decoder.iou_prediction_head(read[:, 0])[:, 0])
+
+    def weights(self) -> dict[str, Tensor]:
+        """What a SAM file holds, float32, on the CPU."""
+        return {key: value.detach().float().cpu().contiguous() for key, value in self.sam.state_dict().items()}

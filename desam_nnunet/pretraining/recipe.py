@@ -1,0 +1,48 @@
+"""What a pretraining run follows from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from desam_nnunet.sam.variants import VARIANTS
+
+MAX_SEED = 999_999  # above lie the images that no run is trained on
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Attributes:
+        encoder: The variant, from whose random weights the run starts.
+        images: Generated in all; none is seen twice.
+        batch_size: Images of a step.
+        prompts: Points for each image, and as many boxes.
+        lr: AdamW's highest learning rate, which rises over the first hundredth of the steps and falls as a cosine.
+        regions: Weight of the descriptions of regions beside the promptable objective; 0 leaves them out.
+        seed: Of the images and prompts, 0 to 999,999.
+    """
+
+    encoder: str = "vit_tiny"
+    images: int = 200_000
+    batch_size: int = 16
+    prompts: int = 4
+    lr: float = 1e-3
+    regions: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.encoder in VARIANTS, "encoder", self.encoder, f"one of {', '.join(VARIANTS)}")
+        _require(self.batch_size > 0, "batch size", self.batch_size, "a positive number")
+        _require(self.images >= self.batch_size, "number of images", self.images, "at least the batch size")
+        _require(self.prompts > 0, "number of prompts", self.prompts, "a positive number")
+        _require(self.lr > 0, "learning rate", self.lr, "a positive number")
+        _require(self.regions >= 0, "weight of the regions", self.regions, "0 or a positive number")
+        _require(0 <= self.seed <= MAX_SEED, "seed", self.seed, f"between 0 and {MAX_SEED}")
+
+    @property
+    def steps(self) -> int:
+        return self.images // self.batch_size
+
+
+def _require(holds: bool, name: str, value: object, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"The {name} is {value!r}, but must be {expected}.")

@@ -1,0 +1,59 @@
+"""What every pixel can be asked about the region that it lies in.
+
+A promptable mask says something of the few objects that were asked for; this, ours, says something of every pixel of
+every image, whatever its contrast: how far the region's centre of gravity is and where, how large, how long and which
+way the region is, whether its border is here, and what its grey values are without noise and texture.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from desam_nnunet.pretraining.prompts import mask_labels
+from desam_nnunet.pretraining.shapes import LABELS
+from desam_nnunet.sam.variants import MASK_STRIDE
+
+CHANNELS = 9  # border; centre (y, x); size; extent (yy, xx, yx); grey mean and deviation
+_EMPTY = 1e-6
+
+
+def describe_regions(images: Tensor, labels: Tensor) -> Tensor:
+    """(B, 9, S/4, S/4), of images (B, 1, S, S) and label maps (B, S, S). All about -1 to 1; the border 0 or 1."""
+    coarse = mask_labels(labels)
+    grey = F.avg_pool2d(images, MASK_STRIDE)[:, 0] / 255
+    side = coarse.shape[-1]
+    line = (torch.arange(side, device=labels.device) + 0.5) / side * 2 - 1
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    one = torch.ones_like(grey)
+    y, x = y * one, x * one  # B s s
+    quantities = torch.stack([one, y, x, y * y, x * x, y * x, grey, grey * grey], dim=1).flatten(2)  # B 8 s·s
+    index = coarse.flatten(1)[:, None].expand_as(quantities)
+    sums = quantities.new_zeros(len(labels), quantities.shape[1], LABELS).scatter_add_(2, index, quantities)
+    count = sums[:, :1]
+    means = sums / count.clamp(min=1)
+    (my, mx, myy, mxx, myx, level, level2) = means[:, 1:].unbind(1)
+    tables = torch.stack([
+        my, mx,
+        (count[:, 0] / side**2 + _EMPTY).sqrt(),
+        (myy - my * my).clamp(min=_EMPTY).sqrt(),
+        (mxx - mx * mx).clamp(min=_EMPTY).sqrt(),
+        (myx - my * mx) / ((myy - my * my).clamp(min=_EMPTY) * (mxx - mx * mx).clamp(min=_EMPTY)).sqrt(),
+        level,
+        (level2 - level * level).clamp(min=_EMPTY).sqrt(),
+    ], dim=1)  # B 8 labels
+    told = tables.gather(2, coarse.flatten(1)[:, None].expand(-1, tables.shape[1], -1)).unflatten(2, (side, side))
+    centre = told[:, :2] - torch.stack([y, x], dim=1)
+    return torch.cat([_border(coarse)[:, None], centre, told[:, 2:]], dim=1)
+
+
+def _border(coarse: Tensor) -> Tensor:
+    """(B, s, s), 1 where a neighbour, of four, has another label."""
+    border = torch.zeros_like(coarse, dtype=torch.bool)
+    for axis in (1, 2):
+        length = coarse.shape[axis] - 1
+        differs = coarse.narrow(axis, 0, length) != coarse.narrow(axis, 1, length)
+        border.narrow(axis, 0, length).logical_or_(differs)
+        border.narrow(axis, 1, length).logical_or_(differs)
+    return border.float()
