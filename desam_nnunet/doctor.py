@@ -80,8 +80,8 @@ def _trainer(name: str) -> Finding:
 def _weights_folder(folder: Path) -> Finding:
     if not folder.is_dir():
         return Finding("weights folder", f"{folder} (does not exist)")
-    files = sorted(path.name for path in folder.glob("*.pth"))
-    state = f"{folder}: {', '.join(files) or 'no .pth file'}"
+    files = sorted(path.name for path in folder.iterdir() if path.suffix in (".pth", ".safetensors"))
+    state = f"{folder}: {', '.join(files) or 'no weights file'}"
     if not os.access(folder, os.W_OK):
         return Finding("weights folder", f"{state} (not writable)", "to download, set DESAM_WEIGHTS to another folder")
     return Finding("weights folder", state)

@@ -11,6 +11,8 @@ from desam_nnunet.pretraining.pictures import picture_labels
 from desam_nnunet.pretraining.randomness import Randomness
 from desam_nnunet.pretraining.shapes import draw_labels
 
+VERSION = 1  # of what is drawn for a seed
+
 
 class Generated(NamedTuple):
     """Attributes: images: (B, 1, S, S), 0 to 255. labels: (B, S, S), see :mod:`~desam_nnunet.pretraining.shapes`."""

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from desam_nnunet.networks.two_way import run_layers, tokens_from_image
 from desam_nnunet.pretraining import regions
-from desam_nnunet.sam.encoder import Features
+from desam_nnunet.sam.encoder import Features, read_features
 from desam_nnunet.sam.prompts import Prompts, dense_positions, prompt_tokens
 from desam_nnunet.sam.random_weights import random_state
 from desam_nnunet.sam.variants import MASK_STRIDE, PATCH, PIXEL_MEAN, PIXEL_STD, Variant, build_sam
@@ -29,30 +29,29 @@ class Answers(NamedTuple):
 class Pretrained(nn.Module):
     """Starts from the variant's random weights.
 
+    Args:
+        seed: Of what is drawn beside them.
+
     Attributes:
         sam: All that is kept. Of its four masks the first is trained, the one that boxes and DeSAM use.
         told: Reads the regions' descriptions from each of the encoder's outputs; thrown away in the end.
     """
 
-    def __init__(self, variant: Variant) -> None:
+    def __init__(self, variant: Variant, seed: int = 0) -> None:
         super().__init__()
         self.level_blocks = variant.global_blocks[:-1]
         self.sam: Sam = build_sam(variant)
         self.sam.load_state_dict(random_state(variant))
         widths = [variant.embed_dim] * len(self.level_blocks) + [variant.prompt_dim]
-        self.told = nn.ModuleList(nn.Conv2d(width, regions.CHANNELS * _FINER**2, 1) for width in widths)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.told = nn.ModuleList(nn.Conv2d(width, regions.CHANNELS * _FINER**2, 1) for width in widths)
 
     def encode(self, images: Tensor) -> Features:
         """Of grey images (B, 1, S, S), 0 to 255."""
         vit = self.sam.image_encoder
         mean, std = (images.new_tensor(values)[:, None, None] for values in (PIXEL_MEAN, PIXEL_STD))
-        x = vit.patch_embed((images - mean) / std) + vit.pos_embed
-        levels = []
-        for index, block in enumerate(vit.blocks):
-            x = block(x)
-            if index in self.level_blocks:
-                levels.append(x.permute(0, 3, 1, 2))
-        return Features(tuple(levels), vit.neck(x.permute(0, 3, 1, 2)))
+        return read_features(vit, vit.patch_embed((images - mean) / std) + vit.pos_embed, self.level_blocks)
 
     def describe(self, features: Features) -> list[Tensor]:
         """Each output's account of the regions, (B, 9, S/4, S/4), the border as a logit."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from desam_nnunet.pretraining.randomness import Randomness
 from desam_nnunet.pretraining.shapes import AIR, LABELS
-from desam_nnunet.sam.prompts import Prompts
+from desam_nnunet.sam.prompts import Prompts, extent, random_pixel
 from desam_nnunet.sam.variants import MASK_STRIDE
 
 _SMALLEST = 12  # pixels of a mask: what is smaller is not asked for
@@ -34,7 +34,7 @@ class Asked(NamedTuple):
 
 
 def mask_labels(labels: Tensor) -> Tensor:
-    """Label maps (B, S, S) at the masks' resolution (B, S/4, S/4): the pixel in the middle of each four by four."""
+    """Label maps (B, S, S) at the masks' resolution (B, S/4, S/4): of four by four pixels one next to the middle."""
     return labels[:, MASK_STRIDE // 2:: MASK_STRIDE, MASK_STRIDE // 2:: MASK_STRIDE]
 
 
@@ -45,19 +45,16 @@ def ask_points(random: Randomness, coarse: Tensor, number: int) -> Asked:
         coarse: From :func:`mask_labels`.
     """
     masks, valid = _choose(random, coarse, number)
-    noise = random.uniform(0, 1, *masks.shape)
-    index = torch.where(masks, noise, noise - 1).flatten(1).argmax(1)
-    side = masks.shape[-1]
-    pixels = torch.stack([index % side, index // side], dim=-1)[:, None].float()
-    within = random.uniform(0, MASK_STRIDE, *pixels.shape) - 0.5  # not always the pixel's middle
-    return Asked(Prompts(points=pixels * MASK_STRIDE + within), masks, valid)
+    index, side = random_pixel(masks, random.generator), masks.shape[-1]
+    pixels = torch.stack([index % side, index // side], dim=-1)[:, None] * MASK_STRIDE + MASK_STRIDE // 2
+    return Asked(Prompts(points=pixels + random.uniform(-0.5, 0.5, *pixels.shape)), masks, valid)
 
 
 def ask_boxes(random: Randomness, coarse: Tensor, number: int) -> Asked:
     """`number` boxes in each image, each around a label drawn as for points."""
     masks, valid = _choose(random, coarse, number)
     side = masks.shape[-1]
-    (left, right), (top, bottom) = (_extent(masks.any(axis)) for axis in (1, 2))
+    (left, right), (top, bottom) = (extent(masks.any(axis)).T for axis in (1, 2))
     boxes = torch.stack([left, top, right, bottom], dim=1) * MASK_STRIDE
     lengths = torch.stack([right - left, bottom - top] * 2, dim=1) * MASK_STRIDE
     deviation = (_JITTER * lengths).clamp(max=_LARGEST_JITTER * side * MASK_STRIDE)
@@ -76,9 +73,3 @@ def _choose(random: Randomness, coarse: Tensor, number: int) -> tuple[Tensor, Te
     chosen = rank.argmax(2)  # B N
     masks = coarse[:, None] == chosen[:, :, None, None]
     return masks.flatten(0, 1), possible.any(1).repeat_interleave(number)
-
-
-def _extent(occupied: Tensor) -> tuple[Tensor, Tensor]:
-    """First and one past the last True of each row of (N, s)."""
-    first = occupied.float().argmax(1)
-    return first.float(), (occupied.shape[1] - occupied.flip(1).float().argmax(1)).float()

@@ -8,20 +8,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_STREAM = 1_000_003  # batches of one seed; far apart for seeds that are near
+BATCHES = 1_000_003  # of one seed, at most
+SEEDS = 2**32 // BATCHES  # PyTorch's generator of a CPU knows no more states
 
 
 class Randomness:
     """What is drawn follows from seed, batch number, kind of device and the order of the calls.
 
     Args:
-        seed: Of a whole run.
-        batch: Number of the batch in it.
+        seed: Of a whole run, below :data:`SEEDS`.
+        batch: Number of the batch in it, below :data:`BATCHES`.
     """
 
     def __init__(self, device: torch.device, seed: int, batch: int) -> None:
+        assert 0 <= seed < SEEDS, seed
+        assert 0 <= batch < BATCHES, batch
         self.device = device
-        self.generator = torch.Generator(device).manual_seed(seed * _STREAM + batch)
+        self.generator = torch.Generator(device).manual_seed(seed * BATCHES + batch)
 
     def uniform(self, low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(shape, generator=self.generator, device=self.device)
@@ -35,10 +38,6 @@ class Randomness:
     def chance(self, probability: float, *shape: int) -> Tensor:
         """Bool, True with this probability."""
         return self.uniform(0, 1, *shape) < probability
-
-    def integers(self, end: int, *shape: int) -> Tensor:
-        """From 0 to `end` - 1."""
-        return torch.randint(end, shape, generator=self.generator, device=self.device)
 
     def smooth(self, number: int, channels: int, size: int, *, coarsest: int, finest: int) -> Tensor:
         """Noise of several scales together, (N, C, size, size), mean 0 and deviation about 1 in each image and channel.

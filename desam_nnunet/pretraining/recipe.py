@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from desam_nnunet.pretraining.randomness import BATCHES
 from desam_nnunet.sam.variants import VARIANTS
 
-MAX_SEED = 999_999  # above lie the images that no run is trained on
+MAX_SEED = 999  # each has a second stream, for prompts; above lie the images that no run is trained on
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Recipe:
         prompts: Points for each image, and as many boxes.
         lr: AdamW's highest learning rate, which rises over the first hundredth of the steps and falls as a cosine.
         regions: Weight of the descriptions of regions beside the promptable objective; 0 leaves them out.
-        seed: Of the images and prompts, 0 to 999,999.
+        seed: Of the images and prompts, 0 to 999.
     """
 
     encoder: str = "vit_tiny"
@@ -32,7 +33,8 @@ class Recipe:
     def __post_init__(self) -> None:
         _require(self.encoder in VARIANTS, "encoder", self.encoder, f"one of {', '.join(VARIANTS)}")
         _require(self.batch_size > 0, "batch size", self.batch_size, "a positive number")
-        _require(self.images >= self.batch_size, "number of images", self.images, "at least the batch size")
+        _require(self.batch_size <= self.images < self.batch_size * BATCHES, "number of images", self.images,
+                 "at least the batch size, and at most a million batches")
         _require(self.prompts > 0, "number of prompts", self.prompts, "a positive number")
         _require(self.lr > 0, "learning rate", self.lr, "a positive number")
         _require(self.regions >= 0, "weight of the regions", self.regions, "0 or a positive number")

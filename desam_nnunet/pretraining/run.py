@@ -1,4 +1,4 @@
-"""A pretraining run: from random weights to a SAM file, resumable to the bit.
+"""A pretraining run: from random weights to a SAM file, put down and taken up again.
 
 In the run's folder: ``settings.json`` (recipe, versions, machine, time, result), ``curve.csv``, ``weights.safetensors``
 when it is done, and ``state.pt`` until then.
@@ -21,27 +21,32 @@ from safetensors.torch import save
 from torch import Tensor
 
 from desam_nnunet import __version__
-from desam_nnunet.files import replace_file
+from desam_nnunet.files import TEMPORARY, replace_file
 from desam_nnunet.machine import describe_machine
-from desam_nnunet.pretraining.generator import Generated, generate
+from desam_nnunet.pretraining.generator import VERSION, Generated, generate
 from desam_nnunet.pretraining.network import Pretrained
 from desam_nnunet.pretraining.objective import judge_answers, judge_descriptions
 from desam_nnunet.pretraining.prompts import ask_boxes, ask_points, mask_labels
 from desam_nnunet.pretraining.randomness import Randomness
 from desam_nnunet.pretraining.recipe import MAX_SEED, Recipe
 from desam_nnunet.pretraining.regions import describe_regions
+from desam_nnunet.sam.encoder import Features
+from desam_nnunet.sam.precision import encoder_dtype
 from desam_nnunet.sam.variants import VARIANTS
 
 WEIGHTS, SETTINGS, CURVE, STATE = "weights.safetensors", "settings.json", "curve.csv", "state.pt"
 _DECAY = 0.05
 _CLIP = 1.0
 _REPORTS = 100  # rows of the curve
-_UNSEEN = 128  # images on which it is judged in the end
-_PROMPTS_SEED = 500_009  # so that prompts and images are drawn from different streams
+_SAVE_SECONDS = 300
+_FIRST_STEPS = 10  # after which the time left is told first
+_PROMPTS = MAX_SEED + 1  # added to a seed: prompts are drawn from another stream than images
+_UNSEEN, _UNSEEN_BATCH, _UNSEEN_PROMPTS = 128, 16, 4  # on which every recipe is judged in the end
+_UNSEEN_SEED = 2 * (MAX_SEED + 1)
 
 
-class Losses(NamedTuple):
-    """Of one step; those of the regions 0 where they are left out."""
+class Progress(NamedTuple):
+    """Of one step, scalars; the loss of the regions is 0 where they are left out."""
 
     loss: Tensor
     regions: Tensor
@@ -62,27 +67,28 @@ def pretrain(
         The weights file; None where the time was over before.
 
     Raises:
-        ValueError: The folder holds a run of another recipe.
+        ValueError: The folder holds something else, or a run of another recipe.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    _check_same(folder, recipe)
+    told = {"recipe": asdict(recipe), "generator": VERSION, "device": device.type}
+    _check_same(folder, told)
     if (folder / WEIGHTS).is_file():
         say(f"{folder / WEIGHTS} is there already.")
         return folder / WEIGHTS
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / SETTINGS, told)
     run = _Run(folder, recipe, device)
     run.resume()
-    _write_settings(folder, recipe, {})
     if not run.go(say, minutes):
         say(f"Put down after {run.step * recipe.batch_size:,} images: the same command goes on.")
         return None
-    found = unseen_iou(run.network, recipe, device)
-    _write_settings(folder, recipe, {
-        "desam_nnunet": __version__, "machine": describe_machine(device), "seconds": round(run.seconds),
-        "steps": run.step, "unseen_images": _UNSEEN, "unseen_iou_points": round(found[0], 4),
-        "unseen_iou_boxes": round(found[1], 4), "starts_from": "random weights"})
-    replace_file(folder / WEIGHTS, [save(run.network.weights(), {"recipe": json.dumps(asdict(recipe))})])
+    points, boxes = unseen_iou(run.network, VARIANTS[recipe.encoder].image_size, device)
+    _write_json(folder / SETTINGS, told | {
+        "starts_from": "random weights", "steps": run.step, "seconds": round(run.seconds),
+        "unseen_images": _UNSEEN, "unseen_iou_points": round(points, 4), "unseen_iou_boxes": round(boxes, 4),
+        "desam_nnunet": __version__, "machine": describe_machine(device)})
+    replace_file(folder / WEIGHTS, [save(run.network.weights(), {"pretraining": json.dumps(told)})])
     (folder / STATE).unlink(missing_ok=True)
-    say(f"IoU on unseen generated images: {found[0]:.3f} from a point, {found[1]:.3f} from a box.")
+    say(f"IoU on unseen generated images: {points:.3f} from a point, {boxes:.3f} from a box.")
     return folder / WEIGHTS
 
 
@@ -92,13 +98,14 @@ class _Run:
         self.recipe = recipe
         self.device = device
         self.size = VARIANTS[recipe.encoder].image_size
-        self.network = Pretrained(VARIANTS[recipe.encoder]).to(device)
+        self.network = Pretrained(VARIANTS[recipe.encoder], recipe.seed).to(device)
         decayed = [p for p in self.network.parameters() if p.ndim > 1]
         others = [p for p in self.network.parameters() if p.ndim <= 1]
         self.optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": _DECAY}, {"params": others, "weight_decay": 0.0}], lr=recipe.lr)
         self.step = 0
         self.seconds = 0.0
+        self.sums, self.count = torch.zeros(len(Progress._fields), device=device), 0  # since the last report
 
     def resume(self) -> None:
         """Goes back to where the folder's state was written, if there is one."""
@@ -106,61 +113,68 @@ class _Run:
         if not path.is_file():
             (self.folder / CURVE).unlink(missing_ok=True)
             return
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)  # the optimiser wants its counters there
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
+        self.sums, self.count = state["sums"].to(self.device), state["count"]
         rows = _read_curve(self.folder / CURVE)
         _write_curve(self.folder / CURVE, [row for row in rows if int(row["step"]) <= self.step])
 
     def go(self, say: Callable[[str], None], minutes: float) -> bool:
         """Trains to the end, True, or until the time is over."""
-        began, before = time.monotonic(), self.seconds
-        every = max(1, self.recipe.steps // _REPORTS)
-        sums, count = torch.zeros(4, device=self.device), 0
+        first, before, began = self.step, self.seconds, time.monotonic()
+        every, saved = max(1, self.recipe.steps // _REPORTS), began
         while self.step < self.recipe.steps:
-            losses = self._train_step()
-            sums, count = sums + torch.stack(losses).detach(), count + 1
+            self.sums, self.count = self.sums + torch.stack(self._train_step()).detach(), self.count + 1
             self.step += 1
-            self.seconds = before + time.monotonic() - began
-            if self.step % every == 0 or self.step == self.recipe.steps:
-                self._report(say, (sums / count).tolist())
-                sums, count = sums * 0, 0
+            now = time.monotonic()
+            self.seconds = before + now - began
+            left = (now - began) / (self.step - first) * (self.recipe.steps - self.step) / 60
+            if self.step - first == _FIRST_STEPS:
+                say(f"{self.recipe.images:,} images, about {left:.0f} min left")
+            is_report = self.step % every == 0 or self.step == self.recipe.steps
+            if is_report:
+                say(f"{self._report()}, {left:.0f} min left")
+            is_over = now - began >= 60 * minutes and self.step < self.recipe.steps
+            if is_over or is_report or now - saved > _SAVE_SECONDS:
                 self._save()
-                if self.seconds - before > 60 * minutes and self.step < self.recipe.steps:
-                    return False
+                saved = now
+            if is_over:
+                return False
         return True
 
-    def _train_step(self) -> Losses:
+    def _train_step(self) -> Progress:
         recipe = self.recipe
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.lr * rate(self.step, recipe.steps)
         generated = generate(recipe.batch_size, self.size, self.device, recipe.seed, self.step)
-        random = Randomness(self.device, recipe.seed + _PROMPTS_SEED, self.step)
-        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
-            losses = _losses(self.network, generated, random, recipe)
-        if not torch.isfinite(losses.loss):
+        random = Randomness(self.device, recipe.seed + _PROMPTS, self.step)
+        with _autocast(self.device):
+            progress = _losses(self.network, generated, random, recipe)
+        if not torch.isfinite(progress.loss):
             raise RuntimeError(f"The loss is not finite after {self.step} steps: lower the learning rate, {recipe.lr}.")
         self.optimizer.zero_grad()
-        losses.loss.backward()
+        progress.loss.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), _CLIP)
         self.optimizer.step()
-        return losses
+        return progress
 
-    def _report(self, say: Callable[[str], None], means: list[float]) -> None:
-        loss, regions, points, boxes = means
-        row = {"step": self.step, "images": self.step * self.recipe.batch_size, "seconds": round(self.seconds, 1),
-               "lr": self.optimizer.param_groups[0]["lr"], "loss": loss, "regions": regions, "point_iou": points,
-               "box_iou": boxes}
+    def _report(self) -> str:
+        means = dict(zip(Progress._fields, (self.sums / self.count).tolist(), strict=True))
+        self.sums, self.count = self.sums * 0, 0
+        images = self.step * self.recipe.batch_size
+        row = {"step": self.step, "images": images, "seconds": round(self.seconds, 1),
+               "lr": self.optimizer.param_groups[0]["lr"]} | means
         _write_curve(self.folder / CURVE, [*_read_curve(self.folder / CURVE), row])
-        left = self.seconds / self.step * (self.recipe.steps - self.step) / 60
-        say(f"{row['images']:,} images, loss {loss:.3f}, regions {regions:.3f}, IoU {points:.3f} from a point, "
-            f"{boxes:.3f} from a box; {row['images'] / self.seconds:.1f} images/s, {left:.0f} min left")
+        return (f"{images:,} images, loss {means['loss']:.3f}, regions {means['regions']:.3f}, "
+                f"IoU {means['point_iou']:.3f} from a point, {means['box_iou']:.3f} from a box; "
+                f"{images / self.seconds:.1f} images/s")
 
     def _save(self) -> None:
         buffer = io.BytesIO()
-        torch.save({"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(),
-                    "step": self.step, "seconds": self.seconds}, buffer)
+        torch.save({"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
+                    "seconds": self.seconds, "sums": self.sums, "count": self.count}, buffer)
         replace_file(self.folder / STATE, [buffer.getvalue()])
 
 
@@ -173,47 +187,65 @@ def rate(step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def unseen_iou(network: Pretrained, recipe: Recipe, device: torch.device) -> tuple[float, float]:
+def unseen_iou(network: Pretrained, size: int, device: torch.device) -> tuple[float, float]:
     """Mean IoU of masks from a point and from a box, on generated images that no run is trained on."""
-    size, batches = VARIANTS[recipe.encoder].image_size, -(-_UNSEEN // recipe.batch_size)
     found = []
-    for batch in range(batches):
-        generated = generate(recipe.batch_size, size, device, MAX_SEED + 1, batch)
-        losses = _losses(network, generated, Randomness(device, MAX_SEED + 2, batch), recipe)
-        found.append(torch.stack([losses.point_iou, losses.box_iou]))
+    for batch in range(_UNSEEN // _UNSEEN_BATCH):
+        generated = generate(_UNSEEN_BATCH, size, device, _UNSEEN_SEED, batch)
+        with _autocast(device):
+            features = network.encode(generated.images)
+            random = Randomness(device, _UNSEEN_SEED + 1, batch)
+            judged = _judge_prompts(network, features, mask_labels(generated.labels), random, _UNSEEN_PROMPTS)
+        found.append(torch.stack([judged.point_iou, judged.box_iou]))
     point, box = torch.stack(found).mean(0).tolist()
     return point, box
 
 
-def _losses(network: Pretrained, generated: Generated, random: Randomness, recipe: Recipe) -> Losses:
+def _losses(network: Pretrained, generated: Generated, random: Randomness, recipe: Recipe) -> Progress:
     features = network.encode(generated.images)
-    coarse = mask_labels(generated.labels)
-    judged = []
-    for asked in (ask_points(random, coarse, recipe.prompts), ask_boxes(random, coarse, recipe.prompts)):
-        judged.append(judge_answers(network.answer(features.neck, asked.prompts), asked))
-    loss = (judged[0].loss + judged[1].loss) / 2
-    regions = loss.new_zeros(())
-    if recipe.regions > 0:
-        truth = describe_regions(generated.images, generated.labels)
-        regions = judge_descriptions(network.describe(features), truth)
-        loss = loss + recipe.regions * regions
-    return Losses(loss, regions, judged[0].iou, judged[1].iou)
+    judged = _judge_prompts(network, features, mask_labels(generated.labels), random, recipe.prompts)
+    if recipe.regions == 0:
+        return judged
+    truth = describe_regions(generated.images, generated.labels)
+    regions = judge_descriptions(network.describe(features), truth)
+    return judged._replace(loss=judged.loss + recipe.regions * regions, regions=regions)
 
 
-def _check_same(folder: Path, recipe: Recipe) -> None:
-    path = folder / SETTINGS
-    if not path.is_file():
+def _judge_prompts(
+    network: Pretrained, features: Features, coarse: Tensor, random: Randomness, number: int
+) -> Progress:
+    points, boxes = (
+        judge_answers(network.answer(features.neck, asked.prompts), asked)
+        for asked in (ask_points(random, coarse, number), ask_boxes(random, coarse, number)))
+    loss = (points.loss + boxes.loss) / 2
+    return Progress(loss, loss.new_zeros(()), points.iou, boxes.iou)
+
+
+def _autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 on GPUs that have it; else float32, for float16 would need its losses scaled."""
+    native = device.type == "cuda" and encoder_dtype(device) == torch.bfloat16
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=native)
+
+
+def _check_same(folder: Path, told: dict[str, Any]) -> None:
+    if not folder.is_dir() or all(path.name.endswith(TEMPORARY) for path in folder.iterdir()):
         return
-    there = json.loads(path.read_text())["recipe"]
-    differs = [f"{key} {there.get(key)!r}, not {value!r}" for key, value in asdict(recipe).items()
-               if there.get(key) != value]
+    path = folder / SETTINGS
+    try:
+        there = json.loads(path.read_text())
+        recipe = there["recipe"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} holds other things than a pretraining run: give a new folder.") from error
+    differs = [f"{key} {recipe.get(key)!r}, not {value!r}" for key, value in told["recipe"].items()
+               if recipe.get(key) != value]
+    differs += [f"{key} {there.get(key)!r}, not {told[key]!r}" for key in ("generator", "device")
+                if there.get(key) != told[key]]
     if differs:
         raise ValueError(f"{folder} holds a run with {', '.join(differs)}: give its settings, or another folder.")
 
 
-def _write_settings(folder: Path, recipe: Recipe, result: dict[str, Any]) -> None:
-    text = json.dumps({"recipe": asdict(recipe)} | result, indent=2) + "\n"
-    replace_file(folder / SETTINGS, [text.encode()])
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    replace_file(path, [(json.dumps(content, indent=2) + "\n").encode()])
 
 
 def _read_curve(path: Path) -> list[dict[str, Any]]:

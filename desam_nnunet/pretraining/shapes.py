@@ -30,7 +30,8 @@ def draw_labels(random: Randomness, number: int, size: int) -> Tensor:
     labels = _ground(random, number, size)
     mild = random.uniform(0, 0.08, number, 1, 1, 1) * random.smooth(number, 2, size, coarsest=2, finest=4)
     labels = _with_body(random, labels, places + mild, body)
-    strong = random.uniform(0, 0.2, number, 1, 1, 1) * random.smooth(number, 2, size, coarsest=2, finest=16)
+    strength = 0.2 * random.uniform(0, 1, number, 1, 1, 1) * random.uniform(0, 1, number, 1, 1, 1)
+    strong = strength * random.smooth(number, 2, size, coarsest=2, finest=16)
     return _with_objects(random, labels, places + strong, body)
 
 
@@ -68,15 +69,20 @@ def _with_objects(random: Randomness, labels: Tensor, places: Tensor, body: Tens
         smaller = torch.where(near, 0.6, 1.0)
         radius = smaller * random.log_uniform(0.06, 0.6, number, 2, 1, 1)
         twin = random.chance(0.25, number, 1, 1)
-        shape = _object(random, places, centre, radius, twin)
-        number_of_object = GROUNDS + index + _DRAWN * (twin & (places[:, 1] < 0))
+        shape, apart = _object(random, places, centre, radius, twin)
+        number_of_object = GROUNDS + index + _DRAWN * (apart & (places[:, 1] < 0))
         labels = torch.where(shape & inside & (index < wanted), number_of_object, labels)
         previous, previous_radius = centre, radius
     return labels
 
 
-def _object(random: Randomness, places: Tensor, centre: Tensor, radius: Tensor, twin: Tensor) -> Tensor:
-    """(B, S, S) bool: a solid, a shell or a tube in each image, some of them mirrored."""
+def _object(
+    random: Randomness, places: Tensor, centre: Tensor, radius: Tensor, twin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A solid, a shell or a tube in each image, (B, S, S) bool, some of them mirrored.
+
+    And whether the two mirrored halves are apart, (B, 1, 1); else they are one object.
+    """
     number = len(places)
     angle = random.uniform(0, math.pi, number, 1, 1)
     y = places[:, 0] - centre[:, 0]
@@ -90,7 +96,10 @@ def _object(random: Randomness, places: Tensor, centre: Tensor, radius: Tensor, 
     kind = random.uniform(0, 1, number, 1, 1)
     solid, shell = distance < 1, (distance - 1).abs() < rim
     tube = ((across - swing).abs() < width) & (along.abs() < length)
-    return torch.where(kind < _KINDS[0], solid, torch.where(kind < _KINDS[0] + _KINDS[1], shell, tube))
+    is_solid, is_tube = kind < _KINDS[0], kind >= _KINDS[0] + _KINDS[1]
+    reach = torch.where(is_tube, length + 0.4, 2**0.5 * radius.amax(1) * (1 + rim))
+    shape = torch.where(is_solid, solid, torch.where(is_tube, tube, shell))
+    return shape, twin & (centre[:, 1].abs() > reach)
 
 
 def _ellipse(offsets: Tensor, radius: Tensor, squareness: Tensor) -> Tensor:

@@ -43,6 +43,16 @@ class Features(NamedTuple):
         return self.map(lambda x: x[number])
 
 
+def read_features(vit: ImageEncoderViT, x: Tensor, level_blocks: tuple[int, ...]) -> Features:
+    """Runs the blocks and the neck on the first block's input (B, S/16, S/16, D), and keeps what some blocks say."""
+    levels = []
+    for index, block in enumerate(vit.blocks):
+        x = block(x)
+        if index in level_blocks:
+            levels.append(x.permute(0, 3, 1, 2).float().contiguous())  # B H W D -> B D H W
+    return Features(tuple(levels), vit.neck(x.permute(0, 3, 1, 2)).float())
+
+
 class FrozenEncoder(nn.Module):
     """Runs SAM's ``ImageEncoderViT`` without gradients and always in eval mode.
 
@@ -80,13 +90,7 @@ class FrozenEncoder(nn.Module):
             In float32, whatever the precision in between.
         """
         with self.autocast(images.device):
-            x = self.embed(images)
-            levels = []
-            for index, block in enumerate(self.vit.blocks):
-                x = block(x)
-                if index in self.level_blocks:
-                    levels.append(x.permute(0, 3, 1, 2).float().contiguous())  # B H W D -> B D H W
-            return Features(tuple(levels), self.vit.neck(x.permute(0, 3, 1, 2)).float())
+            return read_features(self.vit, self.embed(images), self.level_blocks)
 
     def embed(self, images: Tensor) -> Tensor:
         """The first block's input (B, S/16, S/16, D)."""

@@ -19,7 +19,7 @@ _BOX_SHIFT = 20 / 1024  # of the input's side
 
 
 class Prompts(NamedTuple):
-    """One prompt per image, or none (SAMed): at most one of the two is given.
+    """One prompt per image, or none (SAMed), in pretraining several: at most one of the two is given.
 
     Attributes:
         points: (B, 1, 2), each a positive point.
@@ -100,7 +100,7 @@ def sample_points(target: Tensor, labelled: Tensor, geometry: Geometry) -> tuple
     tempted = ~present.any(1) & coin & tempting.flatten(1).any(1)
     background = torch.where(tempted[:, None, None], tempting, background)
     candidates = torch.where(foreground[:, None, None], chosen, background)
-    index = _random_pixel(candidates)
+    index = random_pixel(candidates)
     inside = target.flatten(2).gather(2, index[:, None, None].expand(-1, target.shape[1], 1))[..., 0]
     return _to_prompts(index, geometry), PointTargets(inside.float(), candidates.flatten(1).any(1))
 
@@ -125,7 +125,7 @@ def sample_boxes(
     rank = torch.where(present, torch.rand(present.shape, device=device, generator=generator), -1.0)
     chosen = target[batch, rank.argmax(1)]  # B H W
     height, width = geometry.scaled
-    rows, columns = (_extent(chosen.any(axis)) for axis in (2, 1))  # B 2 each, in pixels of the tile
+    rows, columns = (extent(chosen.any(axis)) for axis in (2, 1))  # B 2 each, in pixels of the tile
     (left, right), (top, bottom) = (columns * (width / geometry.tile[1])).T, (rows * (height / geometry.tile[0])).T
     boxes = torch.stack([left, top, right, bottom], dim=1)
     sides = torch.stack([right - left, bottom - top] * 2, dim=1)
@@ -135,7 +135,7 @@ def sample_boxes(
     return Prompts(boxes=boxes.clamp(min=0).minimum(limit)), chosen
 
 
-def _extent(occupied: Tensor) -> Tensor:
+def extent(occupied: Tensor) -> Tensor:
     """Outer edges (B, 2) of the True places of (B, N); all of it where there are none."""
     length = occupied.shape[1]
     occupied = occupied | ~occupied.any(1, keepdim=True)
@@ -143,9 +143,9 @@ def _extent(occupied: Tensor) -> Tensor:
     return torch.stack([first, length - occupied.flip(1).float().argmax(1)], dim=1).float()
 
 
-def _random_pixel(candidates: Tensor) -> Tensor:
+def random_pixel(candidates: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Flat index (B,) of a uniformly drawn True pixel of (B, H, W); any pixel where there is none."""
-    noise = torch.rand(candidates.shape, device=candidates.device)
+    noise = torch.rand(candidates.shape, device=candidates.device, generator=generator)
     return torch.where(candidates, noise, noise - 1).flatten(1).argmax(1)
 
 
