@@ -155,7 +155,7 @@ def test_the_report_has_what_it_must(ran: Ran) -> None:
                   "protocol “volume”", "protocol “published”", "p, corrected", "peak memory, MB", "nnunetv2 2.",
                   "Best, median and worst", "Where DeSAM looks"):
         assert words in page, words
-    assert page.count("data:image/png;base64,") == 6 + 2
+    assert page.count("data:image/webp;base64,") == 6 + 2
     assert page.count("<svg") == 6
     assert re.findall(r'(?:src|href)="(?!data:)(?!#)[^"]*"', page) == []
     content = json.loads((ran.out / "report.json").read_text())

@@ -126,7 +126,7 @@ def _drawn(study: Study, place: Callable[[str, str, str], Path]) -> list[tuple[s
 
 
 def _embedded(path: Path) -> str:
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    return f"data:image/webp;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def _number(value: float | None, metric: Metric) -> str:

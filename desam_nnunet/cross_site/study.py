@@ -114,10 +114,10 @@ class Study:
         return self.out / "scores" / f"{source}__{trainer}__{target}.json"
 
     def pictures(self, source: str, trainer: str, target: str) -> Path:
-        return self.out / "pictures" / f"{source}__{trainer}__{target}.png"
+        return self.out / "pictures" / f"{source}__{trainer}__{target}.webp"
 
     def score_picture(self, source: str, trainer: str, target: str) -> Path:
-        return self.out / "pictures" / f"{source}__{trainer}__{target}__scores.png"
+        return self.out / "pictures" / f"{source}__{trainer}__{target}__scores.webp"
 
     def note(self, step: str) -> Path:
         """Written when a step is done: what it took."""
