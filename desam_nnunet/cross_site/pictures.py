@@ -19,7 +19,6 @@ from desam_nnunet.files import replace_file
 TRUTH, PREDICTION = "lime", "magenta"
 _INSIDE = (0.2, 0.5, 0.8)  # of the organ's extent
 _WINDOW = (0.5, 99.5)  # percentiles of the volume
-_QUALITY = 85  # of WebP, 0 to 100
 
 
 class Volume(NamedTuple):
@@ -79,7 +78,7 @@ def save(figure: Figure, path: Path) -> None:
     """As PNG, without a time stamp, so that the same picture is the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = BytesIO()
-    figure.savefig(buffer, format="webp", dpi=100, pil_kwargs={"quality": _QUALITY})
+    figure.savefig(buffer, format="webp", dpi=100, pil_kwargs={"lossless": True})  # else contours lose their colour
     replace_file(path, [buffer.getvalue()])
 
 
