@@ -12,8 +12,8 @@ from pathlib import Path
 import SimpleITK as sitk
 
 from desam_nnunet.cross_site.sites import ENDINGS
-from desam_nnunet.cross_site.study import SPLITS, Study, method_of
-from desam_nnunet.planning.facts import CONFIGURATION, STOCK_PLANS
+from desam_nnunet.cross_site.study import Study, method_of
+from desam_nnunet.planning.facts import CONFIGURATION, SPLITS, STOCK_PLANS
 from desam_nnunet.sections import FEATURES
 
 

@@ -25,10 +25,10 @@ from desam_nnunet.cross_site.sites import (
     labels_of,
     read_sites,
 )
-from desam_nnunet.cross_site.study import FILE, FOLDERS, SPLITS, STUDY_PLANS, Study, method_of, plain, plain_sites
+from desam_nnunet.cross_site.study import FILE, FOLDERS, STUDY_PLANS, Study, method_of, plain, plain_sites
 from desam_nnunet.evaluation.scores import classes_of
 from desam_nnunet.files import TEMPORARY
-from desam_nnunet.planning.facts import CONFIGURATION, FOLDS, STOCK_PLANS
+from desam_nnunet.planning.facts import CONFIGURATION, FOLDS, SPLITS, STOCK_PLANS
 from desam_nnunet.sections import SECTIONS
 from desam_nnunet.training.lookup import look_up
 

@@ -75,7 +75,7 @@ def outline(axis: Axes, mask: np.ndarray, colour: str, width: float) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """As PNG, without a time stamp, so that the same picture is the same file."""
+    """As lossless WebP, without a time stamp, so that the same picture is the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = BytesIO()
     figure.savefig(buffer, format="webp", dpi=100, pil_kwargs={"lossless": True})  # else contours lose their colour

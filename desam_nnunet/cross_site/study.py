@@ -21,7 +21,6 @@ from desam_nnunet.training.lookup import look_up
 STUDY_PLANS = "CrossSitePlans"
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 FILE = "study.json"
-SPLITS = "splits_final.json"  # nnU-Net's
 
 
 def _digest(settings: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from desam_nnunet.cache.tiles import tiles_of
 CONFIGURATION = "2d"
 STOCK_PLANS = "nnUNetPlans"
 FOLDS = 5  # of nnU-Net's split
+SPLITS = "splits_final.json"
 
 
 @dataclass(frozen=True)

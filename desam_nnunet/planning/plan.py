@@ -19,7 +19,7 @@ from desam_nnunet.config import check_keys
 from desam_nnunet.files import replace_file
 from desam_nnunet.machine import device_is_here, memory_limit
 from desam_nnunet.planning.choices import Choice, choose_schedule
-from desam_nnunet.planning.facts import CONFIGURATION, FOLDS, STOCK_PLANS, Facts, read_facts
+from desam_nnunet.planning.facts import CONFIGURATION, FOLDS, SPLITS, STOCK_PLANS, Facts, read_facts
 from desam_nnunet.planning.fit import Machine, choose_encoder, is_here, variant_named
 from desam_nnunet.planning.wishes import Wishes
 from desam_nnunet.preprocessed import dataset_folder
@@ -172,5 +172,5 @@ def _commands(folder: Path, plans: dict[str, Any], cases: int, trainer: str) -> 
         yield f"desam weights get {encoder}"
     if not (folder / plans["configurations"][CONFIGURATION]["data_identifier"]).is_dir():
         yield f"nnUNetv2_preprocess -d {number} -plans_name {name} -c {CONFIGURATION}"
-    fold = "0" if cases >= FOLDS or (folder / "splits_final.json").is_file() else "all"
+    fold = "0" if cases >= FOLDS or (folder / SPLITS).is_file() else "all"
     yield f"nnUNetv2_train {number} {CONFIGURATION} {fold} -tr {trainer} -p {name}"

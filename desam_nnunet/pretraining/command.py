@@ -6,8 +6,6 @@ import argparse
 import math
 from pathlib import Path
 
-_RECIPE = ("encoder", "images", "batch_size", "prompts", "lr", "regions", "seed")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What one can type. What is not given is the recipe's own."""
@@ -26,12 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs or goes on with the pretraining."""
+    from dataclasses import fields
+
     import torch
 
     from desam_nnunet.pretraining.recipe import Recipe
     from desam_nnunet.pretraining.run import pretrain
 
-    given = {key: getattr(options, key) for key in _RECIPE if getattr(options, key) is not None}
+    given = {field.name: value for field in fields(Recipe)
+             if (value := getattr(options, field.name)) is not None}
     weights = pretrain(options.folder, Recipe(**given), torch.device(options.device), minutes=options.minutes)
     if weights is not None:
         print(f'To train on it: "sam": {{"encoder": "{weights.resolve()}"}} in the plans, or desam plan --encoder.')

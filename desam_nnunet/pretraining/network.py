@@ -14,7 +14,7 @@ from desam_nnunet.pretraining import regions
 from desam_nnunet.sam.encoder import Features, read_features
 from desam_nnunet.sam.prompts import Prompts, dense_positions, prompt_tokens
 from desam_nnunet.sam.random_weights import random_state
-from desam_nnunet.sam.variants import MASK_STRIDE, PATCH, PIXEL_MEAN, PIXEL_STD, Variant, build_sam
+from desam_nnunet.sam.variants import MASK_STRIDE, PATCH, Variant, build_sam
 
 _FINER = PATCH // MASK_STRIDE  # mask pixels along a token's side
 
@@ -50,8 +50,7 @@ class Pretrained(nn.Module):
     def encode(self, images: Tensor) -> Features:
         """Of grey images (B, 1, S, S), 0 to 255."""
         vit = self.sam.image_encoder
-        mean, std = (images.new_tensor(values)[:, None, None] for values in (PIXEL_MEAN, PIXEL_STD))
-        return read_features(vit, vit.patch_embed((images - mean) / std) + vit.pos_embed, self.level_blocks)
+        return read_features(vit, vit.patch_embed(self.sam.preprocess(images)) + vit.pos_embed, self.level_blocks)
 
     def describe(self, features: Features) -> list[Tensor]:
         """Each output's account of the regions, (B, 9, S/4, S/4), the border as a logit."""

@@ -34,14 +34,16 @@ def describe_regions(images: Tensor, labels: Tensor) -> Tensor:
     count = sums[:, :1]
     means = sums / count.clamp(min=1)
     (my, mx, myy, mxx, myx, level, level2) = means[:, 1:].unbind(1)
+    var_y, var_x, var_level = ((square - mean * mean).clamp(min=_EMPTY)
+                               for square, mean in ((myy, my), (mxx, mx), (level2, level)))
     tables = torch.stack([
         my, mx,
         (count[:, 0] / side**2 + _EMPTY).sqrt(),
-        (myy - my * my).clamp(min=_EMPTY).sqrt(),
-        (mxx - mx * mx).clamp(min=_EMPTY).sqrt(),
-        (myx - my * mx) / ((myy - my * my).clamp(min=_EMPTY) * (mxx - mx * mx).clamp(min=_EMPTY)).sqrt(),
+        var_y.sqrt(),
+        var_x.sqrt(),
+        (myx - my * mx) / (var_y * var_x).sqrt(),
         level,
-        (level2 - level * level).clamp(min=_EMPTY).sqrt(),
+        var_level.sqrt(),
     ], dim=1)  # B 8 labels
     told = tables.gather(2, coarse.flatten(1)[:, None].expand(-1, tables.shape[1], -1)).unflatten(2, (side, side))
     centre = told[:, :2] - torch.stack([y, x], dim=1)
