@@ -213,6 +213,7 @@ def test_the_frozen_encoder_says_what_was_trained(finished):
         network.sam.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
     images = generate(1, 256, CPU, seed=4, batch=0).images
     mean, std = (torch.tensor(values)[:, None, None] for values in (PIXEL_MEAN, PIXEL_STD))
+    sam.encoder.dtype = torch.float32  # a CPU may have bfloat16
     frozen = sam.encoder((images - mean) / std)
     with torch.no_grad():
         for ours, theirs in zip(network.encode(images).tensors, frozen.tensors, strict=True):

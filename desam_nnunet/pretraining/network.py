@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from segment_anything.modeling import Sam
+from segment_anything.modeling import MaskDecoder, Sam
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,6 +17,7 @@ from desam_nnunet.sam.random_weights import random_state
 from desam_nnunet.sam.variants import MASK_STRIDE, PATCH, Variant, build_sam
 
 _FINER = PATCH // MASK_STRIDE  # mask pixels along a token's side
+_SHARPENED = 2.5
 
 
 class Answers(NamedTuple):
@@ -27,7 +28,7 @@ class Answers(NamedTuple):
 
 
 class Pretrained(nn.Module):
-    """Starts from the variant's random weights.
+    """Starts from the variant's random weights, but for the mask decoder's queries, which find their place at once.
 
     Args:
         seed: Of what is drawn beside them.
@@ -42,6 +43,7 @@ class Pretrained(nn.Module):
         self.level_blocks = variant.global_blocks[:-1]
         self.sam: Sam = build_sam(variant)
         self.sam.load_state_dict(random_state(variant))
+        _match_places(self.sam.mask_decoder)
         widths = [variant.embed_dim] * len(self.level_blocks) + [variant.prompt_dim]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -77,3 +79,15 @@ class Pretrained(nn.Module):
     def weights(self) -> dict[str, Tensor]:
         """What a SAM file holds, float32, on the CPU."""
         return {key: value.detach().float().cpu().contiguous() for key, value in self.sam.state_dict().items()}
+
+
+@torch.no_grad()
+def _match_places(decoder: MaskDecoder) -> None:
+    """Between prompts and image, queries begin with the projection of the keys: the nearer two places, the higher."""
+    transformer = decoder.transformer
+    attentions = [transformer.final_attn_token_to_image]
+    for layer in transformer.layers:
+        attentions += [layer.cross_attn_token_to_image, layer.cross_attn_image_to_token]
+    for attention in attentions:
+        attention.k_proj.weight.mul_(_SHARPENED)
+        attention.q_proj.load_state_dict(attention.k_proj.state_dict())

@@ -84,6 +84,7 @@ def pretrain(
     points, boxes = unseen_iou(run.network, VARIANTS[recipe.encoder].image_size, device)
     _write_json(folder / SETTINGS, told | {
         "starts_from": "random weights", "steps": run.step, "seconds": round(run.seconds),
+        "precision": "bfloat16" if _has_bfloat16(device) else "float32",
         "unseen_images": _UNSEEN, "unseen_iou_points": round(points, 4), "unseen_iou_boxes": round(boxes, 4),
         "desam_nnunet": __version__, "machine": describe_machine(device)})
     replace_file(folder / WEIGHTS, [save(run.network.weights(), {"pretraining": json.dumps(told)})])
@@ -222,9 +223,12 @@ def _judge_prompts(
 
 
 def _autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 on GPUs that have it; else float32, for float16 would need its losses scaled."""
-    native = device.type == "cuda" and encoder_dtype(device) == torch.bfloat16
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=native)
+    """bfloat16 where the device has it natively; else float32, for float16 would need its losses scaled."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=_has_bfloat16(device))
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    return encoder_dtype(device) == torch.bfloat16
 
 
 def _check_same(folder: Path, told: dict[str, Any]) -> None:
