@@ -222,8 +222,11 @@ def _verify(options: argparse.Namespace) -> int:
 
     variant = variant_of(read_sam_file(options.file), options.file)
     md5 = file_md5(options.file)
-    published = next((f"SAM's published {row.name}" for row in VARIANTS.values() if row.md5 == md5), "")
-    print(f"{options.file}: {variant.name}, MD5 {md5}, {published or 'not one of the published SAM files'}")
+    known = next((row for row in VARIANTS.values() if row.md5 == md5), None)
+    what = "not one of the published SAM files"
+    if known is not None:
+        what = f"{known.name} of this package" if known.packaged else f"SAM's published {known.name}"
+    print(f"{options.file}: {variant.name}, MD5 {md5}, {what}")
     return 0
 
 

@@ -89,8 +89,8 @@ def _weights_folder(folder: Path) -> Finding:
 
 def _weights(variant: Variant) -> Finding:
     if not variant.file:
-        return Finding(f"weights {variant.name}", f"RANDOM, not pretrained ({RANDOM_IDENTITY}): for tests and demos")
-    get = f"desam weights get {variant.name}"
+        return Finding(f"weights {variant.name}", f"RANDOM, not pretrained ({RANDOM_IDENTITY}): for tests and comparisons")
+    get = "install desam-nnunet again" if variant.packaged else f"desam weights get {variant.name}"
     try:
         path = find_weights(variant.name)
     except FileNotFoundError:

@@ -80,7 +80,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("data", type=Path, metavar="DATA", help=f"folder with {SOURCE} and {TARGET}")
     parser.add_argument("work", type=Path, metavar="WORK", help="folder to work in")
     parser.add_argument("encoders", nargs="+", metavar="WEIGHTS",
-                        help=f"a weights file, which its folder names, or {RANDOM}: vit_tiny's random weights")
+                        help=f"a weights file, which its folder names, or {RANDOM}: vit_tiny_random")
     parser.add_argument("--minutes", type=float, default=3, help="of training for each fold (default: 3)")
     parser.add_argument("--baselines", type=int, nargs="*", default=[1], metavar="TIMES",
                         help=f"{BASELINE} at so many times the minutes (default: 1)")
@@ -164,7 +164,7 @@ def cross_site(
 ) -> None:
     settings = {
         "batch_size": batch_size,
-        "sam": {"encoder": "vit_tiny" if encoder == RANDOM else str(Path(encoder).resolve()),
+        "sam": {"encoder": "vit_tiny_random" if encoder == RANDOM else str(Path(encoder).resolve()),
                 "image_size": options.image_size, "features": "online", "epochs": epochs,
                 "iterations_per_epoch": iterations, "val_iterations_per_epoch": 2},
         "desam": {"lr": options.lr},

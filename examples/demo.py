@@ -2,8 +2,9 @@
 
     make demo
 
-Everything between the phantom and the pictures is nnU-Net's own commands. The encoder is vit_tiny with RANDOM
-weights, so the demonstration needs no download and shows the way, not what SAM's features are worth.
+Everything between the phantom and the pictures is nnU-Net's own commands. The encoder is vit_tiny, which comes
+with the package and was pretrained on generated images: the demonstration needs no download, and shows the way, not
+what SAM's features are worth.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import phantom
 
 DATASET, PLANS, TRAINER = 501, "DemoPlans", "DeSAMTrainer"
 SECTIONS: dict[str, Any] = {
-    # online, since patches that are augmented anew help a random encoder most at a site that it has not seen
+    # online, since patches that are augmented anew help a small encoder most at a site that it has not seen
     "sam": {"encoder": "vit_tiny", "image_size": 192, "features": "online", "epochs": 14, "iterations_per_epoch": 50,
             "val_iterations_per_epoch": 5},
     # a decoder from scratch in 700 iterations: five times the published rate; 36 points instead of 81 for the time
@@ -109,7 +110,7 @@ def report(work: Path, scores: dict[str, list[Score]]) -> None:
         lines.append(f"| **{site}** | **{mean / len(rows):.3f}** | {free} | {empty} ({empty / free:.0%}) |")
     text = "\n".join(lines)
     (work / "demo.md").write_text(text + "\n")
-    step(f"scores of unseen sites, encoder vit_tiny with RANDOM weights (also in {work / 'demo.md'})")
+    step(f"scores of unseen sites, encoder vit_tiny (also in {work / 'demo.md'})")
     print(text)
 
 
@@ -133,7 +134,7 @@ def draw(work: Path) -> None:
             outline(axis, mask[z], "magenta", 1.2)
             axis.set_title(f"{site}, slice {z}", color="white", fontsize=8)
             axis.axis("off")
-    figure.suptitle("Trained on SiteA alone. Green: truth. Magenta: DeSAM (vit_tiny, random weights).",
+    figure.suptitle("Trained on SiteA alone. Green: truth. Magenta: DeSAM (vit_tiny).",
                     color="white", fontsize=10)
     figure.tight_layout()
     figure.savefig(work / "demo.png", dpi=90)

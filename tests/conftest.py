@@ -80,7 +80,7 @@ def nnunet(command: str, *arguments: object, check: bool = True) -> subprocess.C
 
 
 def tiny_sections(**sam: Any) -> dict[str, dict[str, Any]]:
-    """Seconds of training: the random tiny encoder at 128; at threshold 0 some tiles pass and some do not."""
+    """Seconds of training: the tiny encoder at 128; at threshold 0 some tiles pass and some do not."""
     short = {"encoder": "vit_tiny", "image_size": 128, "epochs": 1, "iterations_per_epoch": 3,
              "val_iterations_per_epoch": 1}
     return {"sam": short | sam, "desam": {"grid": 3, "iou_threshold": 0.0}}

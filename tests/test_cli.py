@@ -12,6 +12,7 @@ from conftest import nnunet
 from desam_nnunet import __version__
 from desam_nnunet.cli import main
 from desam_nnunet.sam.variants import VARIANTS, build_sam
+from desam_nnunet.sam.weights import find_weights
 from desam_nnunet.training.registry import TRAINERS
 
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -88,9 +89,11 @@ def test_weights_list(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_weights_get_of_nothing_published(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["weights", "get", "vit_tiny"]) == 1
+    assert main(["weights", "get", "vit_tiny_random"]) == 1
     assert capsys.readouterr().err == (
-        "desam: No weights are published for 'vit_tiny': choose from vit_b, vit_l, vit_h.\n")
+        "desam: No weights are published for 'vit_tiny_random': choose from vit_b, vit_l, vit_h.\n")
+    assert main(["weights", "get", "vit_tiny"]) == 1
+    assert capsys.readouterr().err == "desam: 'vit_tiny' needs no download: its weights come with this package.\n"
 
 
 def test_weights_verify(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -103,6 +106,12 @@ def test_weights_verify(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     os.truncate(path, 1000)
     assert main(["weights", "verify", str(path)]) == 1
     assert "truncated or not a weights file" in capsys.readouterr().err
+
+
+def test_weights_verify_of_the_packaged_file(capsys: pytest.CaptureFixture[str]) -> None:
+    path, md5 = find_weights("vit_tiny"), VARIANTS["vit_tiny"].md5
+    assert main(["weights", "verify", str(path)]) == 0
+    assert capsys.readouterr().out == f"{path}: vit_tiny, MD5 {md5}, vit_tiny of this package\n"
 
 
 def test_weights_verify_of_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 import pytest
 
 from desam_nnunet.config import parse_section, read_section, resolve_plans
-from desam_nnunet.sam.random_weights import RANDOM_IDENTITY
+from desam_nnunet.sam.variants import VARIANTS
 from desam_nnunet.sections import SECTIONS, DesamSection, SamedSection, SamSection
 
 DATASET = {"labels": {"background": 0, "organ": 1}, "channel_names": {"0": "MR"}, "file_ending": ".nii.gz"}
@@ -37,7 +37,7 @@ def resolved(
 def test_defaults() -> None:
     configuration = resolved(make_plans(sam={"encoder": "vit_tiny"}))
     assert configuration["sam"] == {
-        "encoder": "vit_tiny", "identity": RANDOM_IDENTITY, "image_size": 256, "intensity": "percentile",
+        "encoder": "vit_tiny", "identity": f"md5:{VARIANTS['vit_tiny'].md5}", "image_size": 256, "intensity": "percentile",
         "regions": False, "features": "cached", "views": 1, "cache_dtype": "float16", "epochs": 50,
         "iterations_per_epoch": 250,
         "val_iterations_per_epoch": 50,
@@ -116,7 +116,7 @@ def test_regions_follow_the_data_set() -> None:
         ({"sam": {"features": "disk"}}, "sam.features is 'disk', but must be online or cached"),
         ({"sam": {"regions": True}}, "the data set's labels say False"),
         ({"sam": {"encoder": "vit_x"}}, "Unknown encoder 'vit_x': give one of vit_b, vit_l, vit_h, vit_tiny"),
-        ({"sam": {"identity": "md5:0"}}, "found here is random:.* were trained or made with md5:0"),
+        ({"sam": {"identity": "md5:0"}}, "found here is md5:.* were trained or made with md5:0"),
         ({"sam": 7}, "section 'sam' is 7, but must be an object"),
         ({"desam": {"grid": 0}}, "desam.grid is 0, but must be between 1 and 64"),
         ({"desam": {"lr": "fast"}}, r"desam.lr is 'fast', but must be of type float. Valid keys: grid \(int\)"),

@@ -48,7 +48,7 @@ class Ran:
         phantom.write_unseen(self.data, sites=("SiteA",), cases=5)
         phantom.write_unseen(self.data, sites=("SiteB",), cases=2)
         phantom.write_unseen(self.data, sites=("SiteC",), cases=1)
-        settings = tiny_sections(image_size=64, features="online") | {"batch_size": 2}
+        settings = tiny_sections(encoder="vit_tiny_random", image_size=64, features="online") | {"batch_size": 2}
         settings["desam"]["iou_threshold"] = 0.0
         (root / "settings.json").write_text(json.dumps(settings))
         self.words = ["cross-site", str(self.data), "-o", str(self.out), "-tr", *TRAINERS, "--sources", "SiteA",

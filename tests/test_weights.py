@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from segment_anything.modeling.image_encoder import get_rel_pos
 
 from desam_nnunet.sam import weights
@@ -146,9 +149,37 @@ def test_another_file_than_trained_with_is_refused(tiny_file: Path) -> None:
         load_sam(str(tiny_file), 256, "md5:other")
 
 
+def test_vit_tiny_is_pretrained_and_in_the_package() -> None:
+    path = find_weights("vit_tiny")
+    assert path is not None and path.parent == Path(weights.__file__).parent
+    assert path.stat().st_size <= 16e6
+    loaded = load_sam("vit_tiny", 256)
+    assert (loaded.encoder.identity, loaded.random) == (f"md5:{VARIANTS['vit_tiny'].md5}", False)
+    with safe_open(path, "pt") as file:
+        assert json.loads(file.metadata()["pretraining"])["recipe"]["encoder"] == "vit_tiny"
+
+
+def test_models_from_before_vit_tiny_was_pretrained_keep_their_random_weights() -> None:
+    loaded = load_sam("vit_tiny", 256, RANDOM_IDENTITY)
+    assert (loaded.encoder.identity, loaded.random) == (RANDOM_IDENTITY, True)
+    assert loaded.encoder.checksum() == load_sam("vit_tiny_random", 256).encoder.checksum()
+
+
+def test_models_with_another_vit_tiny_take_it_from_the_weights_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DESAM_WEIGHTS", str(tmp_path))
+    other = tmp_path / VARIANTS["vit_tiny"].file
+    save_file(random_state(TINY), other)
+    identity = f"md5:{weights.file_md5(other)}"
+    assert load_sam("vit_tiny", 256, identity).encoder.identity == identity
+    assert load_sam("vit_tiny", 256).encoder.identity == f"md5:{VARIANTS['vit_tiny'].md5}"
+
+
 def test_random_weights_are_the_same_everywhere() -> None:
     state = random_state(TINY)
-    assert load_sam("vit_tiny", 256).encoder.identity == RANDOM_IDENTITY
+    loaded = load_sam("vit_tiny_random", 256)
+    assert (loaded.encoder.identity, loaded.random) == (RANDOM_IDENTITY, True)
     # Numbers of numpy's frozen RandomState(0): they may change only together with the identity.
     first = state["image_encoder.pos_embed"].flatten()[:3].tolist()
     assert first == pytest.approx([0.035281, 0.008003, 0.019575], abs=1e-6)

@@ -173,4 +173,4 @@ def is_here(encoder: str) -> bool:
 
 
 def _missing(encoder: str) -> str:
-    return f"whose weights are not here yet (--encoder vit_tiny is random, and needs none): desam weights get {encoder}"
+    return f"whose weights are not here yet (--encoder vit_tiny comes with this package): desam weights get {encoder}"

@@ -77,8 +77,8 @@ class Pretrained(nn.Module):
         return Answers(masks, decoder.iou_prediction_head(read[:, 0])[:, 0])
 
     def weights(self) -> dict[str, Tensor]:
-        """What a SAM file holds, float32, on the CPU."""
-        return {key: value.detach().float().cpu().contiguous() for key, value in self.sam.state_dict().items()}
+        """What a SAM file holds, float16, on the CPU."""
+        return {key: value.detach().half().cpu().contiguous() for key, value in self.sam.state_dict().items()}
 
 
 @torch.no_grad()

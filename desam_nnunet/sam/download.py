@@ -29,8 +29,10 @@ def download(name: str, *, url: str | None = None) -> Path:
         OSError: The folder can't be written, or there is no way to the server; the message says what to do.
     """
     variant = VARIANTS.get(name)
+    if variant is not None and variant.packaged:
+        raise ValueError(f"'{name}' needs no download: its weights come with this package.")
     if variant is None or not variant.file:
-        published = ", ".join(row.name for row in VARIANTS.values() if row.file)
+        published = ", ".join(row.name for row in VARIANTS.values() if row.file and not row.packaged)
         raise ValueError(f"No weights are published for '{name}': choose from {published}.")
     target = _writable_folder() / variant.file
     if target.is_file() and file_md5(target) == variant.md5:

@@ -1,12 +1,13 @@
 """The sizes of SAM's encoders and the files that hold their weights, one row each.
 
 Source: Kirillov et al., Segment Anything, ICCV 2023, and the package ``segment-anything`` 1.0
-(``build_sam.py``). ``vit_tiny`` is ours: the same classes in a size that a test or a laptop can run.
+(``build_sam.py``). ``vit_tiny`` is ours: the same classes in a size that a laptop can run, pretrained on generated images
+(``docs/vit_tiny.md``), in the package; ``vit_tiny_random`` is as large, with weights that nobody trained.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
@@ -27,7 +28,8 @@ class Variant:
         global_blocks: Indexes of the blocks with global attention; the others attend in windows.
         prompt_dim: Channels of the neck, the prompts and the mask decoder.
         image_size: Input side in pixels of the pretrained position tables.
-        file, md5, megabytes: The published weights file; empty where none is published.
+        file, md5, megabytes: The published weights file; empty where there is none, and weights are random.
+        packaged: Whether that file comes with this package.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Variant:
     file: str = ""
     md5: str = ""
     megabytes: int = 0
+    packaged: bool = False
 
     @property
     def feature_channels(self) -> int:
@@ -52,6 +55,8 @@ class Variant:
         return DOWNLOAD_URL + self.file
 
 
+_TINY = Variant("vit_tiny", 192, 8, 6, (1, 3, 5, 7), window=8, prompt_dim=128, image_size=256,
+                file="vit_tiny.safetensors", md5="a52f4216152a62c5033e98f362f562d7", megabytes=10, packaged=True)
 VARIANTS: dict[str, Variant] = {
     row.name: row
     for row in (
@@ -61,7 +66,8 @@ VARIANTS: dict[str, Variant] = {
                 file="sam_vit_l_0b3195.pth", md5="0b3195507c641ddb6910d2bb5adee89c", megabytes=1250),
         Variant("vit_h", 1280, 32, 16, (7, 15, 23, 31),
                 file="sam_vit_h_4b8939.pth", md5="4b8939a88964f0f4ff5f5b2642c598a6", megabytes=2564),
-        Variant("vit_tiny", 192, 8, 6, (1, 3, 5, 7), window=8, prompt_dim=128, image_size=256),
+        _TINY,
+        replace(_TINY, name="vit_tiny_random", file="", md5="", megabytes=0, packaged=False),
     )
 }
 

@@ -1,6 +1,6 @@
 """Finds, verifies and loads the weights of SAM.
 
-Where a named variant is looked for, in this order:
+Where a named variant is looked for, in this order (``vit_tiny`` in the package before all):
 
 1. the folder in the environment variable ``DESAM_WEIGHTS``,
 2. ``$XDG_CACHE_HOME/desam_nnunet`` (``~/.cache/desam_nnunet``), where ``desam weights get`` writes,
@@ -30,6 +30,7 @@ from desam_nnunet.sam.random_weights import RANDOM_IDENTITY, random_state
 from desam_nnunet.sam.variants import PATCH, VARIANTS, Variant, build_sam
 
 State = dict[str, Tensor]
+_PACKAGE = Path(__file__).parent
 _WIDTH_KEY = "image_encoder.patch_embed.proj.weight"
 
 
@@ -73,14 +74,16 @@ def find_weights(encoder: str, identity: str | None = None) -> Path | None:
         ValueError: `encoder` is neither a known variant nor looks like a path.
     """
     variant = VARIANTS.get(encoder)
-    if variant is not None and not variant.file:
-        return None
+    if variant is not None and (not variant.file or (variant.packaged and identity == RANDOM_IDENTITY)):
+        return None  # before vit_tiny had weights it meant random ones, and models of that time go on
     path = Path(variant.file if variant else encoder).expanduser()
     if variant is None and path.suffix == "" and path.parent == Path() and not path.is_file():
         raise ValueError(
             f"Unknown encoder '{encoder}': give one of {', '.join(VARIANTS)} or the path of a weights file."
         )
     places = [] if variant else [path]
+    if variant is not None and variant.packaged:
+        places = [_PACKAGE / variant.file]
     places += [folder / path.name for folder in search_folders()]
     found = [place for place in places if place.is_file()]
     if not found:
@@ -106,7 +109,7 @@ def identify(encoder: str, wanted: str | None = None) -> str:
         return RANDOM_IDENTITY
     md5 = file_md5(path)
     variant = VARIANTS.get(encoder)
-    if variant is not None and md5 != variant.md5:
+    if variant is not None and md5 != variant.md5 and f"md5:{md5}" != wanted:
         raise ValueError(
             f"{path} is not the published {encoder} file: its MD5 is {md5}, expected {variant.md5}. It is "
             f"truncated or another file: remove it and run 'desam weights get {encoder}', or give its path as "

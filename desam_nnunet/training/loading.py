@@ -35,7 +35,9 @@ def sam_from_plans(
     sam = load_sam(section.encoder, section.image_size, section.identity)
     if sam.random:
         print(f"Encoder {section.encoder}: RANDOM weights ({section.identity}), not pretrained. Good for tests and "
-              "demos.")
+              "comparisons.")
+    elif section.identity == f"md5:{sam.variant.md5}" and sam.variant.packaged:
+        print(f"Encoder {section.encoder}: pretrained on generated images, not SAM's own weights.")
     window: tuple[tuple[float, float], ...] = ()
     if section.intensity == "window":
         window = ct_window(plans_manager.foreground_intensity_properties_per_channel, num_input_channels)
