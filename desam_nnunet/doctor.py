@@ -89,7 +89,7 @@ def _weights_folder(folder: Path) -> Finding:
 
 def _weights(variant: Variant) -> Finding:
     if not variant.file:
-        return Finding(f"weights {variant.name}", f"RANDOM, not pretrained ({RANDOM_IDENTITY}): for tests and comparisons")
+        return Finding(f"weights {variant.name}", f"RANDOM, not pretrained ({RANDOM_IDENTITY}): to compare with")
     get = "install desam-nnunet again" if variant.packaged else f"desam weights get {variant.name}"
     try:
         path = find_weights(variant.name)

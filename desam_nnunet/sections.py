@@ -18,7 +18,8 @@ class SamSection:
     """What all trainers of this package share.
 
     Attributes:
-        encoder: ``vit_b``, ``vit_l``, ``vit_h``, ``vit_tiny`` (small, in the package), ``vit_tiny_random``, or the path of a weights file.
+        encoder: ``vit_b``, ``vit_l``, ``vit_h``, ``vit_tiny`` (small, in the package), ``vit_tiny_random``, or the
+            path of a weights file.
         identity: Names the encoder's weights: ``md5:`` and the file's hash, or generator and seed. Resuming and
             predicting with other weights is refused.
         image_size: Side of SAM's input in pixels, a multiple of 16, at least 64. A tile's longer side is scaled to it.

@@ -37,10 +37,9 @@ def resolved(
 def test_defaults() -> None:
     configuration = resolved(make_plans(sam={"encoder": "vit_tiny"}))
     assert configuration["sam"] == {
-        "encoder": "vit_tiny", "identity": f"md5:{VARIANTS['vit_tiny'].md5}", "image_size": 256, "intensity": "percentile",
-        "regions": False, "features": "cached", "views": 1, "cache_dtype": "float16", "epochs": 50,
-        "iterations_per_epoch": 250,
-        "val_iterations_per_epoch": 50,
+        "encoder": "vit_tiny", "identity": f"md5:{VARIANTS['vit_tiny'].md5}", "image_size": 256,
+        "intensity": "percentile", "regions": False, "features": "cached", "views": 1, "cache_dtype": "float16",
+        "epochs": 50, "iterations_per_epoch": 250, "val_iterations_per_epoch": 50,
     }
     assert configuration["desam"] == {"grid": 9, "iou_threshold": 0.5, "lr": 1e-4}
     assert configuration["batch_size"] == 49

@@ -151,7 +151,8 @@ def test_another_file_than_trained_with_is_refused(tiny_file: Path) -> None:
 
 def test_vit_tiny_is_pretrained_and_in_the_package() -> None:
     path = find_weights("vit_tiny")
-    assert path is not None and path.parent == Path(weights.__file__).parent
+    assert path is not None
+    assert path.parent == Path(weights.__file__).parent
     assert path.stat().st_size <= 16e6
     loaded = load_sam("vit_tiny", 256)
     assert (loaded.encoder.identity, loaded.random) == (f"md5:{VARIANTS['vit_tiny'].md5}", False)

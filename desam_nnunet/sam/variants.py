@@ -1,8 +1,8 @@
 """The sizes of SAM's encoders and the files that hold their weights, one row each.
 
 Source: Kirillov et al., Segment Anything, ICCV 2023, and the package ``segment-anything`` 1.0
-(``build_sam.py``). ``vit_tiny`` is ours: the same classes in a size that a laptop can run, pretrained on generated images
-(``docs/vit_tiny.md``), in the package; ``vit_tiny_random`` is as large, with weights that nobody trained.
+(``build_sam.py``). ``vit_tiny`` is ours: the same classes in a size that a laptop can run, pretrained on generated
+images (``docs/vit_tiny.md``), in the package; ``vit_tiny_random`` is as large, with weights that nobody trained.
 """
 
 from __future__ import annotations
