@@ -90,14 +90,14 @@ def _weights_folder(folder: Path) -> Finding:
 def _weights(variant: Variant) -> Finding:
     if not variant.file:
         return Finding(f"weights {variant.name}", f"RANDOM, not pretrained ({RANDOM_IDENTITY}): to compare with")
-    get = "install desam-nnunet again" if variant.packaged else f"desam weights get {variant.name}"
     try:
         path = find_weights(variant.name)
     except FileNotFoundError:
-        return Finding(f"weights {variant.name}", "not here", f"{get} ({variant.megabytes} MB)")
+        return Finding(f"weights {variant.name}", "not here", f"{variant.remedy} ({variant.megabytes} MB)")
     assert path is not None
     if file_md5(path) != variant.md5:
-        return Finding(f"weights {variant.name}", f"{path} is not the published file", f"remove it; {get}", wrong=True)
+        return Finding(f"weights {variant.name}", f"{path} is not the published file",
+                       f"remove it; {variant.remedy}", wrong=True)
     return Finding(f"weights {variant.name}", f"{path}, verified")
 
 

@@ -51,6 +51,11 @@ class Variant:
         return (len(self.global_blocks) - 1) * self.embed_dim + self.prompt_dim
 
     @property
+    def remedy(self) -> str:
+        """What to do where the file is missing or damaged."""
+        return "install desam-nnunet again" if self.packaged else f"desam weights get {self.name}"
+
+    @property
     def url(self) -> str:
         return DOWNLOAD_URL + self.file
 

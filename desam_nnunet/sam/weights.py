@@ -87,7 +87,7 @@ def find_weights(encoder: str, identity: str | None = None) -> Path | None:
     places += [folder / path.name for folder in search_folders()]
     found = [place for place in places if place.is_file()]
     if not found:
-        remedy = f"desam weights get {encoder}" if variant else "put the file into one of these folders"
+        remedy = variant.remedy if variant else "put the file into one of these folders"
         looked = ", ".join(str(place.parent) for place in places)
         raise FileNotFoundError(f"No weights file {path.name} in {looked}: {remedy}.")
     if not identity:
@@ -112,8 +112,8 @@ def identify(encoder: str, wanted: str | None = None) -> str:
     if variant is not None and md5 != variant.md5 and f"md5:{md5}" != wanted:
         raise ValueError(
             f"{path} is not the published {encoder} file: its MD5 is {md5}, expected {variant.md5}. It is "
-            f"truncated or another file: remove it and run 'desam weights get {encoder}', or give its path as "
-            "the encoder if it holds your own weights."
+            f"truncated or another file: remove it and {variant.remedy}, or give its path as the encoder if it "
+            "holds your own weights."
         )
     return f"md5:{md5}"
 
