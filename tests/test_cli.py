@@ -37,7 +37,8 @@ def test_doctor_of_a_sound_machine(capsys: pytest.CaptureFixture[str], tmp_path:
     assert "ok  DeSAMTrainer            desam_nnunet.training.desam.DeSAMTrainer" in report
     assert f"{tmp_path / 'weights'} (does not exist)" in report
     assert "desam weights get vit_b (375 MB)" in report
-    assert "RANDOM, not pretrained" in report
+    assert f"ok  weights vit_tiny        {find_weights('vit_tiny')}, verified" in report
+    assert "weights vit_tiny_random RANDOM, not pretrained" in report
     assert "Nothing is wrong." in report
 
 
