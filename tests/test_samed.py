@@ -19,12 +19,16 @@ from desam_nnunet.sam.weights import LoadedSam, load_sam
 SIZE = 128
 
 
+def tiny_sam() -> LoadedSam:
+    sam = load_sam("vit_tiny", SIZE)
+    sam.encoder.dtype = torch.float32  # also where the CPU has bfloat16
+    return sam
+
+
 def build(*, outputs: int = 2, channels: int = 1, **settings: Any) -> SAMed:
     given = {"rank": 4, "targets": "qv", "adapt_decoder": False, "checkpointing": False} | settings
     to_image = TileToImage(SIZE, "percentile", normalise=False)
-    sam = load_sam("vit_tiny", SIZE)
-    sam.encoder.dtype = torch.float32  # also where the CPU has bfloat16
-    return build_samed(sam=sam, to_image=to_image, num_channels=channels, outputs=outputs, **given)
+    return build_samed(sam=tiny_sam(), to_image=to_image, num_channels=channels, outputs=outputs, **given)
 
 
 def shake(network: SAMed) -> SAMed:
@@ -38,9 +42,7 @@ def shake(network: SAMed) -> SAMed:
 def test_starts_as_sam_exactly() -> None:
     network, tiles = build(), torch.randn(2, 1, 96, 80)
     images = network.images(tiles).flatten(0, 1)
-    sam = load_sam("vit_tiny", SIZE)
-    sam.encoder.dtype = torch.float32
-    base = sam.encoder(images).neck
+    base = tiny_sam().encoder(images).neck
     with torch.no_grad():
         assert torch.equal(network.neck(images), base)
         assert all(layer._merged is None for layer in network._adapted)

@@ -81,10 +81,11 @@ def find_weights(encoder: str, identity: str | None = None) -> Path | None:
         raise ValueError(
             f"Unknown encoder '{encoder}': give one of {', '.join(VARIANTS)} or the path of a weights file."
         )
-    places = [] if variant else [path]
-    if variant is not None and variant.packaged:
-        places = [_PACKAGE / variant.file]
-    places += [folder / path.name for folder in search_folders()]
+    places = [folder / path.name for folder in search_folders()]
+    if variant is None:
+        places.insert(0, path)
+    elif variant.packaged:
+        places.insert(0, _PACKAGE / path.name)
     found = [place for place in places if place.is_file()]
     if not found:
         remedy = variant.remedy if variant else "put the file into one of these folders"
