@@ -173,4 +173,5 @@ def is_here(encoder: str) -> bool:
 
 
 def _missing(encoder: str) -> str:
-    return f"whose weights are not here yet (--encoder vit_tiny comes with this package): desam weights get {encoder}"
+    """Only weights with a name can be missing: a path is read at once."""
+    return f"whose weights are not here yet (--encoder vit_tiny comes with this package): {VARIANTS[encoder].remedy}"

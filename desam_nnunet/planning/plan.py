@@ -169,7 +169,7 @@ def _commands(folder: Path, plans: dict[str, Any], cases: int, trainer: str) -> 
     encoder = plans["configurations"][CONFIGURATION]["sam"]["encoder"]
     name, number = plans["plans_name"], convert_dataset_name_to_id(folder.name)
     if not is_here(encoder):
-        yield f"desam weights get {encoder}"
+        yield variant_named(encoder).remedy
     if not (folder / plans["configurations"][CONFIGURATION]["data_identifier"]).is_dir():
         yield f"nnUNetv2_preprocess -d {number} -plans_name {name} -c {CONFIGURATION}"
     fold = "0" if cases >= FOLDS or (folder / SPLITS).is_file() else "all"
