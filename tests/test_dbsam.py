@@ -17,8 +17,10 @@ SIZE = 128
 
 
 def build(*, classes: int = 1, background: bool = True, checkpointing: bool = False) -> DBSAM:
-    return build_dbsam(sam=load_sam("vit_tiny", SIZE), to_image=TileToImage(SIZE, "percentile"), num_channels=1,
-                       num_classes=classes, background=background, checkpointing=checkpointing)
+    sam = load_sam("vit_tiny", SIZE)
+    sam.encoder.dtype = torch.float32  # also where the CPU has bfloat16
+    return build_dbsam(sam=sam, to_image=TileToImage(SIZE, "percentile"), num_channels=1, num_classes=classes,
+                       background=background, checkpointing=checkpointing)
 
 
 @pytest.mark.parametrize("level", [1, 2, 3, 4])
