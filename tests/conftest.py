@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import phantom
+from desam_nnunet.sam.weights import LoadedSam, load_sam
 
 DATASET = "Dataset501_Phantom"
 PLANS = "TinyPlans"
@@ -28,7 +29,15 @@ TRAINED = {  # every trainer, and the parts of its network that a training step 
     "DBSAMTrainer": _DBSAM,
     "DBSAMTrainerBoxes": _DBSAM,
 }
+SIZE = 128  # of SAM's input, in the tests of networks
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+
+
+def tiny_sam() -> LoadedSam:
+    """Computes in float32, also where the CPU has bfloat16: for tests of exactness."""
+    sam = load_sam("vit_tiny", SIZE)
+    sam.encoder.dtype = torch.float32
+    return sam
 
 
 class Workspace(NamedTuple):

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import TRAINED
+from conftest import SIZE, TRAINED, tiny_sam
 from torch import nn
 from torch.nn import functional as F
 
 from desam_nnunet.networks.dbsam import DBSAM, build_dbsam
 from desam_nnunet.networks.dual_branch import BilateralExchange, ChannelAttention, Fusion, Stem
 from desam_nnunet.sam.tiles import TileToImage
-from desam_nnunet.sam.weights import load_sam
-
-SIZE = 128
 
 
 def build(*, classes: int = 1, background: bool = True, checkpointing: bool = False) -> DBSAM:
-    sam = load_sam("vit_tiny", SIZE)
-    sam.encoder.dtype = torch.float32  # also where the CPU has bfloat16
-    return build_dbsam(sam=sam, to_image=TileToImage(SIZE, "percentile"), num_channels=1, num_classes=classes,
+    return build_dbsam(sam=tiny_sam(), to_image=TileToImage(SIZE, "percentile"), num_channels=1, num_classes=classes,
                        background=background, checkpointing=checkpointing)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import tiny_sam
 
 from desam_nnunet.sam.encoder import FrozenEncoder
 from desam_nnunet.sam.variants import VARIANTS, build_sam
@@ -12,9 +13,7 @@ from desam_nnunet.sam.weights import load_sam
 
 @pytest.fixture(scope="module")
 def encoder() -> FrozenEncoder:
-    encoder = load_sam("vit_tiny", 128).encoder
-    encoder.dtype = torch.float32  # also where the CPU has bfloat16
-    return encoder
+    return tiny_sam().encoder
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_sam
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor, nn
@@ -18,16 +19,12 @@ from desam_nnunet.networks.prim import PRIM
 from desam_nnunet.sam.prompts import Prompts, point_grid
 from desam_nnunet.sam.tiles import TileToImage, logits_to_tile
 from desam_nnunet.sam.variants import VARIANTS, build_sam, build_transformer
-from desam_nnunet.sam.weights import load_sam
 
 
 def make(num_classes: int = 1, **options: Any) -> DeSAM:
     defaults = {"num_channels": 1, "background": True, "grid": 3, "iou_threshold": 0.5}
     to_image = TileToImage(128, "percentile")
-    network = build_desam(sam=load_sam("vit_tiny", 128), to_image=to_image, num_classes=num_classes,
-                          **(defaults | options))
-    network.encoder.dtype = torch.float32  # also where the CPU has bfloat16
-    return network.eval()
+    return build_desam(sam=tiny_sam(), to_image=to_image, num_classes=num_classes, **(defaults | options)).eval()
 
 
 class HandMadeScores(nn.Module):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Workspace, make_trainer
+from conftest import SIZE, Workspace, make_trainer, tiny_sam
 
 from desam_nnunet.networks.official_samed import official_samed_names
 from desam_nnunet.networks.samed import SAMed, build_samed
@@ -14,15 +14,7 @@ from desam_nnunet.sam.attention import use_exact_attention
 from desam_nnunet.sam.encoder import FrozenEncoder
 from desam_nnunet.sam.tiles import TileToImage
 from desam_nnunet.sam.variants import VARIANTS, build_sam
-from desam_nnunet.sam.weights import LoadedSam, load_sam
-
-SIZE = 128
-
-
-def tiny_sam() -> LoadedSam:
-    sam = load_sam("vit_tiny", SIZE)
-    sam.encoder.dtype = torch.float32  # also where the CPU has bfloat16
-    return sam
+from desam_nnunet.sam.weights import LoadedSam
 
 
 def build(*, outputs: int = 2, channels: int = 1, **settings: Any) -> SAMed:
