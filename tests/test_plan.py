@@ -104,7 +104,7 @@ def test_what_was_planned_trains_beside_plain_nnunet(workspace: Workspace) -> No
 def test_flags_go_before_the_preset_and_the_preset_before_the_planner(workspace: Workspace) -> None:
     configuration = planned(workspace, "--preset", "cpu", name="PresetPlans")["configurations"]["2d"]
     assert configuration["sam"]["encoder"] == "vit_tiny"
-    assert configuration["sam"]["image_size"] == 512
+    assert configuration["sam"]["image_size"] == 256  # not the preset's 512, which is for ViT-B
     assert configuration["desam"]["grid"] == 5
 
 

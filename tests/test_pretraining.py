@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from safetensors import safe_open
 
 from desam_nnunet.cli import main
 from desam_nnunet.networks.desam import build_desam
-from desam_nnunet.pretraining import pictures, regions, run, shapes
+from desam_nnunet.pretraining import pictures, records, regions, run, shapes
 from desam_nnunet.pretraining.generator import generate
 from desam_nnunet.pretraining.network import Answers, Pretrained
 from desam_nnunet.pretraining.objective import intersection_over_union, judge_answers, judge_descriptions
@@ -188,19 +190,19 @@ def test_descriptions_are_judged_by_each_output():
 
 def test_a_run_ends_in_a_sam_file(finished):
     folder, said = finished
-    sam = load_sam(str(folder / run.WEIGHTS), 256)
+    sam = load_sam(str(folder / records.WEIGHTS), 256)
     assert (sam.variant.name, sam.random) == ("vit_tiny", False)
     desam = build_desam(sam=sam, to_image=TileToImage(256, "percentile"), num_channels=1, num_classes=1,
                         background=True, grid=9, iou_threshold=0.5)
     start, trained = desam.prim.transformer.state_dict(), sam.mask_decoder.transformer.state_dict()
     assert all(torch.equal(start[key], trained[key]) for key in trained)
     assert not torch.equal(trained["norm_final_attn.weight"], torch.ones(TINY.prompt_dim))
-    assert not (folder / run.STATE).exists()
-    settings = json.loads((folder / run.SETTINGS).read_text())
+    assert not (folder / records.STATE).exists()
+    settings = json.loads((folder / records.SETTINGS).read_text())
     assert settings["recipe"]["images"] == 12
     assert 0 <= settings["unseen_iou_boxes"] <= 1
     assert settings["machine"]["torch"] == torch.__version__
-    with safe_open(folder / run.WEIGHTS, "pt") as file:
+    with safe_open(folder / records.WEIGHTS, "pt") as file:
         assert json.loads(file.metadata()["pretraining"])["recipe"]["seed"] == 0
     assert [row["images"] for row in _curve(folder)] == ["2", "4", "6", "8", "10", "12"]
     assert any("min left" in line for line in said)
@@ -208,8 +210,8 @@ def test_a_run_ends_in_a_sam_file(finished):
 
 def test_the_frozen_encoder_says_what_was_trained(finished):
     folder, _ = finished
-    sam, network = load_sam(str(folder / run.WEIGHTS), 256), Pretrained(TINY)
-    with safe_open(folder / run.WEIGHTS, "pt") as file:
+    sam, network = load_sam(str(folder / records.WEIGHTS), 256), Pretrained(TINY)
+    with safe_open(folder / records.WEIGHTS, "pt") as file:
         network.sam.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
     images = generate(1, 256, CPU, seed=4, batch=0).images
     mean, std = (torch.tensor(values)[:, None, None] for values in (PIXEL_MEAN, PIXEL_STD))
@@ -226,12 +228,13 @@ def test_a_run_that_was_put_down_ends_with_the_same_weights(finished, tmp_path):
     torch.manual_seed(123)  # which must not matter
     assert run.pretrain(tmp_path, SHORT, CPU, said.append, minutes=0) is None
     assert "the same command goes on" in said[-1]
-    assert (tmp_path / run.STATE).is_file()
+    assert (tmp_path / records.STATE).is_file()
     assert run.pretrain(tmp_path, SHORT, CPU, said.append, minutes=0) is None
-    lines = (tmp_path / run.CURVE).read_text().splitlines()
-    (tmp_path / run.CURVE).write_text("\n".join([*lines, lines[-1].replace("2,4,", "3,6,", 1)]) + "\n")  # as if killed
+    curve = tmp_path / records.CURVE
+    lines = curve.read_text().splitlines()
+    curve.write_text("\n".join([*lines, lines[-1].replace("2,4,", "3,6,", 1)]) + "\n")  # as if killed
     run.pretrain(tmp_path, SHORT, CPU, said.append)
-    assert (tmp_path / run.WEIGHTS).read_bytes() == (folder / run.WEIGHTS).read_bytes()
+    assert (tmp_path / records.WEIGHTS).read_bytes() == (folder / records.WEIGHTS).read_bytes()
     assert _curve(tmp_path) == _curve(folder)
 
 
@@ -249,17 +252,17 @@ def test_a_row_of_the_curve_is_a_mean_over_steps_wherever_it_was_put_down(finish
 
 def _curve(folder: Path) -> list[dict[str, str]]:
     """Without what time it took."""
-    with open(folder / run.CURVE, newline="") as stream:
+    with open(folder / records.CURVE, newline="") as stream:
         return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(stream)]
 
 
 def test_a_folder_holds_one_run(finished, capsys):
     folder, _ = finished
-    before = (folder / run.SETTINGS).read_bytes()
+    before = (folder / records.SETTINGS).read_bytes()
     assert main(["pretrain", str(folder), "--images", "12", "--batch-size", "2", "--prompts", "1", "--lr", "0.01",
                  "-device", "cpu"]) == 1
     assert "holds a run with lr 0.001, not 0.01: give its settings, or another folder" in capsys.readouterr().err
-    assert (folder / run.SETTINGS).read_bytes() == before
+    assert (folder / records.SETTINGS).read_bytes() == before
     assert main(["pretrain", str(folder), "--images", "12", "--batch-size", "2", "--prompts", "1",
                  "-device", "cpu"]) == 0
     assert "is there already" in capsys.readouterr().out
@@ -270,6 +273,8 @@ def test_a_folder_holds_one_run(finished, capsys):
     (["--lr", "0"], "The learning rate is 0.0, but must be a positive number"),
     (["--seed", "1000"], "The seed is 1000, but must be between 0 and 999"),
     (["--encoder", "vit_x"], "The encoder is 'vit_x', but must be one of vit_b"),
+    (["--minutes", "0"], "--minutes is 0.0, but must be a positive number"),
+    (["--minutes", "nan"], "--minutes is nan, but must be a positive number"),
 ])
 def test_a_wrong_recipe_is_refused_before_anything_is_written(words, message, tmp_path, capsys):
     assert main(["pretrain", str(tmp_path / "run"), *words, "-device", "cpu"]) == 1
@@ -285,11 +290,50 @@ def test_the_rate_rises_and_falls():
     assert np.all(np.diff(rates[10:]) < 0)
 
 
-def test_other_folders_are_refused_and_left_alone(finished, tmp_path):
-    (tmp_path / "settings.json").write_text('{"batch_size": 2}')
+@pytest.mark.parametrize("content", ['{"batch_size": 2}', '{"recipe": 3}', "[]", "nothing"])
+def test_other_folders_are_refused_and_left_alone(content, tmp_path):
+    (tmp_path / "settings.json").write_text(content)
     with pytest.raises(ValueError, match="holds other things than a pretraining run: give a new folder"):
         run.pretrain(tmp_path, SHORT, CPU)
     assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
+    with pytest.raises(ValueError, match="settings.json is a file, but a run needs a folder: give another name"):
+        run.pretrain(tmp_path / "settings.json", SHORT, CPU)
+    assert (tmp_path / "settings.json").read_text() == content
+
+
+def test_a_damaged_state_is_refused(tmp_path):
+    assert run.pretrain(tmp_path, SHORT, CPU, lambda _: None, minutes=0) is None
+    state = tmp_path / records.STATE
+    state.write_bytes(state.read_bytes()[:100_000])
+    with pytest.raises(ValueError, match=r"state.pt can't be read \(\w+\): remove it, and the run begins anew"):
+        run.pretrain(tmp_path, SHORT, CPU)
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_and_spoils_nothing(tmp_path, monkeypatch):
+    """The loss is finite, its gradient is not: the root's at 0."""
+    assert run.pretrain(tmp_path, SHORT, CPU, lambda _: None, minutes=0) is None
+    before = (tmp_path / records.STATE).read_bytes()
+
+    def judge(*arguments):
+        progress = losses(*arguments)
+        return progress._replace(loss=(progress.loss - progress.loss.detach()).sqrt())
+
+    losses = run._losses
+    monkeypatch.setattr(run, "_losses", judge)
+    with pytest.raises(RuntimeError, match=r"not finite after 1 steps: give a new folder, and a lower --lr than 0.001"):
+        run.pretrain(tmp_path, SHORT, CPU)
+    assert (tmp_path / records.STATE).read_bytes() == before
+    assert not (tmp_path / records.WEIGHTS).exists()
+
+
+def test_the_help_names_the_recipes_own_defaults(capsys):
+    with pytest.raises(SystemExit):
+        main(["pretrain", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for field in fields(Recipe):
+        flag = "--" + field.name.replace("_", "-")
+        (default,) = re.findall(rf"{flag} {field.name.upper()} [^()]*\(default: (\S+)\)", said)
+        assert type(field.default)(default) == field.default
 
 
 def test_the_unseen_images_are_seen_by_no_seed():
@@ -305,7 +349,7 @@ def test_something_is_learnt(tmp_path):
     run.pretrain(tmp_path, Recipe(images=2400, batch_size=8, prompts=2), CPU, lambda _: None)
     rows = _curve(tmp_path)
     assert float(rows[-1]["regions"]) < float(rows[0]["regions"]) / 2
-    settings = json.loads((tmp_path / run.SETTINGS).read_text())
+    settings = json.loads((tmp_path / records.SETTINGS).read_text())
     whole = []
     for batch in range(8):
         asked = ask_boxes(random(batch), mask_labels(generate(16, 256, CPU, run._UNSEEN_SEED, batch).labels), 4)
@@ -323,6 +367,6 @@ def test_a_run_on_a_gpu_is_put_down_and_taken_up(tmp_path):
 
 def test_a_damaged_file_is_refused(finished, tmp_path):
     path = Path(tmp_path / "cut.safetensors")
-    path.write_bytes((finished[0] / run.WEIGHTS).read_bytes()[:100_000])
+    path.write_bytes((finished[0] / records.WEIGHTS).read_bytes()[:100_000])
     with pytest.raises(ValueError, match=r"cut.safetensors can't be read as weights .*truncated"):
         load_sam(str(path), 256)

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import torch
+from conftest import tiny_sam
 
-from desam_nnunet.sam.prompts import point_grid, sample_boxes, sample_points, whole_box
+from desam_nnunet.sam.prompts import (
+    Prompts,
+    dense_positions,
+    point_grid,
+    prompt_tokens,
+    sample_boxes,
+    sample_points,
+    whole_box,
+)
 from desam_nnunet.sam.tiles import Geometry
 
 CPU = torch.device("cpu")
@@ -142,3 +151,12 @@ def test_boxes_around_the_smallest_object_are_not_turned_inside_out() -> None:
     assert (boxes[:, :2] < boxes[:, 2:]).all()
     middle = boxes[:, :2] + boxes[:, 2:]
     assert (middle / 2 - torch.tensor([40.5, 80.5]) * 6.4).abs().max() <= 6.4 / 4
+
+
+def test_coordinates_keep_float32_under_autocast() -> None:
+    encoder = tiny_sam().prompt_encoder
+    prompts = Prompts(points=torch.tensor([[[17.0, 101.0]], [[63.0, 4.0]]]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = (*prompt_tokens(encoder, prompts), dense_positions(encoder))
+    for within, without in zip(rounded, (*prompt_tokens(encoder, prompts), dense_positions(encoder)), strict=True):
+        assert torch.equal(within, without)

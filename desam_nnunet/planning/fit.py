@@ -65,8 +65,8 @@ def fit_encoder(encoder: str, facts: Facts, wishes: Wishes, machine: Machine) ->
     """
     variant, method = variant_named(encoder), METHODS[wishes.method]
     native = min(variant.image_size, method.image_size or variant.image_size)
-    given = wishes.sam.get("image_size")
-    for size in [given] if given else _image_sizes(facts, native):
+    given = wishes.sam.get("image_size")  # for the preset's own encoder, which may be a larger one
+    for size in [min(given, native)] if given else _image_sizes(facts, native):
         patch = choose_patch(facts.planes, facts.divisor, size)
         tiles = facts.tiles(patch.value)
         need = partial(footprint, variant, size, patch.value, facts.outputs, half=machine.device.type == "cuda",
@@ -79,7 +79,9 @@ def fit_encoder(encoder: str, facts: Facts, wishes: Wishes, machine: Machine) ->
             checkpointing = _RECOMPUTED if recomputed else _KEPT
         if batch is not None:
             image = choose_image_size(patch.value, size)
-            reason = f"preset {wishes.preset}" if given else image.reason
+            reason = image.reason
+            if given:
+                reason = f"preset {wishes.preset}" + (f", at most {variant.name}'s own" if given > native else "")
             storage = _choose_storage(facts, wishes, variant, size, patch.value, tiles, machine)
             return Fit(encoder, patch, Choice(size, reason), batch, storage, checkpointing, tiles)
     least = need(checkpointing=not method.frozen_features).training(2)

@@ -31,6 +31,8 @@ def run(options: argparse.Namespace) -> int:
     from desam_nnunet.pretraining.recipe import Recipe
     from desam_nnunet.pretraining.run import pretrain
 
+    if not options.minutes > 0:
+        raise ValueError(f"--minutes is {options.minutes}, but must be a positive number.")
     given = {field.name: value for field in fields(Recipe)
              if (value := getattr(options, field.name)) is not None}
     weights = pretrain(options.folder, Recipe(**given), torch.device(options.device), minutes=options.minutes)

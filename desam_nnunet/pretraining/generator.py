@@ -11,7 +11,7 @@ from desam_nnunet.pretraining.pictures import picture_labels
 from desam_nnunet.pretraining.randomness import Randomness
 from desam_nnunet.pretraining.shapes import draw_labels
 
-VERSION = 1  # of what is drawn for a seed
+VERSION = 1  # of what is drawn for a seed and asked about it: a run is not taken up under another
 
 
 class Generated(NamedTuple):

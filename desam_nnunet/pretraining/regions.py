@@ -2,7 +2,7 @@
 
 A promptable mask says something of the few objects that were asked for; this, ours, says something of every pixel of
 every image, whatever its contrast: how far the region's centre of gravity is and where, how large, how long and which
-way the region is, whether its border is here, and what its grey values are without noise and texture.
+way the region is, whether its border is here, and the mean and the deviation of its grey values.
 """
 
 from __future__ import annotations

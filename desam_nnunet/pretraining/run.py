@@ -6,23 +6,22 @@ when it is done, and ``state.pt`` until then.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from desam_nnunet import __version__
-from desam_nnunet.files import TEMPORARY, replace_file
+from desam_nnunet.files import replace_file
 from desam_nnunet.machine import describe_machine
+from desam_nnunet.pretraining import records
 from desam_nnunet.pretraining.generator import VERSION, Generated, generate
 from desam_nnunet.pretraining.network import Pretrained
 from desam_nnunet.pretraining.objective import judge_answers, judge_descriptions
@@ -34,7 +33,6 @@ from desam_nnunet.sam.encoder import Features
 from desam_nnunet.sam.precision import encoder_dtype
 from desam_nnunet.sam.variants import VARIANTS
 
-WEIGHTS, SETTINGS, CURVE, STATE = "weights.safetensors", "settings.json", "curve.csv", "state.pt"
 _DECAY = 0.05
 _CLIP = 1.0
 _REPORTS = 100  # rows of the curve
@@ -68,29 +66,30 @@ def pretrain(
 
     Raises:
         ValueError: The folder holds something else, or a run of another recipe.
+        RuntimeError: The gradient is not finite.
     """
     told = {"recipe": asdict(recipe), "generator": VERSION, "device": device.type}
-    _check_same(folder, told)
-    if (folder / WEIGHTS).is_file():
-        say(f"{folder / WEIGHTS} is there already.")
-        return folder / WEIGHTS
+    records.check_same_run(folder, told)
+    if (folder / records.WEIGHTS).is_file():
+        say(f"{folder / records.WEIGHTS} is there already.")
+        return folder / records.WEIGHTS
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / SETTINGS, told)
+    records.write_settings(folder, told)
     run = _Run(folder, recipe, device)
     run.resume()
     if not run.go(say, minutes):
         say(f"Put down after {run.step * recipe.batch_size:,} images: the same command goes on.")
         return None
     points, boxes = unseen_iou(run.network, VARIANTS[recipe.encoder].image_size, device)
-    _write_json(folder / SETTINGS, told | {
+    records.write_settings(folder, told | {
         "starts_from": "random weights", "steps": run.step, "seconds": round(run.seconds),
         "precision": "bfloat16" if _has_bfloat16(device) else "float32",
         "unseen_images": _UNSEEN, "unseen_iou_points": round(points, 4), "unseen_iou_boxes": round(boxes, 4),
         "desam_nnunet": __version__, "machine": describe_machine(device)})
-    replace_file(folder / WEIGHTS, [save(run.network.weights(), {"pretraining": json.dumps(told)})])
-    (folder / STATE).unlink(missing_ok=True)
+    replace_file(folder / records.WEIGHTS, [save(run.network.weights(), {"pretraining": json.dumps(told)})])
+    (folder / records.STATE).unlink(missing_ok=True)
     say(f"IoU on unseen generated images: {points:.3f} from a point, {boxes:.3f} from a box.")
-    return folder / WEIGHTS
+    return folder / records.WEIGHTS
 
 
 class _Run:
@@ -110,17 +109,16 @@ class _Run:
 
     def resume(self) -> None:
         """Goes back to where the folder's state was written, if there is one."""
-        path = self.folder / STATE
-        if not path.is_file():
-            (self.folder / CURVE).unlink(missing_ok=True)
+        state = records.read_state(self.folder)
+        if state is None:
+            records.write_curve(self.folder, [])
             return
-        state = torch.load(path, map_location="cpu", weights_only=True)  # the optimiser wants its counters there
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
         self.sums, self.count = state["sums"].to(self.device), state["count"]
-        rows = _read_curve(self.folder / CURVE)
-        _write_curve(self.folder / CURVE, [row for row in rows if int(row["step"]) <= self.step])
+        rows = records.read_curve(self.folder)
+        records.write_curve(self.folder, [row for row in rows if int(row["step"]) <= self.step])
 
     def go(self, say: Callable[[str], None], minutes: float) -> bool:
         """Trains to the end, True, or until the time is over."""
@@ -153,11 +151,12 @@ class _Run:
         random = Randomness(self.device, recipe.seed + _PROMPTS, self.step)
         with _autocast(self.device):
             progress = _losses(self.network, generated, random, recipe)
-        if not torch.isfinite(progress.loss):
-            raise RuntimeError(f"The loss is not finite after {self.step} steps: lower the learning rate, {recipe.lr}.")
         self.optimizer.zero_grad()
         progress.loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), _CLIP)
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), _CLIP)
+        if not torch.isfinite(norm):  # nor is it where the loss is not
+            raise RuntimeError(f"The gradient is not finite after {self.step} steps: give a new folder, and a lower "
+                               f"--lr than {recipe.lr}.")
         self.optimizer.step()
         return progress
 
@@ -167,16 +166,15 @@ class _Run:
         images = self.step * self.recipe.batch_size
         row = {"step": self.step, "images": images, "seconds": round(self.seconds, 1),
                "lr": self.optimizer.param_groups[0]["lr"]} | means
-        _write_curve(self.folder / CURVE, [*_read_curve(self.folder / CURVE), row])
+        records.write_curve(self.folder, [*records.read_curve(self.folder), row])
         return (f"{images:,} images, loss {means['loss']:.3f}, regions {means['regions']:.3f}, "
                 f"IoU {means['point_iou']:.3f} from a point, {means['box_iou']:.3f} from a box; "
                 f"{images / self.seconds:.1f} images/s")
 
     def _save(self) -> None:
-        buffer = io.BytesIO()
-        torch.save({"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
-                    "seconds": self.seconds, "sums": self.sums, "count": self.count}, buffer)
-        replace_file(self.folder / STATE, [buffer.getvalue()])
+        records.write_state(self.folder, {
+            "network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
+            "seconds": self.seconds, "sums": self.sums, "count": self.count})
 
 
 def rate(step: int, steps: int) -> float:
@@ -229,42 +227,3 @@ def _autocast(device: torch.device) -> torch.autocast:
 
 def _has_bfloat16(device: torch.device) -> bool:
     return encoder_dtype(device) == torch.bfloat16
-
-
-def _check_same(folder: Path, told: dict[str, Any]) -> None:
-    if not folder.is_dir() or all(path.name.endswith(TEMPORARY) for path in folder.iterdir()):
-        return
-    path = folder / SETTINGS
-    try:
-        there = json.loads(path.read_text())
-        recipe = there["recipe"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} holds other things than a pretraining run: give a new folder.") from error
-    differs = [f"{key} {recipe.get(key)!r}, not {value!r}" for key, value in told["recipe"].items()
-               if recipe.get(key) != value]
-    differs += [f"{key} {there.get(key)!r}, not {told[key]!r}" for key in ("generator", "device")
-                if there.get(key) != told[key]]
-    if differs:
-        raise ValueError(f"{folder} holds a run with {', '.join(differs)}: give its settings, or another folder.")
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    replace_file(path, [(json.dumps(content, indent=2) + "\n").encode()])
-
-
-def _read_curve(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    with open(path, newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
-def _write_curve(path: Path, rows: list[dict[str, Any]]) -> None:
-    if not rows:
-        path.unlink(missing_ok=True)
-        return
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0])
-    writer.writeheader()
-    writer.writerows(rows)
-    replace_file(path, [text.getvalue().encode()])

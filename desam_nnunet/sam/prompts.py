@@ -48,7 +48,7 @@ def prompt_tokens(prompt_encoder: PromptEncoder, prompts: Prompts) -> tuple[Tens
 
     The coordinates' frequencies need float32: under autocast SAM's encoder would round them.
     """
-    with torch.autocast("cuda", enabled=False):
+    with _in_float32(prompt_encoder):
         points = prompts.points
         if points is None:
             return prompt_encoder(points=None, boxes=prompts.boxes, masks=None)
@@ -58,7 +58,7 @@ def prompt_tokens(prompt_encoder: PromptEncoder, prompts: Prompts) -> tuple[Tens
 
 def dense_positions(prompt_encoder: PromptEncoder) -> Tensor:
     """SAM's dense positional encoding (1, C, h, w), in float32."""
-    with torch.autocast("cuda", enabled=False):
+    with _in_float32(prompt_encoder):
         return prompt_encoder.get_dense_pe()
 
 
@@ -156,3 +156,7 @@ def _to_prompts(index: Tensor, geometry: Geometry) -> Prompts:
     x = (index % tile_width + 0.5) * (width / tile_width) - 0.5
     y = (index // tile_width + 0.5) * (height / tile_height) - 0.5
     return Prompts(points=torch.stack([x, y], dim=-1)[:, None])
+
+
+def _in_float32(prompt_encoder: PromptEncoder) -> torch.autocast:
+    return torch.autocast(prompt_encoder.no_mask_embed.weight.device.type, enabled=False)

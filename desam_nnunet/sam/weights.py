@@ -139,7 +139,7 @@ def load_sam(encoder: str, image_size: int, expected_identity: str | None = None
         variant = VARIANTS[encoder]
         state = random_state(variant)
     else:
-        state = read_sam_file(path)
+        state = {key: value.float() for key, value in read_sam_file(path).items()}  # also half precision's
         variant = variant_of(state, path)
         if encoder in VARIANTS and variant.name != encoder:
             raise ValueError(f"{path} holds {variant.name} weights, but the encoder is '{encoder}'.")
@@ -259,7 +259,6 @@ def _hash_file(path: str, size: int, modified: int) -> str:
 def _assemble(variant: Variant, state: State, image_size: int, identity: str, random: bool) -> LoadedSam:
     with torch.device("meta"):  # the real values come with the state: nothing is initialised twice
         sam = build_sam(variant, image_size)
-    state = {key: value.float() for key, value in state.items()}  # files saved in half precision, too
     sam.load_state_dict(state, assign=True)
     encoder = FrozenEncoder(use_exact_attention(sam.image_encoder), variant.global_blocks[:-1], identity)
     prompt_encoder = sam.prompt_encoder.requires_grad_(False).eval()

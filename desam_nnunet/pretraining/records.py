@@ -1,0 +1,82 @@
+"""What a pretraining run leaves in its folder beside the weights, and what it goes on from."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from desam_nnunet.files import TEMPORARY, replace_file
+
+WEIGHTS, SETTINGS, CURVE, STATE = "weights.safetensors", "settings.json", "curve.csv", "state.pt"
+
+
+def check_same_run(folder: Path, told: dict[str, Any]) -> None:
+    """Raises: ValueError: `folder` holds something else than a run with the recipe, generator and device of `told`."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, but a run needs a folder: give another name.")
+    if not folder.is_dir() or all(path.name.endswith(TEMPORARY) for path in folder.iterdir()):
+        return
+    try:
+        there = json.loads((folder / SETTINGS).read_text())
+        recipe = dict(there["recipe"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} holds other things than a pretraining run: give a new folder.") from error
+    differs = [f"{key} {recipe.get(key)!r}, not {value!r}" for key, value in told["recipe"].items()
+               if recipe.get(key) != value]
+    differs += [f"{key} {there.get(key)!r}, not {told[key]!r}" for key in ("generator", "device")
+                if there.get(key) != told[key]]
+    if differs:
+        raise ValueError(f"{folder} holds a run with {', '.join(differs)}: give its settings, or another folder.")
+
+
+def write_settings(folder: Path, content: dict[str, Any]) -> None:
+    replace_file(folder / SETTINGS, [(json.dumps(content, indent=2) + "\n").encode()])
+
+
+def read_curve(folder: Path) -> list[dict[str, Any]]:
+    path = folder / CURVE
+    if not path.is_file():
+        return []
+    with open(path, newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def write_curve(folder: Path, rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        (folder / CURVE).unlink(missing_ok=True)
+        return
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    replace_file(folder / CURVE, [text.getvalue().encode()])
+
+
+def read_state(folder: Path) -> dict[str, Any] | None:
+    """Where the run goes on, None at its beginning.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    path = folder / STATE
+    if not path.is_file():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)  # the optimiser wants its counters there
+    except OSError:
+        raise
+    except Exception as error:  # damaged bytes make the unpickler raise anything
+        raise ValueError(
+            f"{path} can't be read ({type(error).__name__}): remove it, and the run begins anew."
+        ) from error
+
+
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    replace_file(folder / STATE, [buffer.getvalue()])
