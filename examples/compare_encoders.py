@@ -7,20 +7,23 @@ PROMISE12 (Litjens et al., Medical Image Analysis 18(2):359-373, 2014; research 
 ``desam cross-site``: five folds, so that each case of RUNMC is segmented once by a model that has not seen it, and the
 five models together segment UCL. Whole volumes, all slices.
 
-A weights file brings the encoder, the prompt encoder and the start of PRIM; nothing of PDMM. How many iterations the
-time allows is measured first, with random weights, and is the same for all weights. nnU-Net has its own plans' batch
-size and its own learning rate. A run that was stopped continues. Choose by RUNMC; UCL is there to be reported.
+A weights file, of vit_tiny's size, brings the encoder, the prompt encoder and the start of PRIM; nothing of PDMM. How
+many iterations the time allows is measured first, with random weights, and is the same for all weights. nnU-Net has its
+own plans' batch size and its own learning rate. A run that was stopped continues. Choose by RUNMC; UCL is there to be
+reported.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import json
 import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -29,11 +32,13 @@ from desam_nnunet.checkpoints import read_checkpoint
 from desam_nnunet.cross_site.opening import check_trainers
 from desam_nnunet.cross_site.sites import read_sites
 from desam_nnunet.evaluation.statistics import Summary, summarise
-from desam_nnunet.sam.weights import read_sam_file, variant_of
+from desam_nnunet.files import replace_file
+from desam_nnunet.sam.variants import VARIANTS
+from desam_nnunet.sam.weights import find_weights, identify, read_sam_file, variant_of
 
 SOURCE, TARGET = "RUNMC", "UCL"
 TRAINERS = ("DeSAMTrainer", "DeSAMTrainerWholeBox")
-BASELINE, RANDOM = "nnUNetTrainer", "random"
+BASELINE, RANDOM, TINY, UNTRAINED = "nnUNetTrainer", "random", "vit_tiny", "vit_tiny_random"
 FOLDS = ("0", "1", "2", "3", "4")
 EPOCHS, TRIAL_EPOCHS, TRIAL_ITERATIONS = 10, 4, 20
 OFF = 0.1  # of the time that was wanted: said where it is more
@@ -60,14 +65,13 @@ class Pace(NamedTuple):
 
 def main() -> None:
     options = parse()
-    names = {RANDOM if given == RANDOM else Path(given).resolve().parent.name: given for given in options.encoders}
     paces = {trainer: measure_pace(options, trainer, options.batch_size) for trainer in options.tr}
     if options.baselines:
         planned = planned_batch_size(options, options.tr[0])
         paces[BASELINE] = measure_pace(options, BASELINE, planned)
     rows = [study(options, trainer, name, encoder, options.minutes, paces[trainer])
-            for trainer in options.tr for name, encoder in names.items()]
-    rows += [study(options, BASELINE, f"{times} x", RANDOM, times * options.minutes, paces[BASELINE])
+            for trainer in options.tr for name, encoder in name_encoders(options.encoders).items()]
+    rows += [study(options, BASELINE, f"{times}x", UNTRAINED, times * options.minutes, paces[BASELINE])
              for times in options.baselines]
     text = report(options, rows, paces)
     (options.work / "encoders.md").write_text(text)
@@ -80,7 +84,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("data", type=Path, metavar="DATA", help=f"folder with {SOURCE} and {TARGET}")
     parser.add_argument("work", type=Path, metavar="WORK", help="folder to work in")
     parser.add_argument("encoders", nargs="+", metavar="WEIGHTS",
-                        help=f"a weights file, which its folder names, or {RANDOM}: vit_tiny_random")
+                        help=f"a weights file, which its folder names, {TINY}, or {RANDOM}: {UNTRAINED}")
     parser.add_argument("--minutes", type=float, default=3, help="of training for each fold (default: 3)")
     parser.add_argument("--baselines", type=int, nargs="*", default=[1], metavar="TIMES",
                         help=f"{BASELINE} at so many times the minutes (default: 1)")
@@ -90,28 +94,47 @@ def parse() -> argparse.Namespace:
     parser.add_argument("-tr", nargs="+", default=TRAINERS, metavar="TRAINER", help=f"default: {' '.join(TRAINERS)}")
     parser.add_argument("-device", default="cpu", choices=["cpu", "cuda"], help="default: cpu")
     options = parser.parse_args()
-    if options.minutes <= 0 or any(times < 1 for times in options.baselines):
+    if not options.minutes > 0 or any(times < 1 for times in options.baselines):
         parser.error("--minutes and --baselines must be positive")
-    files = [Path(given).resolve() for given in options.encoders if given != RANDOM]
-    names = [path.parent.name for path in files]
-    if len(set(names)) < len(names) or RANDOM in names:
-        parser.error(f"the weights' folders name them: {', '.join(names)} must differ from each other and {RANDOM}")
+    if BASELINE in options.tr:
+        parser.error(f"-tr {BASELINE}: it has no use for these weights, --baselines trains it")
     try:
         if missing := {SOURCE, TARGET} - set(read_sites(options.data)):
             raise ValueError(f"{options.data} has no folder {' and no folder '.join(sorted(missing))}.")
         check_trainers(options.tr)
-        for path in files:
-            variant_of(read_sam_file(path), path)
+        for encoder in name_encoders(options.encoders).values():
+            path = find_weights(encoder)
+            if path and (variant := variant_of(read_sam_file(path), path)).name != TINY:
+                raise ValueError(f"{path} holds weights of {variant.name}, but only those of {TINY}'s size take the "
+                                 "time that is measured.")
     except (ValueError, OSError) as error:
         parser.error(str(error))
     options.work.mkdir(parents=True, exist_ok=True)
     return options
 
 
+def name_encoders(given: list[str]) -> dict[str, str]:
+    """What the plans are to name, by what the report calls it.
+
+    Raises:
+        ValueError: Two have the same name.
+    """
+    named: dict[str, str] = {}
+    for word in given:
+        path = Path(word).resolve()
+        name, encoder = (RANDOM, UNTRAINED) if word in (RANDOM, UNTRAINED) else (
+            (word, word) if word in VARIANTS else (path.parent.name, str(path)))
+        if name in named or (name == RANDOM and encoder != UNTRAINED):
+            raise ValueError(f"{word} would be called {name}, as other weights are, because a file is called after its "
+                             "folder: rename the folder.")
+        named[name] = encoder
+    return named
+
+
 def measure_pace(options: argparse.Namespace, trainer: str, batch_size: int) -> Pace:
-    """Of training alone, from a short run on random weights: the median epoch, the first left out."""
+    """From a short run on random weights: the median epoch with its two validation iterations, the first left out."""
     folder = trial(options, trainer, batch_size)
-    cross_site(options, folder, trainer, RANDOM, TRIAL_EPOCHS, TRIAL_ITERATIONS, batch_size, data=few(options))
+    cross_site(options, folder, trainer, UNTRAINED, TRIAL_EPOCHS, TRIAL_ITERATIONS, batch_size, data=few(options))
     times = epoch_seconds(folder, "0")
     return Pace(statistics.median(times[1:]) / TRIAL_ITERATIONS, batch_size)
 
@@ -122,12 +145,13 @@ def trial(options: argparse.Namespace, trainer: str, batch_size: int) -> Path:
 
 def few(options: argparse.Namespace) -> Path:
     """A manifest of all training cases, and one of the other site."""
-    rows = ["case,site,image,label"]
-    sites = read_sites(options.data.resolve())
+    text, sites = io.StringIO(newline=""), read_sites(options.data.resolve())
+    writer = csv.writer(text)
+    writer.writerow(["case", "site", "image", "label"])
     for site, cases in ((SOURCE, sites[SOURCE]), (TARGET, sites[TARGET][:1])):
-        rows += [f"{case.name},{site},{';'.join(map(str, case.images))},{case.label}" for case in cases]
+        writer.writerows([case.name, site, ";".join(map(str, case.images)), case.label] for case in cases)
     path = options.work / "few.csv"
-    path.write_text("\n".join(rows) + "\n")
+    replace_file(path, [text.getvalue().encode()])
     return path
 
 
@@ -149,7 +173,7 @@ def study(
 ) -> Row:
     """All folds of one trainer on one file of weights."""
     iterations = max(1, round(minutes * 60 / pace.seconds / EPOCHS))
-    folder = options.work / f"{trainer}_{name.replace(' ', '')}"
+    folder = options.work / f"{trainer}_{name}"
     cross_site(options, folder, trainer, encoder, EPOCHS, iterations, pace.batch_size, data=options.data, folds=FOLDS)
     scores = pd.read_csv(folder / "scores.csv")
     scores = scores[scores.protocol == "volume"].set_index("case")
@@ -164,19 +188,29 @@ def cross_site(
 ) -> None:
     settings = {
         "batch_size": batch_size,
-        "sam": {"encoder": "vit_tiny_random" if encoder == RANDOM else str(Path(encoder).resolve()),
-                "image_size": options.image_size, "features": "online", "epochs": epochs,
-                "iterations_per_epoch": iterations, "val_iterations_per_epoch": 2},
+        "sam": {"encoder": encoder, "identity": identify(encoder), "image_size": options.image_size,
+                "features": "online", "epochs": epochs, "iterations_per_epoch": iterations,
+                "val_iterations_per_epoch": 2},
         "desam": {"lr": options.lr},
     }
-    path = folder.with_suffix(".json")
-    path.write_text(json.dumps(settings, indent=1))
+    path = folder.with_name(f"{folder.name}.json")
+    if folder.is_dir() and path.is_file():
+        then = flat(json.loads(path.read_text()))
+        if differs := [f"{key} {then.get(key)}, not {value}" for key, value in flat(settings).items()
+                       if then.get(key) != value]:
+            sys.exit(f"{folder} was made with {', '.join(differs)}: give another WORK.")
+    replace_file(path, [json.dumps(settings, indent=1).encode()])
     command = [Path(sys.executable).with_name("desam"), "cross-site", data, "-o", folder, "-tr", trainer,
                "--sources", SOURCE, "-f", *folds, "--settings", path, "--labels", "prostate=1", "--channels", "T2",
                "-device", options.device]
     code = subprocess.run([str(part) for part in command]).returncode
     if code:
         sys.exit(code)  # it said why
+
+
+def flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Without the sections, whose keys all differ."""
+    return {"batch_size": settings["batch_size"]} | settings["sam"] | settings["desam"]
 
 
 def report(options: argparse.Namespace, rows: list[Row], paces: dict[str, Pace]) -> str:
