@@ -31,8 +31,10 @@ def read_preprocessed(dataset: str, plans: str) -> Preprocessed:
     """
     folder = dataset_folder(dataset)
     files = [folder / f"{plans}.json", folder / "dataset.json", folder / "dataset_fingerprint.json"]
-    for path in files:
+    for path in files[1:]:
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: run nnUNetv2_plan_and_preprocess for {folder.name} first.")
+    if not files[0].is_file():
+        raise FileNotFoundError(f"{files[0]} does not exist: make these plans with desam plan, or name others with -p.")
     plans_json, dataset_json = (json.loads(path.read_text()) for path in files[:2])
     return Preprocessed(plans_json, dataset_json, folder)

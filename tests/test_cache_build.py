@@ -325,7 +325,7 @@ def test_stores_are_listed_and_deleted_by_name(workspace: Workspace, store: Stor
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (("-device", "cpu", "-num_parts", "2", "-part_id", "2"), "-part_id 2 of -num_parts 2 does not exist"),
-    (("-device", "cpu", "-p", "NoPlans"), "NoPlans.json does not exist: run nnUNetv2_plan_and_preprocess"),
+    (("-device", "cpu", "-p", "NoPlans"), "NoPlans.json does not exist: make these plans with desam plan"),
     (("-device", "cpu", "-tr", "nnUNetTrainer"), "-tr nnUNetTrainer does not train on a frozen encoder's features"),
     (("-device", "mps"), "PyTorch finds no mps device here: add -device cpu"),
 ])

@@ -178,4 +178,4 @@ def test_incomplete_files_are_refused(
 
 def test_unknown_plans(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["weights", "import", str(published.checkpoint), "-d", "501", "-p", "Nothing"]) == 1
-    assert "Nothing.json does not exist: run nnUNetv2_plan_and_preprocess" in capsys.readouterr().err
+    assert "Nothing.json does not exist: make these plans with desam plan, or name others" in capsys.readouterr().err

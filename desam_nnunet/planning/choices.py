@@ -75,10 +75,14 @@ def smaller_image_sizes(size: int) -> list[int]:
     return list(range(size - step, max(size // 4, step) - 1, -step))
 
 
+def wanted_batch_size(tiles: int) -> int:
+    """Where memory does not matter."""
+    return min(MAX_BATCH_SIZE, max(MIN_BATCH_SIZE, round(0.05 * tiles)))
+
+
 def choose_batch_size(tiles: int, fits: Callable[[int], bool]) -> Choice[int] | None:
     """The published batch, or what memory and the number of tiles allow; None where not even two tiles fit."""
-    few = max(MIN_BATCH_SIZE, round(0.05 * tiles))
-    wanted = min(MAX_BATCH_SIZE, few)
+    wanted = wanted_batch_size(tiles)
     best = next((size for size in range(wanted, MIN_BATCH_SIZE - 1, -1) if fits(size)), None)
     if best is None:
         return None

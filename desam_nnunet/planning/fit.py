@@ -20,6 +20,7 @@ from desam_nnunet.planning.choices import (
     choose_patch,
     choose_storage,
     smaller_image_sizes,
+    wanted_batch_size,
 )
 from desam_nnunet.planning.facts import Facts
 from desam_nnunet.planning.memory import Footprint, footprint
@@ -115,7 +116,8 @@ def choose_encoder(facts: Facts, wishes: Wishes, machine: Machine) -> tuple[Fit,
             fit = fit_encoder(name, facts, wishes, machine)
         except ValueError:
             continue
-        if fit.batch.value >= GOOD_BATCH_SIZE and fit.storage.value.features == "cached":
+        is_roomy = fit.batch.value >= min(GOOD_BATCH_SIZE, wanted_batch_size(fit.tiles))
+        if is_roomy and fit.storage.value.features == "cached":
             return fit, "the largest whose weights are here, which memory and disk hold"
     return fit_encoder(here[-1], facts, wishes, machine), "the smallest whose weights are here"
 

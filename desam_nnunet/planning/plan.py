@@ -81,7 +81,7 @@ def choose(facts: Facts, wishes: Wishes, machine: Machine) -> tuple[dict[str, An
         "features": storage.features, "views": storage.views, "cache_dtype": storage.dtype,
         "epochs": schedule.value.epochs, "iterations_per_epoch": schedule.value.iterations,
         "val_iterations_per_epoch": schedule.value.val_iterations,
-    } | {key: value for key, value in wishes.sam.items() if key not in ("encoder", "views")}
+    } | {key: value for key, value in wishes.sam.items() if key not in ("encoder", "image_size", "views")}
     own = dict(wishes.fragment.get(wishes.method, {}))
     if fit.checkpointing.value:
         own["checkpointing"] = True
