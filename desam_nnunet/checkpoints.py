@@ -9,7 +9,9 @@ import numpy as np
 import torch
 
 # What they hold beside tensors and plain Python values: numpy's numbers.
-_NUMBERS: list[Any] = [np.float64(0).__reduce__()[0], np.dtype, type(np.dtype("float32")), type(np.dtype("float64"))]
+_SCALAR = np.float64(0).__reduce__()[0]
+_NUMBERS: list[Any] = [np.dtype, type(np.dtype("float32")), type(np.dtype("float64")),
+                       *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]  # 1.x, 2.x
 
 
 def read_checkpoint(model: Path, fold: str, name: str) -> dict[str, Any]:

@@ -216,7 +216,8 @@ def test_under_torchrun_each_process_builds_its_share(
     workspace: Workspace, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workspace.write_plans("TorchrunPlans", **tiny_sections(image_size=64))
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")  # alone, as some clusters set it, it means nothing
+    monkeypatch.setenv("LOCAL_RANK", "0")
     built = []
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
@@ -237,6 +238,15 @@ def test_damage_is_found_removed_and_only_that_is_built_again(store: Store) -> N
         patch.setattr(Store, "write", lambda self, case, *rest: encoded.update([case]) or write(self, case, *rest))
         build_dataset("501", PLANS, "2d", "DeSAMTrainer", CPU, 1, 0)
     assert encoded == dict.fromkeys(store.cases()[:2], 1)
+    assert contents(store) == before
+
+
+def test_a_case_whose_tiles_are_all_there_only_wants_its_record(store: Store) -> None:
+    """As after a kill before the last case's record was written."""
+    before = contents(store)
+    (record,) = (store.folder / store.cases()[1]).glob("*.json")
+    record.unlink()
+    build_dataset("501", PLANS, "2d", "DeSAMTrainer", CPU, 1, 0)
     assert contents(store) == before
 
 

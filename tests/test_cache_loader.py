@@ -16,7 +16,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from test_cache_store import RECIPE, features
 
 from desam_nnunet.cache.entry import DamagedEntryError
-from desam_nnunet.cache.loader import CachedLoader
+from desam_nnunet.cache.loader import CachedLoader, Draw
 from desam_nnunet.cache.store import ChangedCaseError, Store, Tile
 
 PLAIN = {"background": 0, "a": 1, "b": 2}
@@ -104,6 +104,22 @@ def test_threads_and_memory_change_nothing(make: Callable[..., CachedLoader], op
         assert torch.equal(one["features"].neck, other["features"].neck)
         for a, b in zip(one["features"].levels, other["features"].levels, strict=True):
             assert torch.equal(a, b)
+
+
+def test_no_tile_is_kept_once_memory_is_short(
+    make: Callable[..., CachedLoader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much was free when training began: other trainings fill it as well."""
+    loader, free = make(in_memory=True), iter([10**9, 10**8 - 1])
+    monkeypatch.setattr("desam_nnunet.cache.loader.memory_limit", lambda: 10**9)
+    monkeypatch.setattr("desam_nnunet.cache.loader.free_memory", lambda device: next(free, 0))
+    read, real = [], Store.read
+    monkeypatch.setattr(Store, "read", lambda self, case, number, *rest: read.append(number) or real(
+        self, case, number, *rest))
+    draws = [Draw("case", number, 0) for number in (0, 1, 1, 0)]
+    batches = [loader.read(draws) for _ in range(2)]
+    assert read == [0, 1, 1, 1, 1]
+    assert torch.equal(batches[0]["features"].neck, batches[1]["features"].neck)
 
 
 def test_a_batch_stays_valid_while_the_next_one_is_used(make: Callable[..., CachedLoader]) -> None:

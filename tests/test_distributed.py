@@ -149,3 +149,14 @@ def test_two_processes_share_the_building_of_a_cache(workspace: Workspace, tmp_p
     assert not all(one["foreground"])  # the phantom's volumes end in slices without the organ
     for key, value in one["state"].items():
         torch.testing.assert_close(other["state"][key], value, rtol=0, atol=0)
+
+
+def test_a_batch_that_gpus_cannot_share_evenly_is_refused(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer("DeSAMTrainer", workspace)
+    size = trainer.configuration_manager.batch_size
+    monkeypatch.setattr(trainer, "is_ddp", True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: size + 1)
+    with pytest.raises(ValueError, match=rf"A batch of {size} tiles can't be shared evenly by {size + 1} GPUs: set"):
+        trainer.initialize()

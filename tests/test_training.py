@@ -169,6 +169,7 @@ def test_a_failed_write_keeps_the_last_checkpoint(fresh: Any, tmp_path: Path, mo
     with pytest.raises(KeyboardInterrupt):
         fresh.save_checkpoint(str(path))
     assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_resumed_weights_and_optimiser_are_those_saved(workspace: Workspace, fresh: Any, tmp_path: Path) -> None:
@@ -198,8 +199,9 @@ def test_resuming_with_other_plans_is_refused(workspace: Workspace, fresh: Any, 
 
 def test_resuming_with_another_patch_is_refused_and_the_encoders_path_is_not_looked_at() -> None:
     def settings(encoder: str, identity: str, patch: int, **dataset: Any) -> dict[str, Any]:
-        configuration = {"patch_size": [patch] * 2, "sam": {"encoder": encoder, "identity": identity}}
-        return settings_of(configuration, dataset, "desam")
+        configuration = {"architecture": {}, "patch_size": [patch] * 2,
+                         "sam": {"encoder": encoder, "identity": identity}}
+        return settings_of({"configurations": {"2d": configuration}}, "2d", dataset, "desam")
 
     now = settings("/here/b.pth", "md5:1", 96)
     check_same_settings(now, settings("/there/b.pth", "md5:1", 96), "fold_0")
@@ -211,15 +213,35 @@ def test_resuming_with_another_patch_is_refused_and_the_encoders_path_is_not_loo
         check_same_settings(now, settings("/here/b.pth", "md5:1", 96, labels={"background": 0}), "fold_0")
 
 
-def test_a_fold_with_other_settings_is_kept_out_of_the_model_folder(workspace: Workspace) -> None:
-    model = workspace.model("DeSAMTrainer", "Mixed")
-    first = make_trainer("DeSAMTrainer", workspace, plans=workspace.write_plans("Mixed", **tiny_sections()))
+def test_other_intensities_of_ct_are_other_settings() -> None:
+    def settings(scheme: str, mean: float) -> dict[str, Any]:
+        known = {"mean": mean, "std": 1.0, "percentile_00_5": -5.0, "percentile_99_5": 9.0, "median": mean}
+        configuration = {"architecture": {}, "normalization_schemes": ["ZScoreNormalization", scheme],
+                         "sam": {"encoder": "vit_b", "identity": "md5:1"}}
+        plans = {"configurations": {"2d": configuration},
+                 "foreground_intensity_properties_per_channel": {"0": known | {"std": mean}, "1": known}}
+        return settings_of(plans, "2d", {}, "desam")
+
+    check_same_settings(settings("ZScoreNormalization", 1.0), settings("ZScoreNormalization", 2.0), "fold_0")
+    with pytest.raises(ValueError, match=r"other settings: channel 1's mean was 2.0 and is 1.0 now. Restore"):
+        check_same_settings(settings("CTNormalization", 1.0), settings("CTNormalization", 2.0), "fold_0")
+
+
+@pytest.mark.parametrize("fold", [0, 1])
+def test_a_fold_with_other_settings_is_kept_out_of_the_model_folder(workspace: Workspace, fold: int) -> None:
+    """Another one, and the same one, whose checkpoint would predict by the other's settings."""
+    model = workspace.model("DeSAMTrainer", f"Mixed{fold}")
+    first = make_trainer("DeSAMTrainer", workspace, plans=workspace.write_plans(f"Mixed{fold}", **tiny_sections()))
+    cut_off = model / "fold_0" / "checkpoint_latest.pth.1234.tmp"
+    cut_off.parent.mkdir(parents=True, exist_ok=True)
+    cut_off.touch()
     first.on_train_start()
+    assert not cut_off.exists()
     first.on_train_end()
     assert (model / "fold_0" / "checkpoint_final.pth").exists()
     before = (model / "plans.json").read_bytes()
-    trainer = make_trainer("DeSAMTrainer", workspace, plans=workspace.write_plans("Mixed", **tiny_sections(epochs=9)),
-                           fold=1)
+    other = workspace.write_plans(f"Mixed{fold}", **tiny_sections(epochs=9))
+    trainer = make_trainer("DeSAMTrainer", workspace, plans=other, fold=fold)
     with pytest.raises(ValueError, match=r"fold_0 in .* with other settings: sam.epochs was 1 and is 9 now"):
         trainer.on_train_start()
     assert (model / "plans.json").read_bytes() == before

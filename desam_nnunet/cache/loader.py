@@ -17,9 +17,11 @@ from torch import Tensor
 from desam_nnunet.cache.entry import DamagedEntryError
 from desam_nnunet.cache.store import CaseRecord, ChangedCaseError, Store
 from desam_nnunet.labels import foreground_of
+from desam_nnunet.machine import free_memory, memory_limit
 from desam_nnunet.sam.encoder import Features
 
 _AHEAD = 4  # batches at most that are read ahead: they are large
+_RESERVE = 10  # no tile is kept where less than one part in so many of the memory is free
 
 
 class Draw(NamedTuple):
@@ -45,7 +47,7 @@ class CachedLoader:
         transforms: nnU-Net's for targets (regions, ignore label).
         workers: Threads that read ahead; 0 reads when asked.
         pin_memory: For copies to a GPU.
-        in_memory: Keep every tile that was read.
+        in_memory: Keep the tiles that were read, while memory is free.
         views: How many views of a tile are drawn from, the first as it is.
     """
 
@@ -133,9 +135,12 @@ class CachedLoader:
         """Features and target of one tile; `room` is filled unless the tile is one to be kept in memory."""
         if self._kept is None:
             return self._from_disk(draw, room)
-        if draw not in self._kept:
-            self._kept[draw] = self._from_disk(draw, None)
-        return self._kept[draw]
+        if draw in self._kept:
+            return self._kept[draw]
+        sample = self._from_disk(draw, None)
+        if free_memory(torch.device("cpu")) > memory_limit() // _RESERVE:  # other trainings fill it as well
+            self._kept[draw] = sample
+        return sample
 
     def _from_disk(self, draw: Draw, room: Features | None) -> tuple[Features, Tensor]:
         case, number, view = draw

@@ -38,7 +38,7 @@ def build_dataset(
         FileNotFoundError: The data set is not preprocessed, or the weights are not here.
         OSError: The disk can't hold it.
     """
-    if num_parts == 1 and "WORLD_SIZE" in os.environ:
+    if num_parts == 1 and os.environ.keys() >= {"WORLD_SIZE", "RANK", "LOCAL_RANK"}:  # torchrun's
         num_parts, part_id = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

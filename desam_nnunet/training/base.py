@@ -13,16 +13,16 @@ from nnunetv2.training.loss.dice import get_tp_fp_fn_tn
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from desam_nnunet.config import read_section, resolve_plans
+from desam_nnunet.files import TEMPORARY
 from desam_nnunet.sections import METHODS, SamSection
 from desam_nnunet.training.checks import (
     check_cases,
-    check_other_folds,
+    check_model_folder,
     check_same_settings,
     missing_labels,
     settings_of,
@@ -114,7 +114,8 @@ class SamTrainer(nnUNetTrainer):
     def on_train_start(self) -> None:
         if not self.was_initialized:
             self.initialize()
-        check_other_folds(Path(self.output_folder), self.configuration_name, self._settings(), self.method)
+        folder = Path(self.output_folder)
+        check_model_folder(folder.parent, self.configuration_name, self._settings(), self.method)
         training, validation = self.get_tr_and_val_datasets()
         missing = missing_labels(check_cases(training, self.num_input_channels), self.label_manager)
         check_cases(validation, self.num_input_channels)
@@ -122,6 +123,9 @@ class SamTrainer(nnUNetTrainer):
         self.print_to_log_file(f"The encoder {self.sam.encoder} computes in {precision} on {self.device.type}.")
         if missing:
             self.print_to_log_file(f"WARNING: the labels {missing} occur in no training case of this fold.")
+        if self.local_rank == 0:
+            for rest in folder.glob(f"checkpoint_*{TEMPORARY}"):  # of a killed process
+                rest.unlink(missing_ok=True)
         super().on_train_start()
 
     def train_step(self, batch: Batch) -> dict[str, np.ndarray]:
@@ -155,22 +159,24 @@ class SamTrainer(nnUNetTrainer):
 
     def save_checkpoint(self, filename: str) -> None:
         """Writes beside the file and renames, so that a kill never leaves half a checkpoint."""
-        temporary = f"{filename}.{os.getpid()}.tmp"
-        super().save_checkpoint(temporary)
-        if os.path.isfile(temporary):  # not on other ranks, nor with --disable_checkpointing
-            os.replace(temporary, filename)
+        temporary = Path(f"{filename}.{os.getpid()}{TEMPORARY}")
+        try:
+            super().save_checkpoint(str(temporary))
+            if temporary.is_file():  # not on other ranks, nor with --disable_checkpointing
+                os.replace(temporary, filename)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """Refuses a checkpoint that was trained with other settings than the plans give now."""
         checkpoint = torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False)
         given = checkpoint["init_args"]
-        then = PlansManager(given["plans"]).get_configuration(self.configuration_name).configuration
-        what = str(filename_or_checkpoint)
-        check_same_settings(self._settings(), settings_of(then, given["dataset_json"], self.method), what)
+        then = settings_of(given["plans"], self.configuration_name, given["dataset_json"], self.method)
+        check_same_settings(self._settings(), then, str(filename_or_checkpoint))
         super().load_checkpoint(filename_or_checkpoint)
 
     def _settings(self) -> dict[str, Any]:
-        return settings_of(self.configuration_manager.configuration, self.dataset_json, self.method)
+        return settings_of(self.plans_manager.plans, self.configuration_name, self.dataset_json, self.method)
 
     def _on_device(self, batch: Batch) -> tuple[Any, Tensor]:
         return self.inputs_of(batch), batch["target"].to(self.device, non_blocking=True)

@@ -58,13 +58,14 @@ def build_missing(
 ) -> None:
     """Says what is missing and what it takes, then encodes this process's share of it."""
     plan = plan_build(store, dataset, network, share)
-    if plan.todo:
+    if plan.tiles:
         for other in _of_other_precision(store):
             print(f"{other.folder.name} has these tiles in {other.recipe.precision}, but the encoder computes in "
                   f"{store.recipe.precision} on this device: they are encoded again.")
         print(f"Embedding cache {store.folder}: {plan.tiles} tiles of {len(plan.todo)} case(s) to encode, about "
               f"{plan.needed / 1e9:.2f} GB ({plan.free / 1e9:.1f} GB free) and "
               f"{_duration(seconds_of(plan, store, network, device))}.", flush=True)
+    if plan.todo:  # perhaps only the record of a case whose tiles are all there
         build(store, dataset, plan, network, device, augmentation)
 
 
@@ -139,9 +140,10 @@ def _of_other_precision(store: Store) -> list[Store]:
 
 def _refuse_other_recipes(recipe: Recipe) -> None:
     """Processes that train together must mean the same store; each would wait for the others for ever."""
-    if not torch.distributed.is_initialized():
+    _, ranks = _place_among_processes()
+    if ranks == 1:
         return
-    recipes: list[Any] = [None] * torch.distributed.get_world_size()
+    recipes: list[Any] = [None] * ranks
     torch.distributed.all_gather_object(recipes, recipe)
     if len({other.key for other in recipes}) > 1:
         raise ValueError(
@@ -156,6 +158,6 @@ def _duration(seconds: float) -> str:
 
 
 def _place_among_processes() -> tuple[int, int]:
-    if not torch.distributed.is_initialized():
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return 0, 1
     return torch.distributed.get_rank(), torch.distributed.get_world_size()

@@ -13,7 +13,9 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from desam_nnunet.labels import foreground_of
 
-_GEOMETRY = ("data_identifier", "patch_size", "spacing", "normalization_schemes")
+_GEOMETRY = ("data_identifier", "patch_size", "spacing", "normalization_schemes", "use_mask_for_norm",
+             "resampling_fn_data", "resampling_fn_data_kwargs")
+_OF_CT = ("mean", "std", "percentile_00_5", "percentile_99_5")  # what CTNormalization takes from the fingerprint
 _DATASET = ("labels", "regions_class_order", "channel_names")
 
 
@@ -61,14 +63,22 @@ def missing_labels(found: set[Any], label_manager: LabelManager) -> list[Any]:
     return missing
 
 
-def settings_of(configuration: dict[str, Any], dataset_json: dict[str, Any], method: str) -> dict[str, Any]:
-    """What must be equal wherever a model goes on: our sections, geometry, labels and channels.
+def settings_of(
+    plans: dict[str, Any], configuration_name: str, dataset_json: dict[str, Any], method: str
+) -> dict[str, Any]:
+    """What must be equal wherever a model goes on: our sections, geometry, normalisation, labels and channels.
 
     Args:
-        configuration: Resolved, what it inherits included.
+        plans: With resolved sections.
         method: Whose section counts, beside ``sam``.
     """
+    configuration = PlansManager(plans).get_configuration(configuration_name).configuration
     settings = {key: configuration.get(key) for key in _GEOMETRY}
+    settings["transpose_forward"] = plans.get("transpose_forward")
+    for channel, scheme in enumerate(configuration.get("normalization_schemes", ())):
+        if scheme == "CTNormalization":
+            known = plans["foreground_intensity_properties_per_channel"][str(channel)]
+            settings |= {f"channel {channel}'s {key}": known[key] for key in _OF_CT}
     settings |= {f"dataset.json {key}": dataset_json.get(key) for key in _DATASET}
     for section in ("sam", method):
         settings |= {f"{section}.{key}": value for key, value in configuration.get(section, {}).items()}
@@ -87,21 +97,21 @@ def check_same_settings(now: dict[str, Any], then: dict[str, Any], what: str) ->
                  if then.get(key) != value]
     if differing:
         raise ValueError(
-            f"{what} was trained with other settings: {'; '.join(differing)}. Restore these values, or train under "
-            "another plans name (-p)."
+            f"{what} was trained with other settings: {'; '.join(differing)}. Restore these values, train under "
+            "another plans name (-p), or remove what was trained."
         )
 
 
-def check_other_folds(output_folder: Path, configuration_name: str, now: dict[str, Any], method: str) -> None:
-    """Refuses to put a fold with other settings into a model folder, whose folds share their JSON files.
+def check_model_folder(model: Path, configuration_name: str, now: dict[str, Any], method: str) -> None:
+    """Refuses other settings in a model folder that has checkpoints: all folds share its JSON files.
+
+    A fold's own checkpoint counts too: it stays until training has made another, and predicts by these files.
 
     Args:
-        output_folder: Of this fold.
-        now: Of this fold, from :func:`settings_of`.
+        now: Of the fold that is to be trained, from :func:`settings_of`.
     """
-    model = output_folder.parent
-    others = [path for path in model.glob("fold_*/checkpoint_*.pth") if path.parent != output_folder]
-    if others and (model / "plans.json").is_file() and (model / "dataset.json").is_file():
-        then = PlansManager(str(model / "plans.json")).get_configuration(configuration_name).configuration
-        dataset_json = json.loads((model / "dataset.json").read_text())
-        check_same_settings(now, settings_of(then, dataset_json, method), f"{others[0].parent.name} in {model}")
+    trained = sorted(model.glob("fold_*/checkpoint_*.pth"))
+    if trained and (model / "plans.json").is_file() and (model / "dataset.json").is_file():
+        plans, dataset_json = (json.loads((model / name).read_text()) for name in ("plans.json", "dataset.json"))
+        then = settings_of(plans, configuration_name, dataset_json, method)
+        check_same_settings(now, then, f"{trained[0].parent.name} in {model}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 
@@ -44,6 +45,17 @@ class DeSAMTrainer(FrozenSamTrainer):
         return network_from_plans(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, whole_box=cls.whole_box
         )
+
+    def _set_batch_size_and_oversample(self) -> None:
+        """nnU-Net's Dice of a whole batch gathers a row per tile, so that all processes must have as many."""
+        processes = torch.distributed.get_world_size() if self.is_ddp else 1
+        size = self.configuration_manager.batch_size
+        if size % processes:
+            raise ValueError(
+                f"A batch of {size} tiles can't be shared evenly by {processes} GPUs: set batch_size in the plans to a "
+                f"multiple of {processes}, or train with another -num_gpus."
+            )
+        super()._set_batch_size_and_oversample()
 
     def compute_loss(self, features: Features, target: Tensor) -> tuple[Tensor, Tensor]:
         network = self.bare_network
