@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from desam_nnunet.files import damage_told
+
 # What they hold beside tensors and plain Python values: numpy's numbers.
 _SCALAR = np.float64(0).__reduce__()[0]
 _NUMBERS: list[Any] = [np.dtype, type(np.dtype("float32")), type(np.dtype("float64")),
@@ -27,10 +29,6 @@ def read_checkpoint(model: Path, fold: str, name: str) -> dict[str, Any]:
     path = model / f"fold_{fold}" / name
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: give the model folder, -f and -chk of a trained fold.")
-    try:
-        with torch.serialization.safe_globals(_NUMBERS):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # damaged bytes make the unpickler raise anything
-        raise ValueError(f"{path} can't be read as a checkpoint of nnU-Net's ({type(error).__name__}).") from error
+    told = damage_told(f"{path} can't be read as a checkpoint of nnU-Net's")
+    with told, torch.serialization.safe_globals(_NUMBERS):
+        return torch.load(path, map_location="cpu", weights_only=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from desam_nnunet.config import given_section, resolve_plans
+from desam_nnunet.files import replacing
 from desam_nnunet.networks.official import IMAGE_ENCODER
 from desam_nnunet.preprocessed import read_preprocessed
 from desam_nnunet.published import Published, read_published
@@ -158,6 +158,5 @@ def _write_model(
 def save(content: dict[str, Any], path: Path) -> None:
     """Beside the file first, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    torch.save(content, temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        torch.save(content, temporary)

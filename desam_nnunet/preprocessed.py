@@ -30,11 +30,10 @@ def read_preprocessed(dataset: str, plans: str) -> Preprocessed:
         FileNotFoundError: It is not planned.
     """
     folder = dataset_folder(dataset)
-    files = [folder / f"{plans}.json", folder / "dataset.json", folder / "dataset_fingerprint.json"]
-    for path in files[1:]:
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist: run nnUNetv2_plan_and_preprocess for {folder.name} first.")
-    if not files[0].is_file():
-        raise FileNotFoundError(f"{files[0]} does not exist: make these plans with desam plan, or name others with -p.")
-    plans_json, dataset_json = (json.loads(path.read_text()) for path in files[:2])
+    run = f"run nnUNetv2_plan_and_preprocess for {folder.name} first"
+    for name, remedy in (("dataset", run), ("dataset_fingerprint", run),
+                         (plans, "make these plans with desam plan, or name others with -p")):
+        if not (path := folder / f"{name}.json").is_file():
+            raise FileNotFoundError(f"{path} does not exist: {remedy}.")
+    plans_json, dataset_json = (json.loads((folder / f"{name}.json").read_text()) for name in (plans, "dataset"))
     return Preprocessed(plans_json, dataset_json, folder)

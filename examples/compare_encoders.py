@@ -16,8 +16,6 @@ reported.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import statistics
 import subprocess
@@ -70,7 +68,7 @@ def main() -> None:
         planned = planned_batch_size(options, options.tr[0])
         paces[BASELINE] = measure_pace(options, BASELINE, planned)
     rows = [study(options, trainer, name, encoder, options.minutes, paces[trainer])
-            for trainer in options.tr for name, encoder in name_encoders(options.encoders).items()]
+            for trainer in options.tr for name, encoder in options.encoders.items()]
     rows += [study(options, BASELINE, f"{times}x", UNTRAINED, times * options.minutes, paces[BASELINE])
              for times in options.baselines]
     text = report(options, rows, paces)
@@ -102,7 +100,8 @@ def parse() -> argparse.Namespace:
         if missing := {SOURCE, TARGET} - set(read_sites(options.data)):
             raise ValueError(f"{options.data} has no folder {' and no folder '.join(sorted(missing))}.")
         check_trainers(options.tr)
-        for encoder in name_encoders(options.encoders).values():
+        options.encoders = name_encoders(options.encoders)
+        for encoder in options.encoders.values():
             path = find_weights(encoder)
             if path and (variant := variant_of(read_sam_file(path), path)).name != TINY:
                 raise ValueError(f"{path} holds weights of {variant.name}, but only those of {TINY}'s size take the "
@@ -145,13 +144,11 @@ def trial(options: argparse.Namespace, trainer: str, batch_size: int) -> Path:
 
 def few(options: argparse.Namespace) -> Path:
     """A manifest of all training cases, and one of the other site."""
-    text, sites = io.StringIO(newline=""), read_sites(options.data.resolve())
-    writer = csv.writer(text)
-    writer.writerow(["case", "site", "image", "label"])
-    for site, cases in ((SOURCE, sites[SOURCE]), (TARGET, sites[TARGET][:1])):
-        writer.writerows([case.name, site, ";".join(map(str, case.images)), case.label] for case in cases)
+    sites = read_sites(options.data.resolve())
+    rows = [{"case": case.name, "site": site, "image": ";".join(map(str, case.images)), "label": case.label}
+            for site, cases in ((SOURCE, sites[SOURCE]), (TARGET, sites[TARGET][:1])) for case in cases]
     path = options.work / "few.csv"
-    replace_file(path, [text.getvalue().encode()])
+    replace_file(path, [pd.DataFrame(rows).to_csv(index=False).encode()])
     return path
 
 

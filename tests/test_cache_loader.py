@@ -110,8 +110,8 @@ def test_no_tile_is_kept_once_memory_is_short(
     make: Callable[..., CachedLoader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However much was free when training began: other trainings fill it as well."""
-    loader, free = make(in_memory=True), iter([10**9, 10**8 - 1])
     monkeypatch.setattr("desam_nnunet.cache.loader.memory_limit", lambda: 10**9)
+    loader, free = make(in_memory=True), iter([10**9, 10**8 - 1])
     monkeypatch.setattr("desam_nnunet.cache.loader.free_memory", lambda device: next(free, 0))
     read, real = [], Store.read
     monkeypatch.setattr(Store, "read", lambda self, case, number, *rest: read.append(number) or real(

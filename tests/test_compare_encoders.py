@@ -68,6 +68,8 @@ def test_weights_are_compared_with_random_ones_and_with_nnunet(
     assert [row[:2] for row in rows] == [("DeSAMTrainerWholeBox", "random"), ("DeSAMTrainerWholeBox", "given"),
                                          ("nnUNetTrainer", "1x")]
     assert rows[0][2] == rows[1][2]  # as many iterations
+    assert "Less random weights" in text
+    assert text.count("| DeSAMTrainerWholeBox | given | nnUNetTrainer 1x |") == 1
     for name, encoder in (("random", "vit_tiny_random"), ("given", str(weights))):
         (plans,) = (tmp_path / "work" / f"DeSAMTrainerWholeBox_{name}").glob("nnUNet_results/*/*/plans.json")
         section = json.loads(plans.read_text())["configurations"]["2d"]["sam"]

@@ -33,7 +33,6 @@ from desam_nnunet.training.samed import SAMedTrainer
 
 CT = Facts(((100, 512, 512),) * 60, (128, 128), 1, 1, ("CTNormalization",))
 CARDIAC = Facts(((10, 128, 128),) * 100, (32, 32), 1, 3, ("ZScoreNormalization",))
-FEW = Facts(((10, 128, 128),) * 4, (32, 32), 1, 3, ("ZScoreNormalization",))
 
 
 def machine(memory: float = 80, disk: float = 1000, device: str = "cpu") -> Machine:
@@ -217,7 +216,6 @@ def test_flags_and_what_is_there_go_before_a_preset() -> None:
     (CT, 6, 70, "vit_b", [512, 512], 1024, "cached"),
     (CT, 80, 1, "vit_b", [512, 512], 1024, "online"),
     (CARDIAC, 6, 100, "vit_h", [128, 128], 512, "cached"),
-    (FEW, 6, 100, "vit_h", [128, 128], 512, "cached"),  # whose batch is small for want of tiles, not of memory
 ])
 def test_a_gpu_gets_the_largest_encoder_that_memory_and_disk_hold(
     weights: None, facts: Facts, memory: float, disk: float, encoder: str, patch: list[int], image_size: int,
@@ -227,7 +225,14 @@ def test_a_gpu_gets_the_largest_encoder_that_memory_and_disk_hold(
     sam = configuration["sam"]
     assert (sam["encoder"], configuration["patch_size"], sam["image_size"], sam["features"]) == (
         encoder, patch, image_size, features)
-    assert configuration["batch_size"] >= (2 if facts is FEW else 4)
+    assert configuration["batch_size"] >= 4
+
+
+def test_few_tiles_do_not_mean_a_small_encoder(weights: None) -> None:
+    """Their batch is small for want of tiles, not of memory."""
+    few = Facts(((10, 128, 128),) * 4, (32, 32), 1, 3, ("ZScoreNormalization",))
+    configuration, _ = choose(few, Wishes(), machine(6, 100, "cuda"))
+    assert (configuration["batch_size"], configuration["sam"]["encoder"]) == (2, "vit_h")
 
 
 @pytest.mark.parametrize(("trainer", "memory", "image_size", "checkpointing"), [

@@ -66,6 +66,7 @@ class CachedLoader:
         self.pin_memory = pin_memory
         self._shares = {case: _Shares(record, label_manager, views) for case, record in records.items()}
         self._kept: dict[Draw, tuple[Features, Tensor]] | None = {} if in_memory else None
+        self._reserve = memory_limit() // _RESERVE
         self._pool = ThreadPoolExecutor(workers, "cached-tiles") if workers else None
         self._lent: deque[Features] = deque()
         self._free: deque[Features] = deque()
@@ -138,7 +139,7 @@ class CachedLoader:
         if draw in self._kept:
             return self._kept[draw]
         sample = self._from_disk(draw, None)
-        if free_memory(torch.device("cpu")) > memory_limit() // _RESERVE:  # other trainings fill it as well
+        if free_memory(torch.device("cpu")) > self._reserve:  # other trainings fill it as well
             self._kept[draw] = sample
         return sample
 

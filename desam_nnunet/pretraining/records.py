@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from desam_nnunet.files import TEMPORARY, replace_file
+from desam_nnunet.files import TEMPORARY, damage_told, replace_file, replacing
 
 WEIGHTS, SETTINGS, CURVE, STATE = "weights.safetensors", "settings.json", "curve.csv", "state.pt"
 
@@ -66,17 +66,10 @@ def read_state(folder: Path) -> dict[str, Any] | None:
     path = folder / STATE
     if not path.is_file():
         return None
-    try:
+    with damage_told(f"{path} can't be read", ": remove it, and the run begins anew"):
         return torch.load(path, map_location="cpu", weights_only=True)  # the optimiser wants its counters there
-    except OSError:
-        raise
-    except Exception as error:  # damaged bytes make the unpickler raise anything
-        raise ValueError(
-            f"{path} can't be read ({type(error).__name__}): remove it, and the run begins anew."
-        ) from error
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    replace_file(folder / STATE, [buffer.getvalue()])
+    with replacing(folder / STATE) as temporary:
+        torch.save(state, temporary)

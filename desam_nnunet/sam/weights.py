@@ -24,6 +24,7 @@ from segment_anything.modeling import MaskDecoder, PromptEncoder
 from torch import Tensor
 from torch.nn import functional as F
 
+from desam_nnunet.files import damage_told
 from desam_nnunet.sam.attention import use_exact_attention
 from desam_nnunet.sam.encoder import FrozenEncoder
 from desam_nnunet.sam.random_weights import RANDOM_IDENTITY, random_state
@@ -164,16 +165,9 @@ def read_sam_file(path: Path) -> State:
     Raises:
         ValueError: The file can't be read as a dict of tensors.
     """
-    try:
+    with damage_told(f"{path} can't be read as weights", ": it is truncated or not a weights file. Fetch it again"):
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(
             path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # damaged bytes make the unpickler raise anything
-        raise ValueError(
-            f"{path} can't be read as weights ({type(error).__name__}): it is truncated or not a weights "
-            "file. Fetch it again."
-        ) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} does not hold a state dict (names to tensors) as SAM's files do.")
     return state

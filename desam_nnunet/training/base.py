@@ -18,7 +18,7 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from desam_nnunet.config import read_section, resolve_plans
-from desam_nnunet.files import TEMPORARY
+from desam_nnunet.files import TEMPORARY, replacing
 from desam_nnunet.sections import METHODS, SamSection
 from desam_nnunet.training.checks import (
     check_cases,
@@ -124,7 +124,7 @@ class SamTrainer(nnUNetTrainer):
         if missing:
             self.print_to_log_file(f"WARNING: the labels {missing} occur in no training case of this fold.")
         if self.local_rank == 0:
-            for rest in folder.glob(f"checkpoint_*{TEMPORARY}"):  # of a killed process
+            for rest in folder.glob(f"*checkpoint_*{TEMPORARY}"):  # of a killed process
                 rest.unlink(missing_ok=True)
         super().on_train_start()
 
@@ -159,13 +159,8 @@ class SamTrainer(nnUNetTrainer):
 
     def save_checkpoint(self, filename: str) -> None:
         """Writes beside the file and renames, so that a kill never leaves half a checkpoint."""
-        temporary = Path(f"{filename}.{os.getpid()}{TEMPORARY}")
-        try:
+        with replacing(Path(filename)) as temporary:  # nothing is written on other ranks, nor if that is switched off
             super().save_checkpoint(str(temporary))
-            if temporary.is_file():  # not on other ranks, nor with --disable_checkpointing
-                os.replace(temporary, filename)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """Refuses a checkpoint that was trained with other settings than the plans give now."""
