@@ -197,7 +197,7 @@ def _with_reference(images: Path, labels: Path, ending: str) -> dict[str, _Files
     """The files of every case: one for each channel, and the reference."""
     if not images.is_dir():
         raise FileNotFoundError(f"{images} does not exist: give the folder of images with -i.")
-    rows = create_lists_from_splitted_dataset_folder(str(images), ending)
+    rows = [row for row in create_lists_from_splitted_dataset_folder(str(images), ending) if row]  # empty: other names
     if not rows:
         raise FileNotFoundError(f"{images} holds no images that end in _0000{ending}.")
     files = {}

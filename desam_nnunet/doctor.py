@@ -121,7 +121,7 @@ def _memory() -> Finding:
 
 def _nnunet_folder(variable: str) -> Finding:
     value = os.environ.get(variable)
-    if value is None:
+    if not value:
         return Finding(variable, "not set", f"export {variable}=/where/you/keep/it", wrong=True)
     folder = Path(value)
     if not folder.is_dir():

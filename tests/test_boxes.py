@@ -173,6 +173,7 @@ def test_wrong_input_is_one_sentence_and_writes_nothing(
         (trained.model("DeSAMTrainer"), images, labels, "is not of DBSAMTrainerBoxes: segment with nnUNetv2_predict"),
         (model, images, tmp_path / "none", "every case needs its reference"),
         (model, tmp_path / "none", labels, "holds no images that end in _0000.nii.gz"),
+        (model, labels, labels, "holds no images that end in _0000.nii.gz"),  # named as references are
         (model, tmp_path / "nowhere", labels, "give the folder of images with -i"),
     ):
         assert main(["boxes", str(folder), "-i", str(i), "-l", str(l), "-o", str(out), "-device", "cpu"]) == 1

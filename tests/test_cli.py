@@ -45,7 +45,7 @@ def test_doctor_of_a_sound_machine(capsys: pytest.CaptureFixture[str], tmp_path:
 def test_doctor_names_the_remedy(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("nnUNet_raw")
+    monkeypatch.setenv("nnUNet_raw", "")
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "nowhere"))
     monkeypatch.delenv("nnUNet_extTrainer")
     (tmp_path / "weights").mkdir()

@@ -230,14 +230,19 @@ def test_what_a_kill_cut_off_is_done_again(ran: Ran, tmp_path: Path) -> None:
     shutil.copytree(ran.out / "predictions" / "SiteA" / "nnUNetTrainer" / "SiteB", folder)
     cut, whole = (folder / f"SiteB_00{number}.nii.gz" for number in (0, 1))
     cut.write_bytes(cut.read_bytes()[:-20])
-    assert is_unsegmented(folder)
+    model = ran.out / "nnUNet_results" / "Dataset001_SiteA" / "nnUNetTrainer__CrossSitePlans__2d"
+    fold = tmp_path / "fold_0"
+    shutil.copytree(model / "fold_0", fold)
+    final = fold / "checkpoint_final.pth"
+    assert is_unsegmented(folder, [final])
     assert not cut.exists()
     assert whole.exists()
-    fold = tmp_path / "fold_0"
-    model = ran.out / "nnUNet_results" / "Dataset001_SiteA" / "nnUNetTrainer__CrossSitePlans__2d"
-    shutil.copytree(model / "fold_0", fold)
+    other = tmp_path / "other" / "fold_0"
+    shutil.copytree(model / "fold_0", other)
+    (other / final.name).write_bytes(b"another")
+    assert is_unsegmented(folder, [other / final.name])
+    assert not whole.exists()  # another model's
     assert not is_untrained(fold)
-    final = fold / "checkpoint_final.pth"
     final.write_bytes(final.read_bytes()[:-20])
     assert is_untrained(fold)
     assert not final.exists()

@@ -23,6 +23,7 @@ class Server(BaseHTTPRequestHandler):
     ranges: ClassVar[list[str | None]] = []
     content = CONTENT
     resumes = True
+    promised: int | None = None  # bytes of the whole, where it is another number than there are
 
     def do_GET(self) -> None:
         asked = self.headers["Range"]
@@ -32,7 +33,7 @@ class Server(BaseHTTPRequestHandler):
             self.send_error(416)
             return
         self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(self.content) - start))
+        self.send_header("Content-Length", str((self.promised or len(self.content)) - start))
         self.end_headers()
         self.wfile.write(self.content[start:])
 
@@ -91,6 +92,24 @@ def test_a_server_that_does_not_resume_starts_again(
     folder.mkdir()
     (folder / "sam_vit_b_01ec64.pth.part").write_bytes(b"something else")
     assert download("vit_b", url=url).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(("resumes", "content", "promised"), [
+    (False, b"Please log in", 13), (True, CONTENT[:9000], 9999)])
+def test_a_page_instead_of_the_file_and_a_cut_connection_lose_nothing(
+    url: str, folder: Path, monkeypatch: pytest.MonkeyPatch, resumes: bool, content: bytes, promised: int
+) -> None:
+    monkeypatch.setattr(Server, "resumes", resumes)
+    monkeypatch.setattr(Server, "content", content)
+    monkeypatch.setattr(Server, "promised", promised)
+    folder.mkdir()
+    partial = folder / "sam_vit_b_01ec64.pth.part"
+    partial.write_bytes(CONTENT[:5000])
+    with pytest.raises(ConnectionError, match="could not be downloaded .* Run the command again to continue"):
+        download("vit_b", url=url)
+    here = partial.read_bytes()
+    assert len(here) >= 5000
+    assert here == CONTENT[:len(here)]
 
 
 def test_another_file_is_refused_and_removed(url: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,7 +146,7 @@ def test_an_unplanned_data_set_is_planned_by_nnunet_first(
     (("--preset", "nothing"), "There is no preset 'nothing'; there are: cpu, laptop, paper"),
     (("--encoder", "vit_x"), "Unknown encoder 'vit_x'"),
     (("-gpu_memory_target", "0.1"), r"takes 0.\d GB, but 0.1 GB are there"),
-    (("-overwrite_plans_name", "nnUNetPlans"), "nnUNetPlans.json was not made by desam plan: choose another name"),
+    (("-overwrite_plans_name", "nnUNetPlans"), "nnUNetPlans.json is not desam plan's to write: choose another name"),
     (("-device", "mps", "-gpu_memory_target", "0.1"), r"takes 0.\d GB, but 0.1 GB are there"),
     (("-device", "cuda"), "no cuda device here: say what it will have with -gpu_memory_target, or add -device cpu"),
 ])

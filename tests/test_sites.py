@@ -13,8 +13,11 @@ import pytest
 import SimpleITK as sitk
 
 from desam_nnunet.cli import main
+from desam_nnunet.cross_site import command
+from desam_nnunet.cross_site.labels import labels_of
 from desam_nnunet.cross_site.opening import open_study
-from desam_nnunet.cross_site.sites import check_sites, labels_of, read_sites
+from desam_nnunet.cross_site.sites import check_sites, read_sites
+from desam_nnunet.cross_site.steps import steps_of
 from desam_nnunet.cross_site.study import Study
 
 SHAPE = (4, 10, 12)
@@ -158,6 +161,32 @@ def test_bad_data_is_one_sentence(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_left_out_is_said(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A reference may have its word in capitals; one with another word is none."""
+    reference = data / "A" / "case0_segmentation.nii.gz"
+    reference.rename(data / "A" / "case0_Segmentation.nii.gz")
+    number = len(read_sites(data)["A"])
+    assert capsys.readouterr().out == ""
+    (data / "A" / "case0_Segmentation.nii.gz").rename(data / "A" / "case0-contour.nii.gz")
+    assert len(read_sites(data)["A"]) == number - 1
+    assert "A: 2 volume(s) are left out, without a reference or without an image, such as case0." in (
+        capsys.readouterr().out)
+
+
+def test_names_that_end_in_four_digits(tmp_path: Path) -> None:
+    for number in (1, 2):
+        write(tmp_path / "A" / "images" / f"patient_{number:04d}.nii.gz", labelled(1))
+        write(tmp_path / "A" / "labels" / f"patient_{number:04d}.nii.gz", labelled(1))
+    cases = read_sites(tmp_path)["A"]
+    assert [(case.name, [path.name for path in case.images]) for case in cases] == [
+        ("patient_0001", ["patient_0001.nii.gz"]), ("patient_0002", ["patient_0002.nii.gz"])]
+    write(tmp_path / "B" / "imagesTr" / "x_0000.nii.gz", labelled(1))
+    write(tmp_path / "B" / "imagesTr" / "x_0002.nii.gz", labelled(1))
+    write(tmp_path / "B" / "labelsTr" / "x.nii.gz", labelled(1))
+    with pytest.raises(ValueError, match=r"has x_0000.nii.gz, x_0002.nii.gz for the case x, but channels count from"):
+        read_sites(tmp_path)
+
+
 @pytest.mark.parametrize(("changes", "message"), [
     ({"sources": ["C"]}, r"--sources C is not among the sites A, B"),
     ({"sources": ["B"]}, r"Site B has 1 case\(s\), but nnU-Net's 5 folds need 5: add -f all"),
@@ -177,13 +206,34 @@ def test_bad_wishes_are_one_sentence(data: Path, tmp_path: Path, changes: dict[s
         opened(data, tmp_path / "out", **changes)
 
 
+def test_a_patch_that_nnunets_network_can_not_halve_is_refused_before_training(data: Path, tmp_path: Path) -> None:
+    settings = tmp_path / "settings.json"
+    settings.write_text('{"batch_size": 2, "patch_size": [64, 48], "sam": {"encoder": "vit_tiny"}}')
+    for trainers in (["DeSAMTrainer"], ["DeSAMTrainer", "nnUNetTrainer"]):
+        study = opened(data, tmp_path / trainers[-1], settings=settings, trainers=trainers)
+        strides = {"arch_kwargs": {"strides": [[1, 1], [2, 2], [2, 2], [2, 2], [2, 2], [2, 1]]}}
+        plans = {"configurations": {"2d": {"architecture": strides, "batch_size": 12, "patch_size": [64, 32]}}}
+        study.preprocessed("A").mkdir(parents=True)
+        (study.preprocessed("A") / "nnUNetPlans.json").write_text(json.dumps(plans))
+        (step,) = (step for step in steps_of(study, "cpu") if step.name == "plan__A")
+        step.work()  # 64 and 48 are multiples of 32 and 16
+        study.settings["patch_size"] = [48, 48]
+        if trainers == ["DeSAMTrainer"]:
+            step.work()
+            continue
+        with pytest.raises(ValueError, match=r"\[48, 48\], but nnUNetTrainer's network needs multiples of \[32, 16\]"):
+            step.work()
+
+
 def test_settings_are_checked(data: Path, tmp_path: Path) -> None:
     settings = tmp_path / "settings.json"
     for text, message in (
         ("{", "can't be read as JSON"), ("[]", "must hold an object"), ('{"batchsize": 2}', "has the key 'batchsize'"),
         ('{"sam": {"grid": 3}}', "The plans' section 'sam' has an unknown key 'grid'"),
         ('{"sam": "vit_b"}', "The plans' section 'sam' is 'vit_b', but must be an object"),
-        ('{"sam": {"encoder": "vit_tiny"}}', "must give batch_size"),
+        ('{"sam": {"encoder": "vit_tiny"}}', "must give batch_size"), ('{"batch_size": true}', "must give batch_size"),
+        ('{"batch_size": 2, "patch_size": 256}', "has the patch_size 256, but it must be two numbers"),
+        ('{"batch_size": 2, "patch_size": [64, 0]}', r"has the patch_size \[64, 0\], but it must be two numbers"),
         ('{"batch_size": 2, "sam": {"encoder": "vit_tiny", "image_size": 100}}', "sam.image_size is 100, but must be"),
     ):
         settings.write_text(text)
@@ -240,7 +290,10 @@ def test_a_case_twice_and_a_missing_file(data: Path, tmp_path: Path) -> None:
     manifest = tmp_path / "manifest.csv"
     row = "case0,B,data/B/case0.nii.gz,data/B/case0_segmentation.nii.gz\n"
     manifest.write_text("case,site,image,label\n" + 2 * row)
-    with pytest.raises(ValueError, match="Site B has the case 'case0' more than once"):
+    with pytest.raises(ValueError, match="The cases case0 and case0 of site B need different names"):
+        check_sites(read_sites(manifest))
+    manifest.write_text("case,site,image,label\n" + row + row.replace(",B,", ",b,"))
+    with pytest.raises(ValueError, match="The sites B and b need different names, in more than capitals"):
         check_sites(read_sites(manifest))
     manifest.write_text("case,site,image,label\n" + row.replace("B/case0.nii", "B/case9.nii"))
     with pytest.raises(FileNotFoundError, match="Case case0 of site B: .*case9.nii.gz does not exist"):
@@ -262,12 +315,31 @@ def test_a_study_goes_on_with_its_own_settings_alone(data: Path, tmp_path: Path)
     assert grown.trainers == ("DeSAMTrainer", "nnUNetTrainer")
     with pytest.raises(ValueError, match=r"holds a study with other tolerance \(2.0, now 3.0\)"):
         opened(data, out, tolerance=3.0)
+    content = (out / "study.json").read_text()
+    for damaged in (content[:100], "{}", "[]"):
+        (out / "study.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"study.json is damaged or of another version: give another folder"):
+            opened(data, out)
+    (out / "study.json").write_text(content)
+    assert opened(data, tmp_path / "folds", folds=["3", "0", "3"]).folds == ("0", "3")
     side_by_side(data / "B", 2, 1)
     with pytest.raises(ValueError, match="other data: case case0 of site B has changed since. Give another folder"):
         opened(data, out)
     (data / "A" / "case0_segmentation.nii.gz").unlink()
     with pytest.raises(ValueError, match="other data: case case0 of site A is gone"):
         opened(data, out, folds=["all"])
+
+
+def test_a_package_that_is_too_old_is_named_before_anything_runs(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    for name, least in command.EXTRA.items():
+        assert f'"{name}{">=" if least else ""}{".".join(map(str, least))}"' in wanted
+    real = command.version
+    monkeypatch.setattr(command, "version", lambda name: "1.14.1" if name == "scipy" else real(name))
+    assert main(["cross-site", str(data), "-o", str(tmp_path / "out"), "--dry-run"]) == 1
+    assert "desam cross-site needs scipy, perhaps newer than installed: pip install" in capsys.readouterr().err
 
 
 def test_a_folder_of_other_things_is_left_alone(data: Path, tmp_path: Path) -> None:

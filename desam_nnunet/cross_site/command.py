@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-_EXTRA = ("monai", "jinja2")
+EXTRA = {"monai": (1, 5), "jinja2": (), "scipy": (1, 15)}  # some come with other packages, perhaps too old
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,8 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs or describes the study."""
-    if missing := [name for name in _EXTRA if find_spec(name) is None]:
-        raise ValueError(f"desam cross-site needs {' and '.join(missing)}: pip install 'desam-nnunet[cross-site]'.")
+    if missing := [name for name, least in EXTRA.items() if not _is_installed(name, least)]:
+        raise ValueError(f"desam cross-site needs {' and '.join(missing)}, perhaps newer than installed: pip install "
+                         "'desam-nnunet[cross-site]'.")
     from desam_nnunet.cross_site.opening import open_study
     from desam_nnunet.cross_site.runner import describe_steps, run_study
 
@@ -55,3 +56,10 @@ def run(options: argparse.Namespace) -> int:
     if report is not None:
         print(f"The report: {report}")
     return 0
+
+
+def _is_installed(name: str, least: tuple[int, ...]) -> bool:
+    try:
+        return tuple(map(int, version(name).split(".")[:len(least)])) >= least
+    except PackageNotFoundError:
+        return False

@@ -17,6 +17,8 @@ import time
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
+import psutil
+
 _GROUP = "console_scripts"
 
 
@@ -51,7 +53,7 @@ def _entry(command: str) -> EntryPoint:
 
 def _end_with(parent: int) -> None:
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == parent and psutil.pid_exists(parent):  # Windows keeps the number of one that is gone
             time.sleep(0.5)
         if hasattr(os, "killpg"):
             os.killpg(os.getpgid(0), signal.SIGKILL)

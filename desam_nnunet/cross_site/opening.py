@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-from desam_nnunet.config import check_keys, given_section, resolve_plans
-from desam_nnunet.cross_site.sites import (
-    Case,
-    Sites,
-    check_sites,
-    check_values,
-    ending_of,
-    given_labels,
-    labels_of,
-    read_sites,
-)
-from desam_nnunet.cross_site.study import FILE, FOLDERS, STUDY_PLANS, Study, method_of, plain, plain_sites
+from desam_nnunet.cross_site.labels import check_values, given_labels, labels_of
+from desam_nnunet.cross_site.settings import check_settings, read_settings
+from desam_nnunet.cross_site.sites import Case, Sites, check_sites, ending_of, read_sites
+from desam_nnunet.cross_site.study import FILE, FOLDERS, Study, plain, plain_sites
 from desam_nnunet.evaluation.scores import classes_of
 from desam_nnunet.files import TEMPORARY
-from desam_nnunet.planning.facts import CONFIGURATION, FOLDS, SPLITS, STOCK_PLANS
-from desam_nnunet.sections import SECTIONS
+from desam_nnunet.planning.facts import FOLDS, SPLITS, STOCK_PLANS
 from desam_nnunet.training.lookup import look_up
 
 _GROWING = ("trainers", "sources", "targets")  # what a later call may add to
 _NEEDS_BOXES = "DBSAMTrainerBoxes"
-_KEYS = ("batch_size", "patch_size")  # of the 2D configuration, beside our sections
+_DESCRIBED = ("channel_names", "labels", "file_ending")  # in dataset.json
 DEFAULT_TRAINERS = ("DeSAMTrainer", "nnUNetTrainer")
 
 
@@ -58,7 +48,7 @@ def open_study(
     if datasets and (labels or channels):
         raise ValueError("--labels and --channels are for data that are no nnU-Net data sets yet: -d has them from "
                          "dataset.json.")
-    chosen = _read_settings(settings, plans)
+    chosen = read_settings(settings, plans)
     before = _read(out)
     sites, names = (read_sites(data), {}) if data is not None else _from_datasets(datasets)
     names = names or {site: f"Dataset{number:03d}_{site}" for number, site in enumerate(sites, 1)}
@@ -66,11 +56,12 @@ def open_study(
     study = Study(
         out.resolve(), sites, names, {}, not data, _unique(trainers or known["trainers"] or DEFAULT_TRAINERS),
         _known_sites(sources or known["sources"], sites, "--sources"),
-        _known_sites(targets or known["targets"], sites, "--targets"), tuple(map(str, folds)), plans, chosen, tolerance)
+        _known_sites(targets or known["targets"], sites, "--targets"), tuple(sorted(set(map(str, folds)))), plans,
+        chosen, tolerance)
     check_trainers(study.trainers)
     _check(study)
     if study.settings:
-        _check_settings(study)
+        check_settings(study)
     study = replace(study, dataset_json=_description(study, before, labels, channels))
     return study if before is None else _joined(before, study)
 
@@ -183,41 +174,12 @@ def _read(out: Path) -> dict[str, Any] | None:
             raise FileExistsError(f"{out} holds other things than a study: give a new folder with -o.")
         return None
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: give another folder with -o.") from error
-
-
-def _read_settings(path: Path | None, plans: str) -> dict[str, Any]:
-    if path is None:
-        return {}
-    if plans:
-        raise ValueError(f"-p {plans} and --settings exclude each other: put the settings into these plans.")
-    try:
-        settings = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} can't be read as JSON: {error}.") from error
-    if not isinstance(settings, dict) or not settings:
-        raise ValueError(f"{path} must hold an object with keys of the plans' 2D configuration, such as batch_size.")
-    for name, section in SECTIONS.items():
-        check_keys(name, section, given_section(settings, name))
-    if unknown := [key for key in settings if key not in SECTIONS and key not in _KEYS]:
-        raise ValueError(f"{path} has the key '{unknown[0]}', which a study does not take: choose among "
-                         f"{', '.join([*SECTIONS, *_KEYS])}.")
-    if not isinstance(settings.get("batch_size"), int) or settings["batch_size"] < 1:
-        raise ValueError(f"{path} must give batch_size, a number from 1 on, so that all trainers have the same.")
-    return settings
-
-
-def _check_settings(study: Study) -> None:
-    """Whether plans with these settings hold for every trainer, and the weights are here, before data are planned."""
-    window = study.settings.get("sam", {}).get("intensity") == "window"
-    configuration = {"patch_size": [64, 64], "normalization_schemes": ["CTNormalization" if window else ""],
-                     "architecture": {}}
-    for method in {method for trainer in study.trainers if (method := method_of(trainer)) is not None}:
-        plans = {"plans_name": STUDY_PLANS, "label_manager": "LabelManager",
-                 "configurations": {CONFIGURATION: copy.deepcopy(configuration | study.settings)}}
-        resolve_plans(plans, CONFIGURATION, {"labels": {"background": 0, "organ": 1}}, method)
+        before = json.loads(path.read_text())
+        if before.keys() != {field.name for field in fields(Study)} - {"out"}:
+            raise ValueError(path)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged or of another version: give another folder with -o.") from error
+    return before
 
 
 def _from_datasets(datasets: Sequence[str]) -> tuple[Sites, dict[str, str]]:
@@ -245,7 +207,7 @@ def _from_datasets(datasets: Sequence[str]) -> tuple[Sites, dict[str, str]]:
 
 
 def _raw_folder() -> Path:
-    return Path(os.environ[FOLDERS[0]])
+    return Path(os.environ[FOLDERS[0]]).absolute()  # links to its images lie elsewhere
 
 
 def _common_description(names: dict[str, str]) -> dict[str, Any]:
@@ -253,8 +215,11 @@ def _common_description(names: dict[str, str]) -> dict[str, Any]:
     found = {}
     for site, dataset in names.items():
         given = json.loads((_raw_folder() / dataset / "dataset.json").read_text())
-        found[site] = {key: given[key] for key in ("channel_names", "labels", "file_ending", "regions_class_order")
-                       if key in given}
+        if "channel_names" not in given and "modality" in given:
+            given["channel_names"] = given["modality"]  # its name in nnU-Net's first version
+        found[site] = {key: given[key] for key in (*_DESCRIBED, "regions_class_order") if key in given}
+        if lacking := [key for key in _DESCRIBED if key not in given]:
+            raise ValueError(f"The data set of {site}, {dataset}, has no {lacking[0]} in dataset.json: add it.")
     (first, description), *others = found.items()
     for site, theirs in others:
         for key in ("labels", "file_ending", "regions_class_order"):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ ALL = "all"  # what stands for every site together, and so is no site's name
 _SITE = re.compile(r"[A-Za-z0-9_-]+")
 _CASE = re.compile(r"[^/\\:*?\"<>|\x00-\x1f]+")
 _COLUMNS = {"case", "site", "image", "label"}
-_APART = 1e-2  # mm, and of direction cosines
+_APART = {"Size": 0, "Spacing": 1e-3, "Origin": 1e-2, "Direction": 1e-2}  # mm, and of direction cosines
 
 
 class Case(NamedTuple):
@@ -69,6 +69,7 @@ def check_sites(sites: Sites) -> dict[str, list[int]]:
         ValueError: A name that can't be a file's, an image that occurs twice, cases with different numbers of channels
             or file endings, or an image whose geometry is not its reference's.
     """
+    _check_names("The sites", "", sites)
     for site, cases in sites.items():
         if not _SITE.fullmatch(site) or site == ALL:
             raise ValueError(f"The site's name {site!r} is '{ALL}' or has characters other than letters, digits, - and "
@@ -77,9 +78,7 @@ def check_sites(sites: Sites) -> dict[str, list[int]]:
             if not _CASE.fullmatch(case.name) or case.name.startswith("."):
                 raise ValueError(f"Site {site} has a case called {case.name!r}, which can't be a file's name: rename "
                                  "it.")
-        twice = [name for name, number in Counter(case.name for case in cases).items() if number > 1]
-        if twice:
-            raise ValueError(f"Site {site} has the case '{twice[0]}' more than once: give each case its own name.")
+        _check_names("The cases", f" of site {site}", [case.name for case in cases])
     every = [(site, case) for site, cases in sites.items() for case in cases]
     _check_apart(every)
     site, first = every[0]
@@ -96,59 +95,15 @@ def check_sites(sites: Sites) -> dict[str, list[int]]:
     return {site: sorted(found - {0}) for site, found in values.items()}
 
 
-def labels_of(found: Mapping[str, list[int]], given: Iterable[str]) -> dict[str, int]:
-    """nnU-Net's ``labels``, the background included.
-
-    Args:
-        found: Per site, of :func:`check_sites`.
-        given: ``NAME=VALUE`` of each class, as typed; empty where values are to be taken as they occur.
-
-    Raises:
-        ValueError: Sites have other values than each other, and none were given; or a site has one that was not given.
-    """
-    chosen = given_labels(given or [f"label {value}={value}" for value in _common_values(found)])
-    check_values(found, set(chosen.values()), "--labels")
-    return chosen
-
-
-def check_values(found: Mapping[str, list[int]], known: set[int], where: str) -> None:
-    """Raises: ValueError: A site's references have a value that is not `known`; `where` is what should name it."""
-    for site, values in found.items():
-        if unknown := [value for value in values if value not in known]:
-            raise ValueError(f"The references of {site} have the value {unknown[0]}, which {where} does not name: add "
-                             "it, or relabel these references.")
-
-
-def given_labels(given: Iterable[str]) -> dict[str, int]:
-    """What was typed, checked by itself; the background comes first.
-
-    Raises:
-        ValueError: It is not ``NAME=VALUE``, or the values are not those from 1 on.
-    """
-    chosen = {}
-    for text in given:
-        name, _, value = text.partition("=")
-        if not name or not value.isdigit() or int(value) == 0:
-            raise ValueError(f"--labels {text} is not NAME=VALUE with a value above 0, such as prostate=1.")
-        chosen[name] = int(value)
-    ordered = sorted(chosen.items(), key=lambda item: item[1])
-    if [value for _, value in ordered] != list(range(1, len(ordered) + 1)):
-        raise ValueError(f"The labels are {', '.join(f'{name}={value}' for name, value in ordered)}, but nnU-Net needs "
-                         f"consecutive values from 1 to {len(ordered)}: relabel the references.")
-    return {"background": 0} | dict(ordered)
-
-
-def _common_values(found: Mapping[str, list[int]]) -> list[int]:
-    (first, values), *others = found.items()
-    for site, theirs in others:
-        if theirs != values:
-            raise ValueError(
-                f"The references of {first} have the values {_text(values)}, those of {site} {_text(theirs)}: say "
-                "which class has which value with --labels, such as --labels prostate=1, and relabel what differs."
-            )
-    if not values:
-        raise ValueError("All references are empty: there is nothing to segment.")
-    return values
+def _check_names(what: str, where: str, names: Iterable[str]) -> None:
+    """Raises: ValueError: Two are the same, or would be on a disk that takes no notice of capitals."""
+    alike = defaultdict(list)
+    for name in names:
+        alike[name.casefold()].append(name)
+    for same in alike.values():
+        if len(same) > 1:
+            raise ValueError(f"{what} {same[0]} and {same[1]}{where} need different names, in more than capitals: "
+                             "rename one.")
 
 
 def _check_apart(every: list[tuple[str, Case]]) -> None:
@@ -190,25 +145,37 @@ def _cases_in(folder: Path) -> Iterator[Case]:
 
 
 def _in_two_folders(images: Path, labels: Path) -> Iterator[Case]:
+    references = {_stem(path): path for path in _volumes(labels)}
     channels = defaultdict(list)
     for path in _volumes(images):
-        channels[re.sub(r"_\d{4}$", "", _stem(path))].append(path)
-    for label in _volumes(labels):
-        name = _stem(label)
+        stem = _stem(path)
+        channels[stem if stem in references else re.sub(r"_\d{4}$", "", stem)].append(path)
+    for name, label in references.items():
         if name not in channels:
             raise FileNotFoundError(f"{label} has no image {images / name}_0000{ending_of(label)}.")
-        yield Case(name, tuple(channels.pop(name)), label)
+        paths = channels.pop(name)
+        numbers = [_stem(path).removeprefix(name) for path in paths]
+        if numbers not in ([""], [f"_{number:04d}" for number in range(len(paths))]):
+            raise ValueError(f"{images} has {', '.join(path.name for path in paths)} for the case {name}, but channels "
+                             "count from _0000 on: rename them.")
+        yield Case(name, tuple(paths), label)
     if channels:
         print(f"{images}: {len(channels)} image(s) without a reference are left out, such as {min(channels)}.")
 
 
 def _side_by_side(folder: Path) -> Iterator[Case]:
     stems = {_stem(path): path for path in _volumes(folder)}
+    single = dict(stems)
     for stem, path in stems.items():
         for word in LABEL_WORDS:
-            name = stem.removesuffix(word)
-            if name != stem and name in stems:
+            name = stem[:-len(word)]
+            if stem.lower().endswith(word) and name in stems:
                 yield Case(name, (stems[name],), path)
+                single.pop(stem, None)
+                single.pop(name, None)
+    if single:
+        print(f"{folder}: {len(single)} volume(s) are left out, without a reference or without an image, such as "
+              f"{min(single)}.")
 
 
 def _volumes(folder: Path) -> list[Path]:
@@ -254,9 +221,9 @@ def _check_case(site: str, case: Case) -> set[int]:
         raise ValueError(f"{where}: {case.label} has {label.GetDimension()} axes, but must be a volume of 3.")
     for path in case.images:
         image = _header(path)
-        for name in ("Size", "Spacing", "Origin", "Direction"):
+        for name, apart in _APART.items():
             of_image, of_label = (getattr(reader, f"Get{name}")() for reader in (image, label))
-            if len(of_image) != len(of_label) or not np.allclose(of_image, of_label, rtol=0, atol=_APART):
+            if len(of_image) != len(of_label) or not np.allclose(of_image, of_label, rtol=0, atol=apart):
                 raise ValueError(f"{where}: the image's {name.lower()} is {_rounded(of_image)}, its reference's "
                                  f"{_rounded(of_label)}: resample one onto the other.")
     values = np.unique(sitk.GetArrayFromImage(sitk.ReadImage(case.label)))
@@ -277,7 +244,3 @@ def _header(path: Path) -> sitk.ImageFileReader:
 
 def _rounded(values: Iterable[float]) -> str:
     return "(" + ", ".join(f"{value + 0.0:.5g}" for value in values) + ")"
-
-
-def _text(values: list[int]) -> str:
-    return "{" + ", ".join(map(str, values)) + "}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 from desam_nnunet.cross_site.budget import KEYS
 from desam_nnunet.cross_site.conditions import (
+    final_checkpoints,
     is_missing,
     is_to_be_cached,
     is_unprepared,
@@ -122,9 +124,9 @@ def _pairs(study: Study, device: str) -> Iterator[Step]:
         for target in study.tested_at(source):
             cell = (source, trainer, target)
             if target != source:
-                folder = study.predicted(source, trainer, target)
+                folder, checkpoints = study.predicted(*cell), final_checkpoints(study, source, trainer)
                 yield Step("predict", cell, part, _predict(study, source, trainer, target, device),
-                           needed=partial(is_unsegmented, folder))
+                           needed=partial(is_unsegmented, folder, checkpoints))
             yield Step("score", cell, part, work=partial(_score, study, *cell))
             yield Step("look", cell, part, work=partial(_look, study, *cell))
 
@@ -176,8 +178,20 @@ def _write_plans(study: Study, source: str) -> None:
     plans: dict[str, Any] = json.loads((folder / f"{STOCK_PLANS}.json").read_text())
     configuration = plans["configurations"][CONFIGURATION]
     configuration |= study.settings
+    if others := [trainer for trainer in study.trainers if method_of(trainer) is None]:
+        _check_patch(configuration, others[0])
     plans["plans_name"] = study.plans_of("")
     replace_file(folder / f"{plans['plans_name']}.json", [json.dumps(plans, indent=4).encode()])
+
+
+def _check_patch(configuration: dict[str, Any], trainer: str) -> None:
+    """Raises: ValueError: nnU-Net's network, which `trainer` trains, can't halve the patch as often as it does."""
+    strides = configuration["architecture"]["arch_kwargs"]["strides"]
+    steps = [math.prod(axis) for axis in zip(*strides, strict=True)]
+    patch = configuration["patch_size"]
+    if any(length % step for length, step in zip(patch, steps, strict=True)):
+        raise ValueError(f"patch_size is {patch}, but {trainer}'s network needs multiples of {steps} here: begin "
+                         "another study with such a one, or without nnU-Net's trainers.")
 
 
 def follows(step: Step, earlier: Step) -> bool:

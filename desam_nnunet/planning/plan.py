@@ -148,11 +148,10 @@ def _stock_plans(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _own_plans(path: Path) -> bytes | None:
     """The plans of this name, if there are any; refused where they are not ours to replace."""
-    if not path.is_file():
-        return None
-    content = path.read_bytes()
-    if "sam" not in json.loads(content).get("configurations", {}).get(CONFIGURATION, {}):
-        raise ValueError(f"{path} was not made by desam plan: choose another name with -overwrite_plans_name.")
+    content = path.read_bytes() if path.is_file() else None
+    sections = json.loads(content or b"{}").get("configurations", {}).get(CONFIGURATION, {})
+    if path.stem == STOCK_PLANS or (content is not None and "sam" not in sections):
+        raise ValueError(f"{path} is not desam plan's to write: choose another name with -overwrite_plans_name.")
     return content
 
 

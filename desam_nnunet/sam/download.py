@@ -70,9 +70,12 @@ def _fetch(url: str, partial: Path) -> None:
         if response.status_code == requests.codes.requested_range_not_satisfiable:
             return  # everything is here already; the hash decides
         response.raise_for_status()
+        length = int(response.headers.get("Content-Length", 0))
         if response.status_code != requests.codes.partial_content:
+            if length < start:
+                raise requests.ConnectionError("the answer is shorter than what is here: not the file")
             start = 0  # the server does not resume: begin again
-        total = start + int(response.headers.get("Content-Length", 0))
+        total = start + length
         with (
             open(partial, "ab" if start else "wb") as stream,
             tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=partial.stem) as progress,
@@ -82,6 +85,8 @@ def _fetch(url: str, partial: Path) -> None:
                 progress.update(len(chunk))
             stream.flush()
             os.fsync(stream.fileno())
+            if length and stream.tell() < total:
+                raise requests.ConnectionError("the connection was cut")
 
 
 def _verify(partial: Path, variant: Variant) -> None:

@@ -1,0 +1,59 @@
+"""Keys of the plans' 2D configuration that all trainers of a study get, from the file after ``--settings``."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from desam_nnunet.config import check_keys, given_section, resolve_plans
+from desam_nnunet.cross_site.study import STUDY_PLANS, Study, method_of
+from desam_nnunet.planning.facts import CONFIGURATION
+from desam_nnunet.sections import SECTIONS
+
+_KEYS = ("batch_size", "patch_size")  # beside our sections
+
+
+def read_settings(path: Path | None, plans: str) -> dict[str, Any]:
+    """Empty where no file was given.
+
+    Args:
+        plans: As typed after ``-p``.
+
+    Raises:
+        ValueError: Not an object of such keys, or there are plans as well.
+    """
+    if path is None:
+        return {}
+    if plans:
+        raise ValueError(f"-p {plans} and --settings exclude each other: put the settings into these plans.")
+    try:
+        settings = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} can't be read as JSON: {error}.") from error
+    if not isinstance(settings, dict) or not settings:
+        raise ValueError(f"{path} must hold an object with keys of the plans' 2D configuration, such as batch_size.")
+    for name, section in SECTIONS.items():
+        check_keys(name, section, given_section(settings, name))
+    if unknown := [key for key in settings if key not in SECTIONS and key not in _KEYS]:
+        raise ValueError(f"{path} has the key '{unknown[0]}', which a study does not take: choose among "
+                         f"{', '.join([*SECTIONS, *_KEYS])}.")
+    if type(settings.get("batch_size")) is not int or settings["batch_size"] < 1:
+        raise ValueError(f"{path} must give batch_size, a number from 1 on, so that all trainers have the same.")
+    patch = settings.get("patch_size", [1, 1])
+    if not isinstance(patch, list) or [type(length) for length in patch] != [int, int] or min(patch) < 1:
+        raise ValueError(f"{path} has the patch_size {patch}, but it must be two numbers from 1 on, such as "
+                         "[256, 256].")
+    return settings
+
+
+def check_settings(study: Study) -> None:
+    """Whether plans with these settings hold for every trainer, and the weights are here, before data are planned."""
+    window = study.settings.get("sam", {}).get("intensity") == "window"
+    configuration = {"patch_size": [64, 64], "normalization_schemes": ["CTNormalization" if window else ""],
+                     "architecture": {}}
+    for method in {method for trainer in study.trainers if (method := method_of(trainer)) is not None}:
+        plans = {"plans_name": STUDY_PLANS, "label_manager": "LabelManager",
+                 "configurations": {CONFIGURATION: copy.deepcopy(configuration | study.settings)}}
+        resolve_plans(plans, CONFIGURATION, {"labels": {"background": 0, "organ": 1}}, method)
