@@ -338,7 +338,7 @@ def test_a_package_that_is_too_old_is_named_before_anything_runs(
         assert f'"{name}{">=" if least else ""}{".".join(map(str, least))}"' in wanted
     real = command.version
     monkeypatch.setattr(command, "version", lambda name: "1.14.1" if name == "scipy" else real(name))
-    assert main(["cross-site", str(data), "-o", str(tmp_path / "out"), "--dry-run"]) == 1
+    assert main(["cross-site", str(data), "-o", str(tmp_path / "out"), "--dry-run", "-device", "cpu"]) == 1
     assert "desam cross-site needs scipy, perhaps newer than installed: pip install" in capsys.readouterr().err
 
 
