@@ -79,6 +79,8 @@ def is_untrained(folder: Path) -> bool:
 def is_unsegmented(folder: Path, checkpoints: list[Path]) -> bool:
     """There is always something to do. What other checkpoints have made is removed, and what a kill has cut off, since
     nnU-Net goes by names."""
+    if not all(path.is_file() for path in checkpoints):
+        return True  # nnU-Net says which
     made_by = folder / MADE_BY
     now = {path.parent.name: file_md5(path) for path in checkpoints}
     is_ours = made_by.is_file() and json.loads(made_by.read_text()) == now
