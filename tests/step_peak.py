@@ -1,4 +1,4 @@
-"""The peak memory of two training steps, in a process of its own: prints bytes above the network's own.
+"""The peak memory of two training steps in float32, in a process of its own: prints bytes above the network's own.
 
     python step_peak.py METHOD VARIANT IMAGE_SIZE BATCH OUTPUTS PATCH [checkpointing]
 """
@@ -57,6 +57,7 @@ def build(method: str, variant: Variant, size: int, outputs: int) -> Any:
             iou_threshold=0.5)
     sam = build_sam(variant, size)
     encoder = FrozenEncoder(use_exact_attention(sam.image_encoder), variant.global_blocks[:-1], "")
+    encoder.dtype = torch.float32  # also where the CPU has bfloat16
     loaded = LoadedSam(variant, encoder, sam.prompt_encoder, sam.mask_decoder, random=True)
     settings: dict[str, Any] = {"sam": loaded, "num_channels": 1, "checkpointing": "checkpointing" in sys.argv,
                                 "to_image": TileToImage(size, "unit", normalise=method == "dbsam")}
