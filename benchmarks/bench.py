@@ -16,12 +16,14 @@ import folds
 import grid
 import parts
 import precision
+import pretraining
 import startup
 import trainers
 import training
 
 SECTIONS = {"encoder": encoder.run, "grid": grid.run, "training": training.run, "folds": folds.run,
-            "cache": cache.run, "trainers": trainers.run, "parts": parts.run, "precision": precision.run}
+            "cache": cache.run, "trainers": trainers.run, "parts": parts.run, "precision": precision.run,
+            "pretraining": pretraining.run}
 
 
 def main() -> int:

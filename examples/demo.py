@@ -46,7 +46,7 @@ class Score(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("demo_work"), help="folder to work in (default: demo_work)")
-    parser.add_argument("--cases", type=int, default=40, help="cases to train on, a fifth of them for validation (default: 40)")
+    parser.add_argument("--cases", type=int, default=40, help="training and validation cases (default: 40)")
     options = parser.parse_args()
     work = options.work.resolve()
     started = time.monotonic()

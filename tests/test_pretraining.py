@@ -318,8 +318,8 @@ def test_a_gradient_that_is_not_finite_ends_the_run_and_spoils_nothing(tmp_path,
         progress = losses(*arguments)
         return progress._replace(loss=(progress.loss - progress.loss.detach()).sqrt())
 
-    losses = run._losses
-    monkeypatch.setattr(run, "_losses", judge)
+    losses = run.losses
+    monkeypatch.setattr(run, "losses", judge)
     with pytest.raises(RuntimeError, match=r"not finite after 1 steps: give a new folder, and a lower --lr than 0.001"):
         run.pretrain(tmp_path, SHORT, CPU)
     assert (tmp_path / records.STATE).read_bytes() == before

@@ -149,8 +149,8 @@ class _Run:
             group["lr"] = recipe.lr * rate(self.step, recipe.steps)
         generated = generate(recipe.batch_size, self.size, self.device, recipe.seed, self.step)
         random = Randomness(self.device, recipe.seed + _PROMPTS, self.step)
-        with _autocast(self.device):
-            progress = _losses(self.network, generated, random, recipe)
+        with autocast(self.device):
+            progress = losses(self.network, generated, random, recipe)
         self.optimizer.zero_grad()
         progress.loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), _CLIP)
@@ -191,7 +191,7 @@ def unseen_iou(network: Pretrained, size: int, device: torch.device) -> tuple[fl
     found = []
     for batch in range(_UNSEEN // _UNSEEN_BATCH):
         generated = generate(_UNSEEN_BATCH, size, device, _UNSEEN_SEED, batch)
-        with _autocast(device):
+        with autocast(device):
             features = network.encode(generated.images)
             random = Randomness(device, _UNSEEN_SEED + 1, batch)
             judged = _judge_prompts(network, features, mask_labels(generated.labels), random, _UNSEEN_PROMPTS)
@@ -200,7 +200,8 @@ def unseen_iou(network: Pretrained, size: int, device: torch.device) -> tuple[fl
     return point, box
 
 
-def _losses(network: Pretrained, generated: Generated, random: Randomness, recipe: Recipe) -> Progress:
+def losses(network: Pretrained, generated: Generated, random: Randomness, recipe: Recipe) -> Progress:
+    """Of one batch; `random` draws its prompts."""
     features = network.encode(generated.images)
     judged = _judge_prompts(network, features, mask_labels(generated.labels), random, recipe.prompts)
     if recipe.regions == 0:
@@ -220,7 +221,7 @@ def _judge_prompts(
     return Progress(loss, loss.new_zeros(()), points.iou, boxes.iou)
 
 
-def _autocast(device: torch.device) -> torch.autocast:
+def autocast(device: torch.device) -> torch.autocast:
     """bfloat16 where the device has it natively; else float32, for float16 would need its losses scaled."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=_has_bfloat16(device))
 
