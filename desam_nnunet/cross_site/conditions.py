@@ -12,14 +12,13 @@ from pathlib import Path
 import SimpleITK as sitk
 
 from desam_nnunet.cross_site.sites import ENDINGS
-from desam_nnunet.cross_site.study import Study, method_of
+from desam_nnunet.cross_site.study import CHECKPOINT, Study, method_of
 from desam_nnunet.files import replace_file
 from desam_nnunet.planning.facts import CONFIGURATION, SPLITS, STOCK_PLANS
 from desam_nnunet.sam.weights import file_md5
 from desam_nnunet.sections import FEATURES
 
-MADE_BY = "checkpoints.json"  # beside predictions: the hashes of what made them
-_FINAL = "checkpoint_final.pth"
+_MADE_BY = "checkpoints.json"  # beside predictions: the hashes of what made them
 
 
 def planned(study: Study, source: str) -> str | None:
@@ -60,7 +59,7 @@ def is_to_be_cached(study: Study, source: str, method: str) -> bool:
 
 def final_checkpoints(study: Study, source: str, trainer: str) -> list[Path]:
     """Of all folds, whether they are there or not."""
-    return [study.model(source, trainer) / f"fold_{fold}" / _FINAL for fold in study.folds]
+    return [study.model(source, trainer) / f"fold_{fold}" / CHECKPOINT for fold in study.folds]
 
 
 def is_missing(path: Path) -> bool:
@@ -69,11 +68,11 @@ def is_missing(path: Path) -> bool:
 
 def is_untrained(folder: Path) -> bool:
     """Whether a fold has work left. Checkpoints that a kill has cut off are put aside: nnU-Net would try them first."""
-    names = (_FINAL, "checkpoint_latest.pth", "checkpoint_best.pth")
+    names = (CHECKPOINT, "checkpoint_latest.pth", "checkpoint_best.pth")
     for path in (folder / name for name in names):
         if path.is_file() and not zipfile.is_zipfile(path):
             path.replace(path.with_name(f"{path.name}.damaged"))
-    return not ((folder / names[0]).is_file() and (folder / "validation" / "summary.json").is_file())
+    return not ((folder / CHECKPOINT).is_file() and (folder / "validation" / "summary.json").is_file())
 
 
 def is_unsegmented(folder: Path, checkpoints: list[Path]) -> bool:
@@ -81,13 +80,13 @@ def is_unsegmented(folder: Path, checkpoints: list[Path]) -> bool:
     nnU-Net goes by names."""
     if not all(path.is_file() for path in checkpoints):
         return True  # nnU-Net says which
-    made_by = folder / MADE_BY
+    made_by = folder / _MADE_BY
     now = {path.parent.name: file_md5(path) for path in checkpoints}
     is_ours = made_by.is_file() and json.loads(made_by.read_text()) == now
-    for path in folder.iterdir() if folder.is_dir() else ():
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
         if path.name.endswith(ENDINGS) and not (is_ours and _is_whole(path)):
             path.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
     replace_file(made_by, [json.dumps(now).encode()])
     return True
 

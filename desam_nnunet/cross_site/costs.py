@@ -6,10 +6,8 @@ import json
 from typing import Any, NamedTuple
 
 from desam_nnunet.checkpoints import read_checkpoint
-from desam_nnunet.cross_site.study import Study
+from desam_nnunet.cross_site.study import CHECKPOINT, Study
 from desam_nnunet.sections import METHODS
-
-CHECKPOINT = "checkpoint_final.pth"
 
 
 class Cost(NamedTuple):

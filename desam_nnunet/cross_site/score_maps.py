@@ -15,9 +15,8 @@ from matplotlib.figure import Figure
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from desam_nnunet.cache.tiles import crop, tiles_of
-from desam_nnunet.cross_site.costs import CHECKPOINT
 from desam_nnunet.cross_site.pictures import TRUTH, chosen_cases, outline, save
-from desam_nnunet.cross_site.study import Study
+from desam_nnunet.cross_site.study import CHECKPOINT, Study
 from desam_nnunet.evaluation.scores import classes_of, read_rows
 from desam_nnunet.networks.desam import DeSAM
 

@@ -165,15 +165,14 @@ def _in_two_folders(images: Path, labels: Path) -> Iterator[Case]:
 
 def _side_by_side(folder: Path) -> Iterator[Case]:
     stems = {_stem(path): path for path in _volumes(folder)}
-    single = dict(stems)
+    used = set()
     for stem, path in stems.items():
         for word in LABEL_WORDS:
             name = stem[:-len(word)]
             if stem.lower().endswith(word) and name in stems:
                 yield Case(name, (stems[name],), path)
-                single.pop(stem, None)
-                single.pop(name, None)
-    if single:
+                used |= {stem, name}
+    if single := stems.keys() - used:
         print(f"{folder}: {len(single)} volume(s) are left out, without a reference or without an image, such as "
               f"{min(single)}.")
 

@@ -21,6 +21,7 @@ from desam_nnunet.training.lookup import look_up
 STUDY_PLANS = "CrossSitePlans"
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 FILE = "study.json"
+CHECKPOINT = "checkpoint_final.pth"  # what predicts
 
 
 def _digest(settings: dict[str, Any]) -> str:
