@@ -21,8 +21,8 @@ from torch import Tensor
 
 from desam_nnunet.cache.loader import CachedLoader
 from desam_nnunet.cache.store import Recipe, Store, Tile
-from desam_nnunet.sam.encoder import Features
-from desam_nnunet.sam.precision import encoder_dtype
+from desam_nnunet.encoders.base import Features
+from desam_nnunet.encoders.precision import encoder_dtype
 from desam_nnunet.sam.prompts import Prompts
 from measure import Report, compare
 from reference import TILE, build

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from desam_nnunet.sam.encoder import Features
-from desam_nnunet.sam.precision import encoder_dtype
+from desam_nnunet.encoders.base import Features
+from desam_nnunet.encoders.precision import encoder_dtype
 from measure import Report, compare, matmul_rate, seconds
 from peak import measured_peak
 from reference import Subject, build, stock_features

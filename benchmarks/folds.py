@@ -9,8 +9,8 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 
-from desam_nnunet.networks.desam import DeSAM
-from desam_nnunet.sam.precision import encoder_dtype
+from desam_nnunet.encoders.precision import encoder_dtype
+from desam_nnunet.networks.desam.network import DeSAM
 from measure import Report, compare
 from reference import TILE, build, let_points_pass, smooth_noise
 

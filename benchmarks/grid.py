@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from desam_nnunet.networks.desam import DeSAM
-from desam_nnunet.sam.encoder import Features
+from desam_nnunet.encoders.base import Features
+from desam_nnunet.networks.desam.network import DeSAM
 from measure import Report, compare
 from peak import measured_peak
 from reference import build, let_points_pass, published_grid

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from desam_nnunet.files import replace_file
-from desam_nnunet.machine import describe_machine
+from desam_nnunet.system.files import replace_file
+from desam_nnunet.system.machine import describe_machine
 
 RESULTS = Path(__file__).resolve().parent / "results"
 Work = Callable[[], Any]

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from desam_nnunet.sam.memory import content_key
-from desam_nnunet.sam.precision import encoder_dtype
+from desam_nnunet.encoders.memory import content_key
+from desam_nnunet.encoders.precision import encoder_dtype
 from desam_nnunet.sam.tiles import logits_to_tile
 from measure import Report, matmul_rate, seconds
 from reference import build, let_points_pass

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from desam_nnunet.machine import peak_memory
-from desam_nnunet.sam.encoder import Features
+from desam_nnunet.encoders.base import Features
+from desam_nnunet.system.machine import peak_memory
 from reference import build, let_points_pass, published_grid, stock_features
 
 

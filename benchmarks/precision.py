@@ -19,8 +19,8 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from desam_nnunet.cache.store import DTYPES as STORED
 from desam_nnunet.cache.store import pack, unpack
-from desam_nnunet.sam.encoder import Features, FrozenEncoder
-from desam_nnunet.sam.variants import VARIANTS
+from desam_nnunet.encoders.base import Features, FrozenEncoder
+from desam_nnunet.encoders.registry import VARIANTS
 from measure import Report
 from reference import build, stock_features
 

@@ -6,12 +6,12 @@ from itertools import count
 
 import torch
 
+from desam_nnunet.encoders.registry import VARIANTS
 from desam_nnunet.pretraining.generator import Generated, generate
 from desam_nnunet.pretraining.network import Pretrained
 from desam_nnunet.pretraining.randomness import Randomness
 from desam_nnunet.pretraining.recipe import Recipe
 from desam_nnunet.pretraining.run import autocast, losses
-from desam_nnunet.sam.variants import VARIANTS
 from measure import Report, compare
 
 BATCHES = 4  # images differ in what they cost

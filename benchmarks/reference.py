@@ -15,15 +15,15 @@ from segment_anything.modeling import ImageEncoderViT
 from torch import Tensor
 from torch.nn import functional as F
 
-from desam_nnunet.networks.desam import DeSAM, build_desam
+from desam_nnunet.encoders.attention import use_exact_attention
+from desam_nnunet.encoders.base import Features, FrozenEncoder
+from desam_nnunet.encoders.random_weights import RANDOM_IDENTITY, random_state
+from desam_nnunet.encoders.registry import VARIANTS, build_sam
+from desam_nnunet.encoders.weights import LoadedSam, resize_positions
+from desam_nnunet.networks.desam.network import DeSAM, build_desam
 from desam_nnunet.networks.frame import ABSENT_LOGIT
-from desam_nnunet.sam.attention import use_exact_attention
-from desam_nnunet.sam.encoder import Features, FrozenEncoder
 from desam_nnunet.sam.prompts import Prompts, dense_positions, point_grid, prompt_tokens, whole_box
-from desam_nnunet.sam.random_weights import RANDOM_IDENTITY, random_state
 from desam_nnunet.sam.tiles import TileToImage, logits_to_tile
-from desam_nnunet.sam.variants import VARIANTS, build_sam
-from desam_nnunet.sam.weights import LoadedSam, resize_positions
 
 PUBLISHED_BATCH = 9
 TILE = 320

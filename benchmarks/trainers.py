@@ -22,10 +22,10 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
 from torch.nn import functional as F
 
-from desam_nnunet.machine import peak_memory
-from desam_nnunet.sam.random_weights import random_state
-from desam_nnunet.sam.variants import VARIANTS
-from desam_nnunet.sam.weights import load_sam
+from desam_nnunet.encoders.random_weights import random_state
+from desam_nnunet.encoders.registry import VARIANTS
+from desam_nnunet.encoders.weights import load_sam
+from desam_nnunet.system.machine import peak_memory
 from desam_nnunet.training.registry import TRAINERS
 from measure import Report, Row, compare
 from peak import reset

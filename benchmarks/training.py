@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from desam_nnunet.networks.desam import DeSAM
-from desam_nnunet.sam.encoder import Features
-from desam_nnunet.sam.precision import encoder_dtype
+from desam_nnunet.encoders.base import Features
+from desam_nnunet.encoders.precision import encoder_dtype
+from desam_nnunet.networks.desam.network import DeSAM
 from desam_nnunet.sam.prompts import Prompts
 from measure import Report, compare
 from reference import Subject, build, decode, stock_features

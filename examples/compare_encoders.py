@@ -26,13 +26,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from desam_nnunet.checkpoints import read_checkpoint
 from desam_nnunet.cross_site.opening import check_trainers
 from desam_nnunet.cross_site.sites import read_sites
+from desam_nnunet.encoders.registry import VARIANTS
+from desam_nnunet.encoders.weights import find_weights, identify, read_sam_file, variant_of
 from desam_nnunet.evaluation.statistics import Summary, summarise
-from desam_nnunet.files import replace_file
-from desam_nnunet.sam.variants import VARIANTS
-from desam_nnunet.sam.weights import find_weights, identify, read_sam_file, variant_of
+from desam_nnunet.nnunet.checkpoints import read_checkpoint
+from desam_nnunet.system.files import replace_file
 
 SOURCE, TARGET = "RUNMC", "UCL"
 TRAINERS = ("DeSAMTrainer", "DeSAMTrainerWholeBox")

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import phantom
-from desam_nnunet.sam.weights import LoadedSam, load_sam
+from desam_nnunet.encoders.weights import LoadedSam, load_sam
 
 DATASET = "Dataset501_Phantom"
 PLANS = "TinyPlans"

@@ -15,16 +15,16 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 
-from desam_nnunet.machine import peak_memory
-from desam_nnunet.networks.dbsam import build_dbsam
-from desam_nnunet.networks.desam import build_desam
-from desam_nnunet.networks.samed import build_samed
-from desam_nnunet.sam.attention import use_exact_attention
-from desam_nnunet.sam.encoder import Features, FrozenEncoder
+from desam_nnunet.encoders.attention import use_exact_attention
+from desam_nnunet.encoders.base import Features, FrozenEncoder
+from desam_nnunet.encoders.registry import VARIANTS, Variant, build_sam
+from desam_nnunet.encoders.weights import LoadedSam
+from desam_nnunet.networks.dbsam.network import build_dbsam
+from desam_nnunet.networks.desam.network import build_desam
+from desam_nnunet.networks.samed.network import build_samed
 from desam_nnunet.sam.prompts import Prompts
 from desam_nnunet.sam.tiles import TileToImage, cut_padding
-from desam_nnunet.sam.variants import VARIANTS, Variant, build_sam
-from desam_nnunet.sam.weights import LoadedSam
+from desam_nnunet.system.machine import peak_memory
 from desam_nnunet.training.losses import DiceCELoss
 
 

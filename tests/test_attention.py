@@ -11,9 +11,9 @@ from segment_anything.modeling.image_encoder import Attention, Block
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from desam_nnunet.sam import attention
-from desam_nnunet.sam.attention import ExactBlock, use_exact_attention
-from desam_nnunet.sam.variants import VARIANTS, build_sam
+from desam_nnunet.encoders import attention
+from desam_nnunet.encoders.attention import ExactBlock, use_exact_attention
+from desam_nnunet.encoders.registry import VARIANTS, build_sam
 
 
 def stock_block(*, window: int, table: int, dim: int = 64, heads: int = 2) -> Block:

@@ -15,8 +15,8 @@ from conftest import Workspace, make_trainer, nnunet, tiny_sections
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 
-from desam_nnunet.boxes import Case, segment_volume, window_around
-from desam_nnunet.cli import main
+from desam_nnunet.commands.main import main
+from desam_nnunet.evaluation.boxes import Case, segment_volume, window_around
 from desam_nnunet.networks.frame import ABSENT_LOGIT
 
 PLANS = "BoxesPlans"
@@ -112,7 +112,7 @@ def test_every_class_of_every_slice_gets_its_own_box(monkeypatch: pytest.MonkeyP
                   m.any(1).nonzero().max() + 1] for m in target[:, 0]]
         return Prompts(boxes=torch.tensor(boxes)), target[:, 0]
 
-    monkeypatch.setattr("desam_nnunet.boxes.sample_boxes", exact)
+    monkeypatch.setattr("desam_nnunet.evaluation.boxes.sample_boxes", exact)
     case = Case("c", np.zeros((1, 3, 20, 20)), reference, {})
     logits = segment_volume(Painter(), case, labels, (8, 24), CPU)  # type: ignore[arg-type]
     assert logits.shape == (2 if regions else 3, 3, 20, 20)

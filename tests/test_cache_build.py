@@ -23,8 +23,8 @@ from desam_nnunet.cache import build as building
 from desam_nnunet.cache.manage import build_dataset, delete_stores, describe_stores, verify_stores
 from desam_nnunet.cache.store import Store, open_stores
 from desam_nnunet.cache.tiles import content_of, crop, tiles_of
-from desam_nnunet.cli import main
-from desam_nnunet.sam.precision import encoder_dtype
+from desam_nnunet.commands.main import main
+from desam_nnunet.encoders.precision import encoder_dtype
 from desam_nnunet.training.cached import cached_loaders
 
 CPU = torch.device("cpu")

@@ -31,7 +31,7 @@ from desam_nnunet.cache.store import (
     pack,
     unpack,
 )
-from desam_nnunet.sam.encoder import Features
+from desam_nnunet.encoders.base import Features
 
 RECIPE = Recipe(data_identifier="plans_2d", encoder="vit_tiny", identity="random", image_size=128, intensity="unit",
                 window=(), patch_size=(6, 8), step=0.5, views=1, augmentation="", dtype="float16", precision="float32")

@@ -10,9 +10,9 @@ import torch
 from conftest import nnunet
 
 from desam_nnunet import __version__
-from desam_nnunet.cli import main
-from desam_nnunet.sam.variants import VARIANTS, build_sam
-from desam_nnunet.sam.weights import find_weights
+from desam_nnunet.commands.main import main
+from desam_nnunet.encoders.registry import VARIANTS, build_sam
+from desam_nnunet.encoders.weights import find_weights
 from desam_nnunet.training.registry import TRAINERS
 
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")

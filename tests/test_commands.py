@@ -16,7 +16,7 @@ import SimpleITK as sitk
 import torch
 from conftest import PLANS, TRAINERS, Workspace, nnunet, tiny_sections
 
-from desam_nnunet.sam.variants import VARIANTS
+from desam_nnunet.encoders.registry import VARIANTS
 
 
 def masks(folder: Path) -> dict[str, np.ndarray]:

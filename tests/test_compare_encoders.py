@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import save_file
 
 import phantom
-from desam_nnunet.sam.random_weights import random_state
-from desam_nnunet.sam.variants import VARIANTS
-from desam_nnunet.sam.weights import expected_shapes, identify
+from desam_nnunet.encoders.random_weights import random_state
+from desam_nnunet.encoders.registry import VARIANTS
+from desam_nnunet.encoders.weights import expected_shapes, identify
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "compare_encoders.py"
 

@@ -13,7 +13,7 @@ from test_network import make
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from desam_nnunet.sam.encoder import Features
+from desam_nnunet.encoders.base import Features
 from desam_nnunet.sam.prompts import Prompts
 
 

@@ -7,9 +7,9 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from desam_nnunet.config import parse_section, read_section, resolve_plans
-from desam_nnunet.sam.variants import VARIANTS
-from desam_nnunet.sections import SECTIONS, DesamSection, SamedSection, SamSection
+from desam_nnunet.encoders.registry import VARIANTS
+from desam_nnunet.settings.resolve import parse_section, read_section, resolve_plans
+from desam_nnunet.settings.sections import SECTIONS, DesamSection, SamedSection, SamSection
 
 DATASET = {"labels": {"background": 0, "organ": 1}, "channel_names": {"0": "MR"}, "file_ending": ".nii.gz"}
 REGIONS = DATASET | {"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_class_order": [1, 2]}
@@ -62,7 +62,7 @@ def test_stock_plans_get_the_published_batch_size(weights_of_vit_b: None) -> Non
 @pytest.fixture
 def weights_of_vit_b(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the published file were here: nothing of it is read in these tests."""
-    monkeypatch.setattr("desam_nnunet.config.identify", lambda encoder, wanted: f"md5 of {encoder}")
+    monkeypatch.setattr("desam_nnunet.settings.resolve.identify", lambda encoder, wanted: f"md5 of {encoder}")
 
 
 def test_each_method_resolves_its_own_section_and_no_other() -> None:

@@ -8,8 +8,8 @@ from conftest import SIZE, TRAINED, tiny_sam
 from torch import nn
 from torch.nn import functional as F
 
-from desam_nnunet.networks.dbsam import DBSAM, build_dbsam
-from desam_nnunet.networks.dual_branch import BilateralExchange, ChannelAttention, Fusion, Stem
+from desam_nnunet.networks.dbsam.dual_branch import BilateralExchange, ChannelAttention, Fusion, Stem
+from desam_nnunet.networks.dbsam.network import DBSAM, build_dbsam
 from desam_nnunet.sam.tiles import TileToImage
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from desam_nnunet.networks.deformable import DeformableAttention
+from desam_nnunet.networks.dbsam.deformable import DeformableAttention
 
 
 def pixel(value: Tensor, row: int, column: int) -> Tensor:

@@ -12,9 +12,9 @@ from typing import ClassVar
 
 import pytest
 
-from desam_nnunet.sam import download as module
-from desam_nnunet.sam.download import download
-from desam_nnunet.sam.variants import VARIANTS
+from desam_nnunet.encoders import download as module
+from desam_nnunet.encoders.download import download
+from desam_nnunet.encoders.registry import VARIANTS
 
 CONTENT = bytes(range(256)) * 5000
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import tiny_sam
 
-from desam_nnunet.sam.encoder import FrozenEncoder
-from desam_nnunet.sam.variants import VARIANTS, build_sam
-from desam_nnunet.sam.weights import load_sam
+from desam_nnunet.encoders.base import FrozenEncoder
+from desam_nnunet.encoders.registry import VARIANTS, build_sam
+from desam_nnunet.encoders.weights import load_sam
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 from segment_anything.modeling import PromptEncoder
 from torch import Tensor
 
-from desam_nnunet.networks.desam import DeSAM
-from desam_nnunet.networks.official import is_official, rename_official
-from desam_nnunet.networks.pdmm import PDMM
-from desam_nnunet.networks.prim import PRIM
-from desam_nnunet.sam.encoder import Features
+from desam_nnunet.encoders.base import Features
+from desam_nnunet.encoders.registry import build_transformer
+from desam_nnunet.networks.desam.network import DeSAM
+from desam_nnunet.networks.desam.pdmm import PDMM
+from desam_nnunet.networks.desam.prim import PRIM
+from desam_nnunet.published.desam_keys import is_official, rename_official
 from desam_nnunet.sam.prompts import Prompts, dense_positions, prompt_tokens, whole_box
 from desam_nnunet.sam.tiles import Geometry, TileToImage
-from desam_nnunet.sam.variants import build_transformer
 
 LOGITS = 1e-5  # absolute, float32, as the golden files state
 TOKENS = 1e-6

@@ -12,17 +12,17 @@ from safetensors import safe_open
 from segment_anything.modeling import ImageEncoderViT, PromptEncoder
 from torch import Tensor, nn
 
-from desam_nnunet.networks.official_samed import (
+from desam_nnunet.encoders.attention import use_exact_attention
+from desam_nnunet.encoders.base import FrozenEncoder
+from desam_nnunet.encoders.registry import build_transformer
+from desam_nnunet.networks.samed.network import SAMed
+from desam_nnunet.published.samed_keys import (
     adapts_decoder,
     is_official_samed,
     official_samed_names,
     rename_official_samed,
 )
-from desam_nnunet.networks.samed import SAMed
-from desam_nnunet.sam.attention import use_exact_attention
-from desam_nnunet.sam.encoder import FrozenEncoder
 from desam_nnunet.sam.tiles import TileToImage
-from desam_nnunet.sam.variants import build_transformer
 
 LOGITS = 1e-5  # absolute, float32, as the golden files state
 FILES = ("samed_small", "samed_s_small")

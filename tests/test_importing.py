@@ -15,11 +15,11 @@ from conftest import Workspace, nnunet, tiny_sections
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import Tensor
 
-from desam_nnunet.cli import main
-from desam_nnunet.networks.desam import build_desam
+from desam_nnunet.commands.main import main
+from desam_nnunet.encoders.registry import VARIANTS, build_sam
+from desam_nnunet.encoders.weights import load_sam
+from desam_nnunet.networks.desam.network import build_desam
 from desam_nnunet.sam.tiles import TileToImage
-from desam_nnunet.sam.variants import VARIANTS, build_sam
-from desam_nnunet.sam.weights import load_sam
 
 # Our keys under the published names, the way back from official.py, written out by hand.
 PUBLISHED = (

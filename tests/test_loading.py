@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from desam_nnunet.sam.random_weights import RANDOM_IDENTITY
-from desam_nnunet.sam.variants import VARIANTS
-from desam_nnunet.sections import SamSection
+from desam_nnunet.encoders.random_weights import RANDOM_IDENTITY
+from desam_nnunet.encoders.registry import VARIANTS
+from desam_nnunet.settings.sections import SamSection
 from desam_nnunet.training.loading import sam_from_plans
 
 PACKAGED = f"md5:{VARIANTS['vit_tiny'].md5}"

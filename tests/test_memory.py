@@ -12,10 +12,10 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from test_network import make
 from torch import Tensor
 
-from desam_nnunet.machine import _groups, free_memory, memory_limit
-from desam_nnunet.networks.desam import DeSAM
-from desam_nnunet.sam.encoder import Features
-from desam_nnunet.sam.memory import FeatureMemory, content_key
+from desam_nnunet.encoders.base import Features
+from desam_nnunet.encoders.memory import FeatureMemory, content_key
+from desam_nnunet.networks.desam.network import DeSAM
+from desam_nnunet.system.machine import _groups, free_memory, memory_limit
 
 TILE_BYTES = 10 * 4
 
@@ -109,7 +109,7 @@ def test_a_device_that_runs_out_of_memory_is_given_back_what_is_kept(monkeypatch
 
 
 def test_budget_is_a_share_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("desam_nnunet.sam.memory.free_memory", lambda device: 4 * 3 * TILE_BYTES)
+    monkeypatch.setattr("desam_nnunet.encoders.memory.free_memory", lambda device: 4 * 3 * TILE_BYTES)
     memory = FeatureMemory()
     look_up(memory, *"abcde")
     assert len(memory) == 3

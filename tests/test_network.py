@@ -12,13 +12,13 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor, nn
 
-from desam_nnunet.networks.desam import DeSAM, build_desam
+from desam_nnunet.encoders.registry import VARIANTS, build_sam, build_transformer
+from desam_nnunet.networks.desam.network import DeSAM, build_desam
+from desam_nnunet.networks.desam.pdmm import PDMM
+from desam_nnunet.networks.desam.prim import PRIM
 from desam_nnunet.networks.frame import ABSENT_LOGIT
-from desam_nnunet.networks.pdmm import PDMM
-from desam_nnunet.networks.prim import PRIM
 from desam_nnunet.sam.prompts import Prompts, point_grid
 from desam_nnunet.sam.tiles import TileToImage, logits_to_tile
-from desam_nnunet.sam.variants import VARIANTS, build_sam, build_transformer
 
 
 def make(num_classes: int = 1, **options: Any) -> DeSAM:
@@ -104,7 +104,7 @@ def test_grid_in_chunks_is_the_grid_at_once(monkeypatch: pytest.MonkeyPatch) -> 
     tile = torch.randn(1, 1, 64, 64)
     features, geometry = network.encode(tile), network.geometry(tile)
     at_once = network.grid_scores(features, geometry)
-    monkeypatch.setattr("desam_nnunet.networks.desam._TOKENS_AT_ONCE", 2 * 64)
+    monkeypatch.setattr("desam_nnunet.networks.desam.network._TOKENS_AT_ONCE", 2 * 64)
     torch.testing.assert_close(network.grid_scores(features, geometry), at_once, rtol=0, atol=1e-5)
     assert at_once.shape == (9, 2)
 

@@ -17,16 +17,16 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from desam_nnunet.cli import main
+from desam_nnunet.commands.main import main
+from desam_nnunet.encoders.registry import VARIANTS
 from desam_nnunet.planning.choices import Choice
 from desam_nnunet.planning.facts import Facts, read_facts
 from desam_nnunet.planning.fit import Machine
-from desam_nnunet.planning.memory import footprint
+from desam_nnunet.planning.footprint import footprint
 from desam_nnunet.planning.plan import choose
 from desam_nnunet.planning.presets import preset_names
+from desam_nnunet.planning.request import Wishes
 from desam_nnunet.planning.speed import operations
-from desam_nnunet.planning.wishes import Wishes
-from desam_nnunet.sam.variants import VARIANTS
 from desam_nnunet.training.base import SamTrainer
 from desam_nnunet.training.dbsam import DBSAMTrainer
 from desam_nnunet.training.samed import SAMedTrainer

@@ -13,8 +13,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from desam_nnunet.cli import main
-from desam_nnunet.networks.desam import build_desam
+from desam_nnunet.commands.main import main
+from desam_nnunet.encoders.registry import PIXEL_MEAN, PIXEL_STD, VARIANTS
+from desam_nnunet.encoders.weights import load_sam
+from desam_nnunet.networks.desam.network import build_desam
 from desam_nnunet.pretraining import pictures, records, regions, run, shapes
 from desam_nnunet.pretraining.generator import generate
 from desam_nnunet.pretraining.network import Answers, Pretrained
@@ -25,8 +27,6 @@ from desam_nnunet.pretraining.recipe import MAX_SEED, Recipe
 from desam_nnunet.pretraining.regions import describe_regions
 from desam_nnunet.sam.prompts import Prompts
 from desam_nnunet.sam.tiles import TileToImage
-from desam_nnunet.sam.variants import PIXEL_MEAN, PIXEL_STD, VARIANTS
-from desam_nnunet.sam.weights import load_sam
 
 CPU = torch.device("cpu")
 TINY = VARIANTS["vit_tiny"]

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
-from desam_nnunet.reference import reference
-from desam_nnunet.sections import SECTIONS
+from desam_nnunet.settings.sections import SECTIONS
+from desam_nnunet.training.reference import reference
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "keys.md"
 
 
 def test_the_page_is_what_the_code_gives() -> None:
-    assert PAGE.read_text() == reference(), "python -m desam_nnunet.reference > docs/keys.md"
+    assert PAGE.read_text() == reference(), "python -m desam_nnunet.training.reference > docs/keys.md"
 
 
 def test_every_key_has_type_default_and_effect() -> None:

@@ -8,13 +8,13 @@ import pytest
 import torch
 from conftest import SIZE, Workspace, make_trainer, tiny_sam
 
-from desam_nnunet.networks.official_samed import official_samed_names
-from desam_nnunet.networks.samed import SAMed, build_samed
-from desam_nnunet.sam.attention import use_exact_attention
-from desam_nnunet.sam.encoder import FrozenEncoder
+from desam_nnunet.encoders.attention import use_exact_attention
+from desam_nnunet.encoders.base import FrozenEncoder
+from desam_nnunet.encoders.registry import VARIANTS, build_sam
+from desam_nnunet.encoders.weights import LoadedSam
+from desam_nnunet.networks.samed.network import SAMed, build_samed
+from desam_nnunet.published.samed_keys import official_samed_names
 from desam_nnunet.sam.tiles import TileToImage
-from desam_nnunet.sam.variants import VARIANTS, build_sam
-from desam_nnunet.sam.weights import LoadedSam
 
 
 def build(*, outputs: int = 2, channels: int = 1, **settings: Any) -> SAMed:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from desam_nnunet.cli import main
-from desam_nnunet.cross_site import command
+from desam_nnunet.commands import cross_site as command
+from desam_nnunet.commands.main import main
 from desam_nnunet.cross_site.labels import labels_of
 from desam_nnunet.cross_site.opening import open_study
 from desam_nnunet.cross_site.sites import check_sites, read_sites

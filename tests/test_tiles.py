@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from desam_nnunet.encoders.registry import PIXEL_MEAN, PIXEL_STD
 from desam_nnunet.sam.tiles import Geometry, TileToImage, channel_groups, ct_window, intensity_rule, logits_to_tile
-from desam_nnunet.sam.variants import PIXEL_MEAN, PIXEL_STD
 
 
 def to_255(image: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,8 @@ import torch
 from conftest import TRAINED, Workspace, make_trainer, nnunet, tiny_sections
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-from desam_nnunet.sam.variants import VARIANTS, build_sam
-from desam_nnunet.sam.weights import load_sam
+from desam_nnunet.encoders.registry import VARIANTS, build_sam
+from desam_nnunet.encoders.weights import load_sam
 from desam_nnunet.training.checks import check_same_settings, settings_of
 
 

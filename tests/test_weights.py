@@ -12,10 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from segment_anything.modeling.image_encoder import get_rel_pos
 
-from desam_nnunet.sam import weights
-from desam_nnunet.sam.random_weights import RANDOM_IDENTITY, random_state
-from desam_nnunet.sam.variants import VARIANTS, build_sam
-from desam_nnunet.sam.weights import find_weights, identify, load_sam, read_sam_file, resize_positions, variant_of
+from desam_nnunet.encoders import weights
+from desam_nnunet.encoders.random_weights import RANDOM_IDENTITY, random_state
+from desam_nnunet.encoders.registry import VARIANTS, build_sam
+from desam_nnunet.encoders.weights import find_weights, identify, load_sam, read_sam_file, resize_positions, variant_of
 
 TINY = VARIANTS["vit_tiny"]
 

@@ -18,9 +18,9 @@ from tqdm import tqdm
 from desam_nnunet.cache.store import Store, Tile, entry_bytes
 from desam_nnunet.cache.tiles import content_of, crop, tiles_of
 from desam_nnunet.cache.views import Augmentation
-from desam_nnunet.sam.encoder import Features
+from desam_nnunet.encoders.base import Features
+from desam_nnunet.encoders.registry import PATCH
 from desam_nnunet.sam.tiles import images_per_tile
-from desam_nnunet.sam.variants import PATCH
 
 _MARGIN = 0.05  # of the disk, kept free
 _BATCH_TOKENS = 8 * 64 * 64  # image tokens encoded at once on a GPU: eight images of 1024

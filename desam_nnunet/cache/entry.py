@@ -18,7 +18,7 @@ from typing import Any
 import blosc2
 import numpy as np
 
-from desam_nnunet.files import replace_file
+from desam_nnunet.system.files import replace_file
 
 _MAGIC = b"DESAM\x00\x01\n"
 _PREFIX = struct.Struct("<8sII")  # magic, header length, header CRC

@@ -15,13 +15,13 @@ from desam_nnunet.cache.build import Share
 from desam_nnunet.cache.entry import DamagedEntryError
 from desam_nnunet.cache.store import Store, open_stores, store_folders
 from desam_nnunet.cache.views import not_started
-from desam_nnunet.config import read_section, resolve_plans
-from desam_nnunet.preprocessed import dataset_folder, read_preprocessed
-from desam_nnunet.sections import SamSection
+from desam_nnunet.nnunet.datasets import dataset_folder, read_preprocessed
+from desam_nnunet.nnunet.lookup import look_up
+from desam_nnunet.settings.resolve import read_section, resolve_plans
+from desam_nnunet.settings.sections import SamSection
 from desam_nnunet.training.cached import augmentation_of, build_missing, recipe_of
 from desam_nnunet.training.desam import network_from_plans
 from desam_nnunet.training.frozen import FrozenSamTrainer
-from desam_nnunet.training.lookup import look_up
 
 
 def build_dataset(

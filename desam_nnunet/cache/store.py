@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from desam_nnunet.cache.entry import DamagedEntryError, read_entry, read_meta, write_entry
-from desam_nnunet.files import TEMPORARY, replace_file
-from desam_nnunet.sam.encoder import Features
+from desam_nnunet.encoders.base import Features
+from desam_nnunet.system.files import TEMPORARY, replace_file
 
 FOLDER = "desam_cache"
 FORMAT = 1

@@ -13,10 +13,10 @@ import SimpleITK as sitk
 
 from desam_nnunet.cross_site.sites import ENDINGS
 from desam_nnunet.cross_site.study import CHECKPOINT, Study, method_of
-from desam_nnunet.files import replace_file
+from desam_nnunet.encoders.weights import file_md5
 from desam_nnunet.planning.facts import CONFIGURATION, SPLITS, STOCK_PLANS
-from desam_nnunet.sam.weights import file_md5
-from desam_nnunet.sections import FEATURES
+from desam_nnunet.settings.sections import FEATURES
+from desam_nnunet.system.files import replace_file
 
 _MADE_BY = "checkpoints.json"  # beside predictions: the hashes of what made them
 

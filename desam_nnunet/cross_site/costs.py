@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple
 
-from desam_nnunet.checkpoints import read_checkpoint
 from desam_nnunet.cross_site.study import CHECKPOINT, Study
-from desam_nnunet.sections import METHODS
+from desam_nnunet.nnunet.checkpoints import read_checkpoint
+from desam_nnunet.settings.sections import METHODS
 
 
 class Cost(NamedTuple):

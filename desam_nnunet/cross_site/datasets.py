@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from desam_nnunet.cross_site.study import Study
-from desam_nnunet.files import replace_file
+from desam_nnunet.system.files import replace_file
 
 
 def write_links(study: Study) -> None:

@@ -35,8 +35,8 @@ def main() -> None:
 
     import torch
 
-    from desam_nnunet.files import replace_file
-    from desam_nnunet.machine import describe_machine, peak_memory
+    from desam_nnunet.system.files import replace_file
+    from desam_nnunet.system.machine import describe_machine, peak_memory
 
     device = torch.device(device_name)
     took = {"seconds": seconds, "peak_mb": peak_memory(device) / 1e6, "machine": describe_machine(device)}

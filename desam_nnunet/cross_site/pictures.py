@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from desam_nnunet.cross_site.study import Study
 from desam_nnunet.evaluation.protocols import slice_axis
 from desam_nnunet.evaluation.scores import Row, classes_of, read_rows
-from desam_nnunet.files import replace_file
+from desam_nnunet.system.files import replace_file
 
 TRUTH, PREDICTION = "lime", "magenta"
 _INSIDE = (0.2, 0.5, 0.8)  # of the organ's extent

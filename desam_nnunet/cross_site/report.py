@@ -22,8 +22,8 @@ from desam_nnunet.cross_site.study import Study, method_of, plain
 from desam_nnunet.cross_site.tables import all_scores, comparisons, summaries
 from desam_nnunet.evaluation.metrics import METRICS, Metric
 from desam_nnunet.evaluation.protocols import PROTOCOLS
-from desam_nnunet.files import replace_file
 from desam_nnunet.planning.facts import CONFIGURATION
+from desam_nnunet.system.files import replace_file
 
 _PACKAGES = ("nnunetv2", "torch", "monai", "scipy", "SimpleITK")
 _PLOTTED = ("dice", "hd95")

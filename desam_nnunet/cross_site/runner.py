@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from desam_nnunet.cross_site.report import write_report
 from desam_nnunet.cross_site.steps import Step, follows, steps_of
 from desam_nnunet.cross_site.study import FOLDERS, Study
-from desam_nnunet.files import replace_file
+from desam_nnunet.system.files import replace_file
 
 _TAIL = 15  # lines of a log that are shown when a step fails
 _WAIT = 5  # seconds between looks at what another part has done

@@ -18,7 +18,7 @@ from desam_nnunet.cache.tiles import crop, tiles_of
 from desam_nnunet.cross_site.pictures import TRUTH, chosen_cases, outline, save
 from desam_nnunet.cross_site.study import CHECKPOINT, Study
 from desam_nnunet.evaluation.scores import classes_of, read_rows
-from desam_nnunet.networks.desam import DeSAM
+from desam_nnunet.networks.desam.network import DeSAM
 
 
 class ScoreMap(NamedTuple):

@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from desam_nnunet.config import check_keys, given_section, resolve_plans
 from desam_nnunet.cross_site.study import STUDY_PLANS, Study, method_of
 from desam_nnunet.planning.facts import CONFIGURATION
-from desam_nnunet.sections import SECTIONS
+from desam_nnunet.settings.resolve import check_keys, given_section, resolve_plans
+from desam_nnunet.settings.sections import SECTIONS
 
 _KEYS = ("batch_size", "patch_size")  # beside our sections
 

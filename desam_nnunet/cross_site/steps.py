@@ -26,11 +26,11 @@ from desam_nnunet.cross_site.pictures import draw_cases
 from desam_nnunet.cross_site.score_maps import draw_scores
 from desam_nnunet.cross_site.study import Study, method_of
 from desam_nnunet.evaluation.scores import classes_of, score_cases, write_rows
-from desam_nnunet.files import replace_file
+from desam_nnunet.nnunet.lookup import look_up
 from desam_nnunet.planning.facts import CONFIGURATION, SPLITS, STOCK_PLANS
-from desam_nnunet.sections import METHODS, SamSection
+from desam_nnunet.settings.sections import METHODS, SamSection
+from desam_nnunet.system.files import replace_file
 from desam_nnunet.training.desam import DeSAMTrainer
-from desam_nnunet.training.lookup import look_up
 from desam_nnunet.training.registry import TRAINERS
 
 BUDGET = "desam_nnunet.cross_site.budget:main"

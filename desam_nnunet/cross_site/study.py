@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from desam_nnunet.cross_site.sites import Sites
-from desam_nnunet.files import replace_file
+from desam_nnunet.nnunet.lookup import look_up
 from desam_nnunet.planning.facts import CONFIGURATION, STOCK_PLANS
-from desam_nnunet.sections import METHODS
+from desam_nnunet.settings.sections import METHODS
+from desam_nnunet.system.files import replace_file
 from desam_nnunet.training.base import SamTrainer
-from desam_nnunet.training.lookup import look_up
 
 STUDY_PLANS = "CrossSitePlans"
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")

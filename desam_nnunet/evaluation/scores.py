@@ -12,7 +12,7 @@ import SimpleITK as sitk
 
 from desam_nnunet.evaluation.metrics import METRICS, case_metrics
 from desam_nnunet.evaluation.protocols import PROTOCOLS, slice_axis
-from desam_nnunet.files import replace_file
+from desam_nnunet.system.files import replace_file
 
 Classes = dict[str, tuple[int, ...]]
 Row = dict[str, Any]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
-from desam_nnunet.sam.variants import MASK_STRIDE, PATCH
+from desam_nnunet.encoders.registry import MASK_STRIDE, PATCH
 
 T = TypeVar("T")
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 
 from desam_nnunet.cache.store import DTYPES, entry_bytes
+from desam_nnunet.encoders.registry import PATCH, VARIANTS, Variant
+from desam_nnunet.encoders.weights import find_weights, read_sam_file, variant_of
 from desam_nnunet.planning.choices import (
     GOOD_BATCH_SIZE,
     Choice,
@@ -23,13 +25,11 @@ from desam_nnunet.planning.choices import (
     wanted_batch_size,
 )
 from desam_nnunet.planning.facts import Facts
-from desam_nnunet.planning.memory import Footprint, footprint
+from desam_nnunet.planning.footprint import Footprint, footprint
+from desam_nnunet.planning.request import Wishes
 from desam_nnunet.planning.speed import hours_to_encode
-from desam_nnunet.planning.wishes import Wishes
 from desam_nnunet.sam.tiles import images_per_tile
-from desam_nnunet.sam.variants import PATCH, VARIANTS, Variant
-from desam_nnunet.sam.weights import find_weights, read_sam_file, variant_of
-from desam_nnunet.sections import METHODS
+from desam_nnunet.settings.sections import METHODS
 
 _ONLINE = Choice(Storage("online", 1, "float16", 0.0), "this method changes the encoder's features")
 _KEPT = Choice(value=False, reason="what a step keeps fits into the memory")

@@ -15,16 +15,16 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from desam_nnunet.cache.build import usable_bytes
 from desam_nnunet.cache.store import DTYPES, open_stores
-from desam_nnunet.config import check_keys
-from desam_nnunet.files import replace_file
-from desam_nnunet.machine import device_is_here, memory_limit
+from desam_nnunet.nnunet.datasets import dataset_folder
 from desam_nnunet.planning.choices import Choice, choose_schedule
 from desam_nnunet.planning.facts import CONFIGURATION, FOLDS, SPLITS, STOCK_PLANS, Facts, read_facts
 from desam_nnunet.planning.fit import Machine, choose_encoder, is_here, variant_named
-from desam_nnunet.planning.wishes import Wishes
-from desam_nnunet.preprocessed import dataset_folder
+from desam_nnunet.planning.request import Wishes
 from desam_nnunet.sam.tiles import intensity_rule
-from desam_nnunet.sections import METHODS, SECTIONS
+from desam_nnunet.settings.resolve import check_keys
+from desam_nnunet.settings.sections import METHODS, SECTIONS
+from desam_nnunet.system.files import replace_file
+from desam_nnunet.system.machine import device_is_here, memory_limit
 
 
 class Line(NamedTuple):

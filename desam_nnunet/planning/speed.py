@@ -7,9 +7,9 @@ from functools import cache
 
 import torch
 
-from desam_nnunet.machine import device_is_here
-from desam_nnunet.sam.precision import encoder_dtype
-from desam_nnunet.sam.variants import PATCH, Variant
+from desam_nnunet.encoders.precision import encoder_dtype
+from desam_nnunet.encoders.registry import PATCH, Variant
+from desam_nnunet.system.machine import device_is_here
 
 _SHARE = 0.6  # of the rate of a large matrix product that the encoder reaches; 0.8 was measured on a CPU
 _SIDE = {"cpu": 1024, "cuda": 8192, "mps": 2048}

@@ -9,12 +9,12 @@ from segment_anything.modeling import MaskDecoder, Sam
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from desam_nnunet.networks.two_way import run_layers, tokens_from_image
+from desam_nnunet.encoders.base import Features, read_features
+from desam_nnunet.encoders.random_weights import random_state
+from desam_nnunet.encoders.registry import MASK_STRIDE, PATCH, Variant, build_sam
 from desam_nnunet.pretraining import regions
-from desam_nnunet.sam.encoder import Features, read_features
 from desam_nnunet.sam.prompts import Prompts, dense_positions, prompt_tokens
-from desam_nnunet.sam.random_weights import random_state
-from desam_nnunet.sam.variants import MASK_STRIDE, PATCH, Variant, build_sam
+from desam_nnunet.sam.two_way import run_layers, tokens_from_image
 
 _FINER = PATCH // MASK_STRIDE  # mask pixels along a token's side
 _SHARPENED = 2.5

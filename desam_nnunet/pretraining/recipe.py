@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from desam_nnunet.encoders.registry import VARIANTS
 from desam_nnunet.pretraining.randomness import BATCHES
-from desam_nnunet.sam.variants import VARIANTS
 
 MAX_SEED = 999  # each has a second stream, for prompts; above lie the images that no run is trained on
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from desam_nnunet.files import TEMPORARY, damage_told, replace_file, replacing
+from desam_nnunet.system.files import TEMPORARY, damage_told, replace_file, replacing
 
 WEIGHTS, SETTINGS, CURVE, STATE = "weights.safetensors", "settings.json", "curve.csv", "state.pt"
 

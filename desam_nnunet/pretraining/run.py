@@ -19,8 +19,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from desam_nnunet import __version__
-from desam_nnunet.files import replace_file
-from desam_nnunet.machine import describe_machine
+from desam_nnunet.encoders.base import Features
+from desam_nnunet.encoders.precision import encoder_dtype
+from desam_nnunet.encoders.registry import VARIANTS
 from desam_nnunet.pretraining import records
 from desam_nnunet.pretraining.generator import VERSION, Generated, generate
 from desam_nnunet.pretraining.network import Pretrained
@@ -29,9 +30,8 @@ from desam_nnunet.pretraining.prompts import ask_boxes, ask_points, mask_labels
 from desam_nnunet.pretraining.randomness import Randomness
 from desam_nnunet.pretraining.recipe import MAX_SEED, Recipe
 from desam_nnunet.pretraining.regions import describe_regions
-from desam_nnunet.sam.encoder import Features
-from desam_nnunet.sam.precision import encoder_dtype
-from desam_nnunet.sam.variants import VARIANTS
+from desam_nnunet.system.files import replace_file
+from desam_nnunet.system.machine import describe_machine
 
 _DECAY = 0.05
 _CLIP = 1.0

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from desam_nnunet.sam.variants import MASK_STRIDE, PIXEL_MEAN, PIXEL_STD
+from desam_nnunet.encoders.registry import MASK_STRIDE, PIXEL_MEAN, PIXEL_STD
 
 INTENSITY_RULES = ("percentile", "window", "unit")
 _PERCENTILES = (0.005, 0.995)

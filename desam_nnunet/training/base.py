@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
-from desam_nnunet.config import read_section, resolve_plans
-from desam_nnunet.files import TEMPORARY, replacing
-from desam_nnunet.sections import METHODS, SamSection
+from desam_nnunet.settings.resolve import read_section, resolve_plans
+from desam_nnunet.settings.sections import METHODS, SamSection
+from desam_nnunet.system.files import TEMPORARY, replacing
 from desam_nnunet.training.checks import (
     check_cases,
     check_model_folder,
@@ -41,7 +41,7 @@ class SamTrainer(nnUNetTrainer):
     missing weights end the run at once, and checkpoint and model folder hold every setting.
 
     Attributes:
-        method: Name of the plans' section of this method, see :data:`desam_nnunet.sections.METHODS`.
+        method: Name of the plans' section of this method, see :data:`desam_nnunet.settings.sections.METHODS`.
         sam, own: The resolved sections.
     """
 

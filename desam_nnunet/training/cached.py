@@ -21,9 +21,9 @@ from desam_nnunet.cache.loader import CachedLoader
 from desam_nnunet.cache.store import CaseRecord, Recipe, Store, open_stores
 from desam_nnunet.cache.tiles import STEP, content_of
 from desam_nnunet.cache.views import Augmentation
-from desam_nnunet.machine import free_memory
-from desam_nnunet.sam.variants import PATCH
-from desam_nnunet.sections import SamSection
+from desam_nnunet.encoders.registry import PATCH
+from desam_nnunet.settings.sections import SamSection
+from desam_nnunet.system.machine import free_memory
 
 if TYPE_CHECKING:
     from desam_nnunet.training.frozen import FrozenSamTrainer

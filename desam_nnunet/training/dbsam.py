@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 
-from desam_nnunet.config import read_section
-from desam_nnunet.networks.dbsam import DBSAM, build_dbsam
-from desam_nnunet.sections import DbsamSection
+from desam_nnunet.networks.dbsam.network import DBSAM, build_dbsam
+from desam_nnunet.settings.resolve import read_section
+from desam_nnunet.settings.sections import DbsamSection
 from desam_nnunet.training.adapted import AdaptedSamTrainer
 from desam_nnunet.training.loading import sam_from_plans
 from desam_nnunet.training.losses import DiceCELoss

@@ -14,7 +14,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 from torch import distributed as dist
 
-from desam_nnunet.boxes import Case, score, segment_cases
+from desam_nnunet.evaluation.boxes import Case, score, segment_cases
 from desam_nnunet.sam.prompts import sample_boxes
 from desam_nnunet.training.base import Batch
 from desam_nnunet.training.dbsam import DBSAMTrainer

@@ -12,11 +12,11 @@ import torch
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 
-from desam_nnunet.config import read_section
-from desam_nnunet.networks.desam import DeSAM, build_desam
-from desam_nnunet.sam.encoder import Features
+from desam_nnunet.encoders.base import Features
+from desam_nnunet.networks.desam.network import DeSAM, build_desam
 from desam_nnunet.sam.prompts import sample_points, whole_box
-from desam_nnunet.sections import DesamSection
+from desam_nnunet.settings.resolve import read_section
+from desam_nnunet.settings.sections import DesamSection
 from desam_nnunet.training.frozen import FrozenSamTrainer
 from desam_nnunet.training.loading import sam_from_plans
 from desam_nnunet.training.losses import foreground_target, score_loss

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from desam_nnunet.cache.loader import CachedLoader
-from desam_nnunet.sam.encoder import Features
+from desam_nnunet.encoders.base import Features
 from desam_nnunet.training.base import Batch, SamTrainer
 from desam_nnunet.training.cached import cached_loaders
 

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from desam_nnunet.config import read_section
+from desam_nnunet.encoders.weights import LoadedSam, load_sam
 from desam_nnunet.sam.tiles import TileToImage, ct_window
-from desam_nnunet.sam.weights import LoadedSam, load_sam
-from desam_nnunet.sections import SamSection
+from desam_nnunet.settings.resolve import read_section
+from desam_nnunet.settings.sections import SamSection
 
 
 class PlannedSam(NamedTuple):

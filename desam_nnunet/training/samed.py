@@ -12,10 +12,10 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from desam_nnunet.config import read_section
-from desam_nnunet.networks.samed import SAMed, build_samed
+from desam_nnunet.networks.samed.network import SAMed, build_samed
 from desam_nnunet.sam.tiles import cut_padding
-from desam_nnunet.sections import SamedSection
+from desam_nnunet.settings.resolve import read_section
+from desam_nnunet.settings.sections import SamedSection
 from desam_nnunet.training.adapted import AdaptedSamTrainer
 from desam_nnunet.training.loading import sam_from_plans
 from desam_nnunet.training.losses import DiceCELoss

@@ -1,0 +1,1 @@
+"""The `desam` commands: parsing and words."""

@@ -1,0 +1,1 @@
+"""What turns an image into features: encoders, their weights and where these come from."""

@@ -1,0 +1,1 @@
+"""DB-SAM's network."""

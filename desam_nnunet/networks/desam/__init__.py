@@ -1,0 +1,1 @@
+"""DeSAM's network."""

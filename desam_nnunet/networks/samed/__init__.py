@@ -1,0 +1,1 @@
+"""SAMed's network."""

@@ -1,0 +1,63 @@
+"""What the user has asked the planner for, with flags and presets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from desam_nnunet.encoders.registry import VARIANTS
+from desam_nnunet.planning.presets import read_preset
+from desam_nnunet.training.base import SamTrainer
+from desam_nnunet.training.desam import DeSAMTrainer
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user has asked for; None leaves the choice to the planner.
+
+    Attributes:
+        memory_target: GB that training may take.
+        disk_target: GB that the cache may take.
+        encoder: A variant's name or the path of a weights file.
+        preset: A name of :func:`~desam_nnunet.planning.presets.preset_names`.
+        trainer: Whose method is planned for.
+    """
+
+    memory_target: float | None = None
+    disk_target: float | None = None
+    encoder: str | None = None
+    preset: str | None = None
+    trainer: type[SamTrainer] = DeSAMTrainer
+
+    @property
+    def method(self) -> str:
+        return self.trainer.method
+
+    @cached_property
+    def fragment(self) -> dict[str, Any]:
+        """The preset's keys.
+
+        Raises:
+            ValueError: There is no such preset, or it is another method's.
+        """
+        if not self.preset:
+            return {}
+        fragment = read_preset(self.preset)
+        if fragment.get("method", self.method) != self.method:
+            raise ValueError(f"The preset '{self.preset}' is for the method {fragment['method']}, but "
+                             f"{self.trainer.__name__} trains {self.method}: choose another, see desam plan --list.")
+        return fragment
+
+    @property
+    def sam(self) -> dict[str, Any]:
+        """What preset and flags say of the section ``sam``; flags go before the preset."""
+        said = dict(self.fragment.get("sam", {}))
+        return said | ({"encoder": _absolute(self.encoder)} if self.encoder else {})
+
+
+def _absolute(encoder: str) -> str:
+    """A file's path, wherever training will be started from."""
+    path = Path(encoder).expanduser()
+    return str(path.resolve()) if encoder not in VARIANTS and path.is_file() else encoder

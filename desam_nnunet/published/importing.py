@@ -1,0 +1,162 @@
+"""``desam weights import``: a published checkpoint as a model folder of nnU-Net's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from nnunetv2.paths import nnUNet_results
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from desam_nnunet.encoders.registry import VARIANTS
+from desam_nnunet.encoders.weights import State, check_state, find_weights, read_sam_file
+from desam_nnunet.nnunet.datasets import read_preprocessed
+from desam_nnunet.published.desam_keys import IMAGE_ENCODER
+from desam_nnunet.published.reading import Published, read_published
+from desam_nnunet.settings.resolve import given_section, resolve_plans
+from desam_nnunet.system.files import replacing
+from desam_nnunet.training.registry import TRAINERS
+
+
+class Target(NamedTuple):
+    """Where a checkpoint goes: the data set and plans that give it geometry and labels.
+
+    Attributes:
+        trainer: None for the one that the checkpoint was trained with, as far as it tells.
+    """
+
+    dataset: str
+    plans: str
+    configuration: str
+    trainer: str | None = None
+
+
+class Imported(NamedTuple):
+    """Attributes:
+        trainer: To name after ``-tr``.
+        pretrained: File for ``-pretrained_weights``.
+        model: Folder for prediction; None where the data set has other classes.
+        preparation: In what the published image preparation differs.
+    """
+
+    trainer: str
+    pretrained: Path
+    model: Path | None
+    preparation: str
+
+
+def import_official(file: Path, target: Target, folder: Path | None = None) -> Imported:
+    """Writes a published checkpoint for ``-pretrained_weights`` and, where the classes fit, as a model folder.
+
+    Args:
+        file: A published DeSAM or SAMed checkpoint, a state dict by its official key names.
+        folder: Where to write; nnU-Net's own place in ``nnUNet_results`` where None.
+
+    Raises:
+        ValueError: Not such a checkpoint, its image encoder is not the SAM file found here, or its shapes do not
+            fit.
+        FileExistsError: There is a model already.
+    """
+    published = read_published(file)
+    trainer = target.trainer or published.trainers[0]
+    if trainer not in published.trainers:
+        raise ValueError(f"{file} is a checkpoint for {' or '.join(published.trainers)}, not for -tr {trainer}.")
+    plans, dataset_json, base = read_preprocessed(target.dataset, target.plans)
+    _fix_section(plans, target.configuration, published, file)
+    resolve_plans(plans, target.configuration, dataset_json, published.method, _encoder_of(published, file))
+    _check_image_encoder(published.image_encoder, plans["configurations"][target.configuration]["sam"], file)
+    folder = folder or _results_folder(plans, target.configuration, trainer)
+    if (folder / "plans.json").exists() or (folder / "pretrained_weights.pth").exists():
+        raise FileExistsError(f"{folder} holds a model already: remove it or choose another folder with -o.")
+    complete = _check_network(published, plans, dataset_json, target.configuration, trainer, file)
+    pretrained = folder / "pretrained_weights.pth"
+    save({"network_weights": published.state}, pretrained)
+    if not complete:
+        return Imported(trainer, pretrained, None, published.preparation)
+    _write_model(folder, published.state, plans, dataset_json, target.configuration, trainer)
+    shutil.copyfile(base / "dataset_fingerprint.json", folder / "dataset_fingerprint.json")
+    return Imported(trainer, pretrained, folder, published.preparation)
+
+
+def _fix_section(plans: dict[str, Any], configuration: str, published: Published, file: Path) -> None:
+    """Writes into the plans what the checkpoint fixes of its method's section."""
+    given = given_section(PlansManager(plans).get_configuration(configuration).configuration, published.method)
+    for key, value in published.own.items():
+        if given.get(key, value) != value:
+            raise ValueError(f"{file} has {published.method}.{key} {value!r}, but the plans say {given[key]!r}: take "
+                             "the key out of the plans.")
+    plans["configurations"][configuration][published.method] = given | published.own
+
+
+def _encoder_of(published: Published, file: Path) -> str:
+    for variant in VARIANTS.values():
+        if variant.embed_dim == published.width:
+            return variant.name
+    raise ValueError(f"{file} was trained on an encoder of width {published.width}, which is none of "
+                     f"{', '.join(VARIANTS)}.")
+
+
+def _check_image_encoder(theirs: State, sam: dict[str, Any], file: Path) -> None:
+    encoder = sam["encoder"]
+    if not theirs:
+        print(f"{file} holds no image encoder: nothing to compare '{encoder}' with.")
+        return
+    path = find_weights(encoder, sam["identity"])
+    if path is None:
+        raise ValueError(f"{file} holds a trained image encoder, but '{encoder}' has random weights: name its file "
+                         "as sam.encoder in the plans.")
+    ours = {key: value for key, value in read_sam_file(path).items() if key.startswith(IMAGE_ENCODER)}
+    check_state(theirs, {key: value.shape for key, value in ours.items()}, f"The image encoder in {file}")
+    changed = [key for key, value in ours.items() if not torch.equal(value, theirs[key].to(value.dtype))]
+    if changed:
+        raise ValueError(f"The image encoder in {file} is not the one in {path}: {len(changed)} of {len(ours)} tensors "
+                         f"differ, {changed[0]} first. Name the SAM file that it was trained on as sam.encoder in "
+                         "the plans.")
+
+
+def _check_network(
+    published: Published, plans: dict[str, Any], dataset_json: dict[str, Any], name: str, trainer: str, file: Path
+) -> bool:
+    """Whether the state is a whole model of this data set: its outputs may differ, all else must fit."""
+    manager = PlansManager(plans)
+    configuration = manager.get_configuration(name)
+    labels = manager.get_label_manager(dataset_json)
+    heads = labels.num_segmentation_heads
+    channels = determine_num_input_channels(manager, configuration, dataset_json)
+    network = TRAINERS[trainer].build_network_architecture(manager, configuration, channels, heads, False)
+    expected = {key: value.shape for key, value in network.state_dict().items()}
+    shared = {key: shape for key, shape in expected.items() if ".seg_layers." not in key}
+    state = published.state
+    check_state({key: value for key, value in state.items() if ".seg_layers." not in key}, shared, str(file))
+    fits = not (published.background and labels.has_regions)
+    return fits and expected == {key: value.shape for key, value in state.items()}
+
+
+def _results_folder(plans: dict[str, Any], configuration: str, trainer: str) -> Path:
+    name = f"{trainer}__{plans['plans_name']}__{configuration}"
+    return Path(nnUNet_results.require()) / plans["dataset_name"] / name
+
+
+def _write_model(
+    folder: Path, state: State, plans: dict[str, Any], dataset_json: dict[str, Any], configuration: str, trainer: str
+) -> None:
+    checkpoint = {
+        "network_weights": state,
+        "trainer_name": trainer,
+        "init_args": {"configuration": configuration, "plans": plans, "fold": "all", "dataset_json": dataset_json},
+        "inference_allowed_mirroring_axes": None,  # no published prediction mirrors
+    }
+    save(checkpoint, folder / "fold_all" / "checkpoint_final.pth")
+    (folder / "dataset.json").write_text(json.dumps(dataset_json, indent=4))
+    (folder / "plans.json").write_text(json.dumps(plans, indent=4))
+
+
+def save(content: dict[str, Any], path: Path) -> None:
+    """Beside the file first, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        torch.save(content, temporary)

@@ -1,0 +1,1 @@
+"""The plans' sections, and how they are completed."""

@@ -1,0 +1,42 @@
+"""The reference of the plans' sections, from the sections themselves: ``python -m desam_nnunet.training.reference``."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import MISSING, Field, fields
+from typing import get_type_hints
+
+from desam_nnunet.settings.sections import SECTIONS
+
+_HEAD = """# Every key of the plans' sections
+
+Written by `python -m desam_nnunet.training.reference > docs/keys.md` from the code that checks them; see
+[plans](plans.md) for how to use them. An unknown key, a wrong type or a value that is not allowed ends a run before it
+begins.
+"""
+
+
+def reference() -> str:
+    """Markdown: one table per section, one row per key with type, default and effect."""
+    return "\n".join([_HEAD, *(_section(name, kind) for name, kind in SECTIONS.items())])
+
+
+def _section(name: str, kind: type) -> str:
+    documented = inspect.getdoc(kind) or ""
+    effects = dict(re.findall(r"^    (\w+): ((?:.|\n        )+)", documented, re.MULTILINE))
+    hints = get_type_hints(kind)
+    rows = [f"## `{name}`\n", documented.splitlines()[0] + "\n",
+            "| key | type | default | effect |", "|---|---|---|---|"]
+    for row in fields(kind):  # type: ignore[arg-type]
+        effect = re.sub(r"\s+", " ", effects[row.name]).replace("``", "`")
+        rows.append(f"| `{name}.{row.name}` | {hints[row.name].__name__} | {_default(row)} | {effect} |")
+    return "\n".join(rows) + "\n"
+
+
+def _default(row: Field) -> str:
+    return row.metadata["default"] if row.default is MISSING else f"`{row.default}`"
+
+
+if __name__ == "__main__":
+    print(reference(), end="")
