@@ -15,7 +15,7 @@ from segment_anything.modeling.image_encoder import get_rel_pos
 from desam_nnunet.encoders import weights
 from desam_nnunet.encoders.random_weights import RANDOM_IDENTITY, random_state
 from desam_nnunet.encoders.registry import VARIANTS, build_sam
-from desam_nnunet.encoders.weights import find_weights, identify, load_sam, read_sam_file, resize_positions, variant_of
+from desam_nnunet.encoders.weights import find_weights, identify, load_sam, read_weights, resize_positions, variant_of
 
 TINY = VARIANTS["vit_tiny"]
 
@@ -77,7 +77,7 @@ def test_a_file_in_half_precision_is_read_as_float32(tmp_path: Path) -> None:
 def test_damaged_bytes_are_refused_in_one_sentence(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "damaged.pth").write_bytes(content)
     with pytest.raises(ValueError, match=r"damaged.pth (can't be read|does not hold)"):
-        read_sam_file(tmp_path / "damaged.pth")
+        read_weights(tmp_path / "damaged.pth")
 
 
 def test_a_truncated_published_file_is_refused(tmp_path: Path) -> None:
@@ -101,14 +101,14 @@ def test_a_pickle_with_code_is_not_run(tmp_path: Path) -> None:
     path = tmp_path / "evil.pth"
     torch.save({"image_encoder": Evil()}, path, pickle_module=pickle)
     with pytest.raises(ValueError, match="can't be read"):
-        read_sam_file(path)
+        read_weights(path)
     assert not (tmp_path / "owned").exists()
 
 
 def test_a_file_that_is_no_state_dict_is_refused(tmp_path: Path) -> None:
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="does not hold a state dict"):
-        read_sam_file(tmp_path / "list.pth")
+        read_weights(tmp_path / "list.pth")
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -19,11 +19,11 @@ from desam_nnunet.cache.store import Store, Tile, entry_bytes
 from desam_nnunet.cache.tiles import content_of, crop, tiles_of
 from desam_nnunet.cache.views import Augmentation
 from desam_nnunet.encoders.base import Features
-from desam_nnunet.encoders.registry import PATCH
+from desam_nnunet.networks.frame import FrozenSamNetwork
 from desam_nnunet.sam.tiles import images_per_tile
 
 _MARGIN = 0.05  # of the disk, kept free
-_BATCH_TOKENS = 8 * 64 * 64  # image tokens encoded at once on a GPU: eight images of 1024
+_BATCH_PIXELS = 8 * 1024 * 1024  # of the encoder's input, encoded at once on a GPU: eight images of 1024
 T = TypeVar("T")
 
 
@@ -50,18 +50,17 @@ class Share(NamedTuple):
     parts: int = 1
 
 
-def plan_build(store: Store, dataset: nnUNetBaseDataset, network: Any, share: Share) -> Plan:
+def plan_build(store: Store, dataset: nnUNetBaseDataset, network: FrozenSamNetwork, share: Share) -> Plan:
     """Looks at every case, without encoding. The disk must hold what all shares together lack.
 
     Args:
-        network: With ``encode`` and ``encoder``, whose widths say how large a tile's entry is.
+        network: Whose encoder says how large a tile's entry is.
 
     Raises:
         OSError: The disk can't hold what is missing; the message has the numbers and the remedies.
     """
     patch_size = store.recipe.patch_size
-    side = store.recipe.image_size // PATCH
-    per_tile = entry_bytes(network.encoder.channels, side, patch_size, store.recipe.dtype)
+    per_tile = entry_bytes(network.encoder.spec, store.recipe.image_size, patch_size, store.recipe.dtype)
     todo, needed, total = {}, 0, 0
     for place, case in enumerate(sorted(dataset.identifiers)):
         content = content_of(Path(dataset.source_folder), case)
@@ -89,7 +88,7 @@ def usable_bytes(folder: Path) -> int:
     return max(0, disk.free - int(_MARGIN * disk.total))
 
 
-def seconds_of(plan: Plan, store: Store, network: Any, device: torch.device) -> float:
+def seconds_of(plan: Plan, store: Store, network: FrozenSamNetwork, device: torch.device) -> float:
     """About how long a build takes: one blank batch is encoded, and timed once the device is warm."""
     at_once = min(plan.tiles, _at_once(store, network, device))
     blank = [np.zeros((network.num_channels, *store.recipe.patch_size), np.float32)] * at_once
@@ -101,7 +100,7 @@ def seconds_of(plan: Plan, store: Store, network: Any, device: torch.device) -> 
 
 
 def build(
-    store: Store, dataset: nnUNetBaseDataset, plan: Plan, network: Any, device: torch.device,
+    store: Store, dataset: nnUNetBaseDataset, plan: Plan, network: FrozenSamNetwork, device: torch.device,
     augmentation: Augmentation | None,
 ) -> None:
     """Encodes what `plan` found missing, with progress.
@@ -127,7 +126,7 @@ def build(
 
 
 def _build(
-    store: Store, dataset: nnUNetBaseDataset, plan: Plan, network: Any, device: torch.device,
+    store: Store, dataset: nnUNetBaseDataset, plan: Plan, network: FrozenSamNetwork, device: torch.device,
     augmentation: Augmentation | None,
 ) -> None:
     at_once = _at_once(store, network, device)
@@ -151,12 +150,12 @@ def _build(
             store.finish(case, content, tiles)
 
 
-def _at_once(store: Store, network: Any, device: torch.device) -> int:
+def _at_once(store: Store, network: FrozenSamNetwork, device: torch.device) -> int:
     """Tiles; each has as many images as it has groups of three channels."""
     if device.type != "cuda":
         return 1
-    tokens = images_per_tile(network.num_channels) * (store.recipe.image_size // PATCH) ** 2
-    return max(1, _BATCH_TOKENS // tokens)
+    pixels = images_per_tile(network.num_channels) * store.recipe.image_size**2
+    return max(1, _BATCH_PIXELS // pixels)
 
 
 def _rotated(cases: list[T]) -> list[T]:
@@ -177,7 +176,7 @@ def _sample(
 
 
 @torch.inference_mode()
-def _encode(network: Any, images: list[np.ndarray], device: torch.device) -> list[Features]:
+def _encode(network: FrozenSamNetwork, images: list[np.ndarray], device: torch.device) -> list[Features]:
     """Features of each image; where the GPU's memory is too small for all at once, in halves."""
     try:
         features = network.encode(torch.from_numpy(np.stack(images)).float().to(device))

@@ -1,76 +1,13 @@
-"""``desam cache``: builds, lists, verifies and deletes the stores of a data set."""
+"""``desam cache``: lists, verifies and deletes the stores of a data set."""
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
-import torch
-from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
-from desam_nnunet.cache.build import Share
 from desam_nnunet.cache.entry import DamagedEntryError
 from desam_nnunet.cache.store import Store, open_stores, store_folders
-from desam_nnunet.cache.views import not_started
-from desam_nnunet.nnunet.datasets import dataset_folder, read_preprocessed
-from desam_nnunet.nnunet.lookup import look_up
-from desam_nnunet.settings.resolve import read_section, resolve_plans
-from desam_nnunet.settings.sections import SamSection
-from desam_nnunet.training.cached import augmentation_of, build_missing, recipe_of
-from desam_nnunet.training.desam import network_from_plans
-from desam_nnunet.training.frozen import FrozenSamTrainer
-
-
-def build_dataset(
-    dataset: str, plans_name: str, configuration_name: str, trainer_name: str, device: torch.device, num_parts: int,
-    part_id: int,
-) -> Store:
-    """Encodes all cases of a data set, or every `num_parts`-th of them; under ``torchrun`` each process its share.
-
-    Args:
-        trainer_name: Whose augmentation the views show, where there is more than one.
-
-    Raises:
-        ValueError: Bad parts, or plans that are not valid.
-        FileNotFoundError: The data set is not preprocessed, or the weights are not here.
-        OSError: The disk can't hold it.
-    """
-    if num_parts == 1 and os.environ.keys() >= {"WORLD_SIZE", "RANK", "LOCAL_RANK"}:  # torchrun's
-        num_parts, part_id = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    if not 0 <= part_id < num_parts:
-        raise ValueError(f"-part_id {part_id} of -num_parts {num_parts} does not exist: parts count from 0.")
-    plans, dataset_json, folder = read_preprocessed(dataset, plans_name)
-    trainer = _find_trainer(trainer_name)
-    resolve_plans(plans, configuration_name, dataset_json, trainer.method)
-    manager = PlansManager(plans)
-    configuration = manager.get_configuration(configuration_name)
-    data_folder = folder / configuration.data_identifier
-    if not data_folder.is_dir():
-        raise FileNotFoundError(
-            f"{data_folder} does not exist: run nnUNetv2_preprocess -d {dataset} -plans_name {plans_name} "
-            f"-c {configuration_name} first."
-        )
-    channels = determine_num_input_channels(manager, configuration, dataset_json)
-    outputs = manager.get_label_manager(dataset_json).num_segmentation_heads
-    network = network_from_plans(manager, configuration, channels, outputs, whole_box=True).to(device).eval()
-    sam = read_section(configuration.configuration, SamSection)
-    data = infer_dataset_class(str(data_folder))(str(data_folder))
-    augmentation = augmentation_of(not_started(trainer, configuration), sam)
-    store = Store(folder, recipe_of(configuration, sam, network, device, augmentation))
-    build_missing(store, data, network, device, augmentation, Share(part_id, num_parts))
-    return store
-
-
-def _find_trainer(name: str) -> type[FrozenSamTrainer]:
-    found = look_up(name)
-    if not issubclass(found, FrozenSamTrainer):
-        raise ValueError(f"-tr {name} does not train on a frozen encoder's features, so it has nothing to cache.")
-    return found
+from desam_nnunet.nnunet.datasets import dataset_folder
 
 
 def describe_stores(dataset: str) -> list[str]:

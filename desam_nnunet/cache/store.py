@@ -24,12 +24,11 @@ import numpy as np
 import torch
 
 from desam_nnunet.cache.entry import DamagedEntryError, read_entry, read_meta, write_entry
-from desam_nnunet.encoders.base import Features
+from desam_nnunet.encoders.base import Features, FeatureSpec
 from desam_nnunet.system.files import TEMPORARY, replace_file
 
 FOLDER = "desam_cache"
 FORMAT = 1
-DTYPES = ("float16", "int8")
 _RECIPE = "store.json"
 _CASE = "case.json"
 _ABANDONED = 3600  # seconds after which a temporary file belongs to no running build
@@ -293,11 +292,10 @@ def unpack(name: str, arrays: dict[str, np.ndarray], out: torch.Tensor | None = 
     return torch.mul(values, torch.from_numpy(scale)[:, None, None], out=out)
 
 
-def entry_bytes(channels: int, side: int, patch_size: Sequence[int], dtype: str) -> int:
-    """About how many bytes a tile takes: `channels` of all features together, `side` in tokens."""
-    per_value = np.dtype(dtype).itemsize
-    scales = 4 * channels if dtype == "int8" else 0
-    return channels * side * side * per_value + scales + int(np.prod(patch_size)) // 4 + 1024
+def entry_bytes(spec: FeatureSpec, image_size: int, patch_size: Sequence[int], dtype: str) -> int:
+    """About how many bytes a tile takes."""
+    scales = 4 * spec.channels if dtype == "int8" else 0
+    return spec.values(image_size) * np.dtype(dtype).itemsize + scales + int(np.prod(patch_size)) // 4 + 1024
 
 
 def _names(levels: int) -> list[str]:

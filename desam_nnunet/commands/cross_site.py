@@ -6,11 +6,14 @@ import argparse
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from desam_nnunet.commands.words import Commands, add_command, add_device, device_named
+
 EXTRA = {"monai": (1, 5), "jinja2": (), "scipy": (1, 15)}  # some come with other packages, perhaps too old
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What one can type."""
+def add(commands: Commands) -> None:
+    """Adds the command."""
+    parser = add_command(commands, "cross-site", _run, "train at each site, test at the others, report")
     parser.add_argument("data", type=Path, nargs="?", metavar="DATA",
                         help="folder with a folder per site, or a manifest (CSV or JSON: case, site, image, label)")
     parser.add_argument("-d", nargs="+", default=[], metavar="SITE=DATASET",
@@ -31,14 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--channels", nargs="+", default=[], metavar="NAME",
                         help="as in nnU-Net's dataset.json; CT is normalised as CT (default: image)")
     parser.add_argument("--tolerance", type=float, default=2.0, metavar="MM", help="of the surface Dice (default: 2)")
-    parser.add_argument("-device", default="cuda", choices=["cuda", "cpu", "mps"], help="default: cuda, as nnU-Net")
+    add_device(parser)
     parser.add_argument("-num_parts", type=int, default=1, help="share sources and trainers among so many processes")
     parser.add_argument("-part_id", type=int, default=0, help="which share this is, from 0")
     parser.add_argument("--dry-run", action="store_true", help="say what would run and what is done, and do nothing")
 
 
-def run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace) -> int:
     """Runs or describes the study."""
+    device_named(options.device)
     if missing := [name for name, least in EXTRA.items() if not _is_installed(name, least)]:
         raise ValueError(f"desam cross-site needs {' and '.join(missing)}, perhaps newer than installed: pip install "
                          "'desam-nnunet[cross-site]'.")

@@ -1,131 +1,18 @@
-"""``desam doctor``: how things stand on this machine, and the remedy for what is wrong."""
+"""The words of ``desam doctor``."""
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
-from typing import NamedTuple
+import argparse
 
-import torch
-
-from desam_nnunet import __version__
-from desam_nnunet._startup import VARIABLE, trainers_folder
-from desam_nnunet.encoders.precision import encoder_dtype
-from desam_nnunet.encoders.random_weights import RANDOM_IDENTITY
-from desam_nnunet.encoders.registry import VARIANTS, Variant
-from desam_nnunet.encoders.weights import file_md5, find_weights, search_folders
-from desam_nnunet.nnunet.lookup import look_up
-from desam_nnunet.system.machine import memory_limit
-from desam_nnunet.training.registry import TRAINERS
-
-_NNUNET_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+from desam_nnunet.commands.words import Commands, add_command
 
 
-class Finding(NamedTuple):
-    """One line of the report; `remedy` is empty where nothing is to be done, `wrong` where something must be."""
-
-    what: str
-    state: str
-    remedy: str = ""
-    wrong: bool = False
+def add(commands: Commands) -> None:
+    """Adds the command."""
+    add_command(commands, "doctor", _run, "say how trainers, weights, device and folders stand, and what to do")
 
 
-def examine() -> Iterator[Finding]:
-    """Looks at everything in turn."""
-    yield Finding("desam_nnunet", __version__)
-    yield from map(_trainer, TRAINERS)
-    yield from map(_weights_folder, search_folders())
-    yield from map(_weights, VARIANTS.values())
-    yield _device()
-    yield _memory()
-    yield from map(_nnunet_folder, _NNUNET_FOLDERS)
+def _run(_: argparse.Namespace) -> int:
+    from desam_nnunet.commands.findings import report
 
-
-def report() -> int:
-    """Prints the findings and counts those that are wrong."""
-    wrong = sum(_print(finding).wrong for finding in examine())
-    print("Nothing is wrong." if not wrong else f"{wrong} thing(s) marked !! must be mended first.")
-    return wrong
-
-
-def report_weights() -> None:
-    """Prints the part about weights."""
-    for finding in (*map(_weights_folder, search_folders()), *map(_weights, VARIANTS.values())):
-        _print(finding)
-
-
-def _print(finding: Finding) -> Finding:
-    mark = "!!" if finding.wrong else "--" if finding.remedy else "ok"
-    print(f"{mark}  {finding.what:<24}{finding.state}")
-    if finding.remedy:
-        print(f"    {'':<24}-> {finding.remedy}")
-    return finding
-
-
-def _trainer(name: str) -> Finding:
-    try:
-        found = look_up(name)
-    except Exception as error:  # the look-up imports files of others
-        listed = os.environ.get(VARIABLE, "")
-        remedy = f"export nnUNet_extTrainer=$nnUNet_extTrainer:{trainers_folder()}"
-        if trainers_folder() in listed.split(os.pathsep):
-            remedy = f"a file in {listed} fails to be imported: repair it or take its folder out of nnUNet_extTrainer"
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        return Finding(name, f"not found by nnU-Net: {reason}", remedy, wrong=True)
-    return Finding(name, f"{found.__module__}.{found.__qualname__}")
-
-
-def _weights_folder(folder: Path) -> Finding:
-    if not folder.is_dir():
-        return Finding("weights folder", f"{folder} (does not exist)")
-    files = sorted(path.name for path in folder.iterdir() if path.suffix in (".pth", ".safetensors"))
-    state = f"{folder}: {', '.join(files) or 'no weights file'}"
-    if not os.access(folder, os.W_OK):
-        return Finding("weights folder", f"{state} (not writable)", "to download, set DESAM_WEIGHTS to another folder")
-    return Finding("weights folder", state)
-
-
-def _weights(variant: Variant) -> Finding:
-    if not variant.file:
-        return Finding(f"weights {variant.name}", f"RANDOM, not pretrained ({RANDOM_IDENTITY}): to compare with")
-    try:
-        path = find_weights(variant.name)
-    except FileNotFoundError:
-        return Finding(f"weights {variant.name}", "not here", f"{variant.remedy} ({variant.megabytes} MB)")
-    assert path is not None
-    if file_md5(path) != variant.md5:
-        return Finding(f"weights {variant.name}", f"{path} is not the published file",
-                       f"remove it; {variant.remedy}", wrong=True)
-    return Finding(f"weights {variant.name}", f"{path}, verified")
-
-
-def _device() -> Finding:
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        name, remedy = f"cuda: {properties.name}, {properties.total_memory / 2**30:.0f} GiB", ""
-        device = torch.device("cuda")
-    elif torch.backends.mps.is_available():
-        name, remedy, device = "mps", "add -device mps to nnU-Net's commands", torch.device("mps")
-    else:
-        name, remedy = f"cpu, {torch.get_num_threads()} threads", "add -device cpu to nnU-Net's commands"
-        device = torch.device("cpu")
-    precision = str(encoder_dtype(device)).removeprefix("torch.")
-    return Finding("device", f"{name}; the encoder runs in {precision}", remedy)
-
-
-def _memory() -> Finding:
-    return Finding("memory", f"{memory_limit() / 2**30:.0f} GiB")
-
-
-def _nnunet_folder(variable: str) -> Finding:
-    value = os.environ.get(variable)
-    if not value:
-        return Finding(variable, "not set", f"export {variable}=/where/you/keep/it", wrong=True)
-    folder = Path(value)
-    if not folder.is_dir():
-        return Finding(variable, f"{value} does not exist", f"mkdir -p {value}", wrong=True)
-    if not os.access(folder, os.W_OK):
-        return Finding(variable, f"{value} is not writable", "choose a folder that you can write", wrong=True)
-    return Finding(variable, f"{value}, {shutil.disk_usage(folder).free / 1e9:.0f} GB free")
+    return 1 if report() else 0

@@ -6,9 +6,12 @@ import argparse
 import math
 from pathlib import Path
 
+from desam_nnunet.commands.words import Commands, add_command, device_named
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What one can type. What is not given is the recipe's own."""
+
+def add(commands: Commands) -> None:
+    """Adds the command."""
+    parser = add_command(commands, "pretrain", _run, "pretrain a small encoder on generated images")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="of the run, new or to go on with")
     parser.add_argument("--encoder", help="size, whose random weights are the start (default: vit_tiny)")
     parser.add_argument("--images", type=int, help="generated in all (default: 200000)")
@@ -22,11 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-device", default="cuda", choices=["cuda", "cpu"], help="default: cuda, as nnU-Net")
 
 
-def run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace) -> int:
     """Runs or goes on with the pretraining."""
     from dataclasses import fields
-
-    import torch
 
     from desam_nnunet.pretraining.recipe import Recipe
     from desam_nnunet.pretraining.run import pretrain
@@ -35,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--minutes is {options.minutes}, but must be a positive number.")
     given = {field.name: value for field in fields(Recipe)
              if (value := getattr(options, field.name)) is not None}
-    weights = pretrain(options.folder, Recipe(**given), torch.device(options.device), minutes=options.minutes)
+    weights = pretrain(options.folder, Recipe(**given), device_named(options.device), minutes=options.minutes)
     if weights is not None:
         print(f'To train on it: "sam": {{"encoder": "{weights.resolve()}"}} in the plans, or desam plan --encoder.')
     return 0

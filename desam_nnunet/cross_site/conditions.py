@@ -50,7 +50,7 @@ def is_unprepared(study: Study, source: str) -> bool:
 
 def is_to_be_cached(study: Study, source: str, method: str) -> bool:
     """Whether a fold of `method` is yet to be trained, and reads stored features; plans without our section do."""
-    trainers = [trainer for trainer in study.trainers if method_of(trainer) == method]
+    trainers = [trainer for trainer in study.trainers if (of := method_of(trainer)) is not None and of.name == method]
     folds = (study.model(source, trainer) / f"fold_{fold}" for trainer in trainers for fold in study.folds)
     plans = json.loads((study.preprocessed(source) / f"{study.plans_of(trainers[0])}.json").read_text())
     features = plans["configurations"][CONFIGURATION].get("sam", {}).get("features", FEATURES[1])

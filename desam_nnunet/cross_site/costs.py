@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple
 
-from desam_nnunet.cross_site.study import CHECKPOINT, Study
+from desam_nnunet.cross_site.study import CHECKPOINT, Study, method_of
 from desam_nnunet.nnunet.checkpoints import read_checkpoint
-from desam_nnunet.settings.sections import METHODS
 
 
 class Cost(NamedTuple):
@@ -53,7 +52,8 @@ def cost_of(study: Study, source: str, trainer: str) -> Cost:
 
 def encoding_minutes(study: Study, source: str) -> float:
     """What it took to store the features of one source, for all trainers that read them."""
-    notes = [_note(study, "encode", source, method) for method in METHODS]
+    methods = {method.name for trainer in study.trainers if (method := method_of(trainer)) is not None}
+    notes = [_note(study, "encode", source, method) for method in sorted(methods)]
     return sum(note.get("seconds", 0) for note in notes if not note.get("skipped")) / 60
 
 

@@ -48,7 +48,8 @@ def open_study(
     if datasets and (labels or channels):
         raise ValueError("--labels and --channels are for data that are no nnU-Net data sets yet: -d has them from "
                          "dataset.json.")
-    chosen = read_settings(settings, plans)
+    check_trainers(_unique(trainers))
+    chosen = read_settings(settings, plans, _unique(trainers or DEFAULT_TRAINERS))
     before = _read(out)
     sites, names = (read_sites(data), {}) if data is not None else _from_datasets(datasets)
     names = names or {site: f"Dataset{number:03d}_{site}" for number, site in enumerate(sites, 1)}
@@ -58,7 +59,7 @@ def open_study(
         _known_sites(sources or known["sources"], sites, "--sources"),
         _known_sites(targets or known["targets"], sites, "--targets"), tuple(sorted(set(map(str, folds)))), plans,
         chosen, tolerance)
-    check_trainers(study.trainers)
+    check_trainers(study.trainers)  # with those of the study that goes on
     _check(study)
     if study.settings:
         check_settings(study)

@@ -110,7 +110,7 @@ def _settings(study: Study, source: str, trainer: str) -> dict[str, Any]:
     plans = json.loads((study.model(source, trainer) / "plans.json").read_text())
     configuration = plans["configurations"][CONFIGURATION]
     method = method_of(trainer)
-    keys = ("batch_size", "patch_size", "spacing", "normalization_schemes", *(("sam", method) if method else ()))
+    keys = ("batch_size", "patch_size", "spacing", "normalization_schemes", *(("sam", method.name) if method else ()))
     return {"plans": plans["plans_name"]} | {key: configuration[key] for key in keys if key in configuration}
 
 

@@ -26,13 +26,18 @@ class ScoreMap(NamedTuple):
 
     Attributes:
         image: (H, W), preprocessed. labels: The same, of the reference.
-        scores: (grid, grid, K), from PRIM, of the points at the centres of the grid's cells.
+        points: (N, 2), x and y in pixels of the tile, of what was asked.
+        scores: (N, K), PRIM's of them.
+        present: (K,), whether the prompter finds a class in the tile. best: (K,), the point that decides.
         slice: Of the volume before preprocessing.
     """
 
     image: np.ndarray
     labels: np.ndarray
+    points: np.ndarray
     scores: np.ndarray
+    present: np.ndarray
+    best: np.ndarray
     slice: int
 
 
@@ -57,7 +62,7 @@ def draw_scores(study: Study, source: str, trainer: str, target: str) -> None:
     for row, found in zip(axes, maps, strict=True):
         for index, (axis, (name, values)) in enumerate(zip(row, classes.items(), strict=True)):
             outline(axis, np.isin(found.labels, values), TRUTH, 1.5)
-            _draw(axis, found, index, f"{case.name}, slice {found.slice}, {name}", network.iou_threshold)
+            _draw(axis, found, index, f"{case.name}, slice {found.slice}, {name}")
     figure.colorbar(axes[0, 0].collections[-1], ax=axes, label="PRIM's score of the point", shrink=0.8)
     save(figure, study.score_picture(source, trainer, target))
 
@@ -83,25 +88,33 @@ def score_maps(
     for z in slices:
         here = tile._replace(slice=z)
         image = torch.from_numpy(crop(data, here, patch_size, 0))[None].float()
-        features = network.encode(image)
-        scores = network.grid_scores(features, network.geometry(image))
-        side = network.grid or 0
-        maps.append(ScoreMap(image[0, 0].numpy(), crop(seg, here, patch_size, -1)[0],
-                             scores.float().numpy().reshape(side, side, -1), z + int(first)))
+        labels = crop(seg, here, patch_size, -1)[0]
+        maps.append(_score_map(network, image, labels, z + int(first)))
     return maps
 
 
-def _draw(axis: Any, found: ScoreMap, index: int, title: str, threshold: float) -> None:
-    scores = found.scores[..., index]
-    height, width = found.image.shape
-    side = len(scores)
-    centres = (np.arange(side) + 0.5) / side
-    x, y = np.meshgrid(centres * width - 0.5, centres * height - 0.5)
+def _score_map(network: DeSAM, image: torch.Tensor, labels: np.ndarray, number: int) -> ScoreMap:
+    """Args: image: (1, C, H, W). number: Of the slice, before preprocessing."""
+    geometry = network.geometry(image)
+    scores = network.scores(network.with_neck(network.encode(image)), geometry)
+    present, best = network.prompter.choose(scores)
+    points = network.prompter.prompts(geometry, image.device).points
+    assert points is not None
+    height, width = geometry.scaled
+    scale = torch.tensor([geometry.tile[1] / width, geometry.tile[0] / height])
+    places = (points[:, 0] + 0.5) * scale - 0.5
+    return ScoreMap(image[0, 0].numpy(), labels, places.numpy(), scores.float().numpy(), present.numpy(), best.numpy(),
+                    number)
+
+
+def _draw(axis: Any, found: ScoreMap, index: int, title: str) -> None:
+    scores = found.scores[:, index]
+    x, y = found.points.T
     axis.imshow(found.image, cmap="gray")
-    best = np.unravel_index(scores.argmax(), scores.shape)
+    best = found.best[index]
     axis.scatter(x[best], y[best], s=90, facecolors="none", edgecolors="red", linewidths=1.5)
     axis.scatter(x, y, c=scores, cmap="viridis", vmin=0, vmax=1, s=16)
-    verdict = "present" if scores.max() > threshold else "absent"
-    axis.set_title(f"{title}\nbest score {scores.max():.2f}: {verdict} (threshold {threshold:g})", fontsize=8)
+    verdict = "present" if found.present[index] else "absent"
+    axis.set_title(f"{title}\nbest score {scores.max():.2f}: {verdict}", fontsize=8)
     axis.set_xticks([])
     axis.set_yticks([])

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from desam_nnunet.cross_site.study import STUDY_PLANS, Study, method_of
 from desam_nnunet.planning.facts import CONFIGURATION
 from desam_nnunet.settings.resolve import check_keys, given_section, resolve_plans
-from desam_nnunet.settings.sections import SECTIONS
+from desam_nnunet.settings.sections import SamSection
+from desam_nnunet.training.registry import TRAINERS
 
 _KEYS = ("batch_size", "patch_size")  # beside our sections
 
 
-def read_settings(path: Path | None, plans: str) -> dict[str, Any]:
+def read_settings(path: Path | None, plans: str, trainers: Sequence[str]) -> dict[str, Any]:
     """Empty where no file was given.
 
     Args:
         plans: As typed after ``-p``.
+        trainers: Whose methods' sections may be given, beside those of this package's own.
 
     Raises:
         ValueError: Not an object of such keys, or there are plans as well.
@@ -34,11 +37,12 @@ def read_settings(path: Path | None, plans: str) -> dict[str, Any]:
         raise ValueError(f"{path} can't be read as JSON: {error}.") from error
     if not isinstance(settings, dict) or not settings:
         raise ValueError(f"{path} must hold an object with keys of the plans' 2D configuration, such as batch_size.")
-    for name, section in SECTIONS.items():
+    sections = _sections(trainers)
+    for name, section in sections.items():
         check_keys(name, section, given_section(settings, name))
-    if unknown := [key for key in settings if key not in SECTIONS and key not in _KEYS]:
+    if unknown := [key for key in settings if key not in sections and key not in _KEYS]:
         raise ValueError(f"{path} has the key '{unknown[0]}', which a study does not take: choose among "
-                         f"{', '.join([*SECTIONS, *_KEYS])}.")
+                         f"{', '.join([*sections, *_KEYS])}.")
     if type(settings.get("batch_size")) is not int or settings["batch_size"] < 1:
         raise ValueError(f"{path} must give batch_size, a number from 1 on, so that all trainers have the same.")
     patch = settings.get("patch_size", [1, 1])
@@ -48,12 +52,19 @@ def read_settings(path: Path | None, plans: str) -> dict[str, Any]:
     return settings
 
 
+def _sections(trainers: Sequence[str]) -> dict[str, type]:
+    """The dataclass of every section by its name."""
+    methods = [method_of(trainer) for trainer in dict.fromkeys([*TRAINERS, *trainers])]
+    return {"sam": SamSection} | {method.name: method.section for method in methods if method is not None}
+
+
 def check_settings(study: Study) -> None:
     """Whether plans with these settings hold for every trainer, and the weights are here, before data are planned."""
     window = study.settings.get("sam", {}).get("intensity") == "window"
     configuration = {"patch_size": [64, 64], "normalization_schemes": ["CTNormalization" if window else ""],
                      "architecture": {}}
-    for method in {method for trainer in study.trainers if (method := method_of(trainer)) is not None}:
+    methods = {method.name: method for trainer in study.trainers if (method := method_of(trainer)) is not None}
+    for method in methods.values():
         plans = {"plans_name": STUDY_PLANS, "label_manager": "LabelManager",
                  "configurations": {CONFIGURATION: copy.deepcopy(configuration | study.settings)}}
         resolve_plans(plans, CONFIGURATION, {"labels": {"background": 0, "organ": 1}}, method)

@@ -28,10 +28,9 @@ from desam_nnunet.cross_site.study import Study, method_of
 from desam_nnunet.evaluation.scores import classes_of, score_cases, write_rows
 from desam_nnunet.nnunet.lookup import look_up
 from desam_nnunet.planning.facts import CONFIGURATION, SPLITS, STOCK_PLANS
-from desam_nnunet.settings.sections import METHODS, SamSection
+from desam_nnunet.settings.sections import SamSection
 from desam_nnunet.system.files import replace_file
 from desam_nnunet.training.desam import DeSAMTrainer
-from desam_nnunet.training.registry import TRAINERS
 
 BUDGET = "desam_nnunet.cross_site.budget:main"
 _MOST_WORKERS = 8
@@ -99,19 +98,28 @@ def _plans(study: Study, source: str, device: str) -> Iterator[Step]:
         yield Step("plan", (source,), None, work=partial(_write_plans, study, source))
     first: dict[str, str] = {}
     for trainer in study.trainers:
-        if (method := method_of(trainer)) is not None:
-            first.setdefault(method, trainer)
+        if (name := _method_name(trainer)) is not None:
+            first.setdefault(name, trainer)
     for method, trainer in first.items():
         plans = study.plans_of(trainer)
         if not study.plans and not study.settings:
-            ours = next(name for name, kind in TRAINERS.items() if kind.method == method)
             yield Step("plan", (source, method), None, (
-                "desam", "plan", "-d", _number(study, source), "--trainer", ours, "-device", device),
+                "desam", "plan", "-d", _number(study, source), "--trainer", trainer, "-device", device),
                 needed=partial(is_missing, study.preprocessed(source) / f"{plans}.json"))
-        if METHODS[method].frozen_features:
+        if _is_frozen(trainer):
             yield Step("encode", (source, method), None, (
                 "desam", "cache", "-d", _number(study, source), "-p", plans, "-tr", trainer, "-device", device),
                 needed=partial(is_to_be_cached, study, source, method))
+
+
+def _method_name(trainer: str) -> str | None:
+    method = method_of(trainer)
+    return method.name if method else None
+
+
+def _is_frozen(trainer: str) -> bool:
+    method = method_of(trainer)
+    return method is not None and method.frozen_features
 
 
 def _pairs(study: Study, device: str) -> Iterator[Step]:
@@ -200,7 +208,7 @@ def follows(step: Step, earlier: Step) -> bool:
     if len(earlier.names) < 2:  # of a source
         return step.names[:1] == earlier.names
     if earlier.kind in ("plan", "encode"):  # of a source and a method
-        return pair == earlier.names if step.part is None else (pair[0], method_of(pair[1])) == earlier.names
+        return pair == earlier.names if step.part is None else (pair[0], _method_name(pair[1])) == earlier.names
     if earlier.kind == "train":
         return pair == earlier.names[:2] and step.kind in ("predict", "score", "look")
     after = {"predict": ("score", "look"), "score": ("look",)}.get(earlier.kind, ())

@@ -14,7 +14,7 @@ from typing import Any
 from desam_nnunet.cross_site.sites import Sites
 from desam_nnunet.nnunet.lookup import look_up
 from desam_nnunet.planning.facts import CONFIGURATION, STOCK_PLANS
-from desam_nnunet.settings.sections import METHODS
+from desam_nnunet.settings.sections import Method
 from desam_nnunet.system.files import replace_file
 from desam_nnunet.training.base import SamTrainer
 
@@ -30,8 +30,8 @@ def _digest(settings: dict[str, Any]) -> str:
 
 
 @lru_cache
-def method_of(trainer: str) -> str | None:
-    """The method that a trainer of this package trains; None for nnU-Net's and others'."""
+def method_of(trainer: str) -> Method | None:
+    """The method of a trainer of this package's kind; None for nnU-Net's own."""
     found = look_up(trainer)
     return found.method if issubclass(found, SamTrainer) else None
 
@@ -84,7 +84,7 @@ class Study:
         if self.plans:
             return self.plans
         method = method_of(trainer)
-        return METHODS[method].plans_name if method else STOCK_PLANS
+        return method.plans_name if method else STOCK_PLANS
 
     def model(self, source: str, trainer: str) -> Path:
         name = f"{trainer}__{self.plans_of(trainer)}__{CONFIGURATION}"

@@ -1,29 +1,90 @@
-"""SAM's image encoder, frozen, with the intermediate outputs that DeSAM reads.
+"""What every encoder of this package is: maps of an image, and how these maps look before it runs.
 
-Source: Gao et al., DeSAM, MICCAI 2024 (encoder outputs of the global-attention blocks); Kirillov et
-al., Segment Anything, ICCV 2023.
+Source of the idea that a decoder reads intermediate maps and a neck: Gao et al., DeSAM, MICCAI 2024 (SAM's blocks with
+global attention); Kirillov et al., Segment Anything, ICCV 2023 (the neck).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from segment_anything.modeling import ImageEncoderViT
+from segment_anything.modeling import MaskDecoder, PromptEncoder
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from desam_nnunet.encoders.precision import encoder_dtype
+
+State = dict[str, Tensor]
+MIN_IMAGE_SIZE = 64
+
+
+class Level(NamedTuple):
+    """A map of an encoder. Attributes: channels. stride: Pixels of the input along a side of one of its pixels."""
+
+    channels: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How an encoder wants its images: square, RGB, padded with zeros at the bottom and right after normalisation.
+
+    Attributes:
+        multiple: Of which the input's side is one, in pixels.
+        highest: Of the intensities, which begin at 0.
+        mean, std: Taken out of them, channel by channel, in the same units.
+        resize: ``bilinear`` (with a filter where images shrink), or ``area``.
+        rescale: Whether each image is stretched to its own minimum and maximum once it has been resized.
+    """
+
+    multiple: int
+    highest: float = 1.0
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    resize: str = "bilinear"
+    rescale: bool = False
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """What an encoder gives for one input size.
+
+    Attributes:
+        levels: Intermediate maps, shallow to deep.
+        neck: The last map, which prompts are asked of.
+        image: What it wants.
+    """
+
+    levels: tuple[Level, ...]
+    neck: Level
+    image: ImageSpec
+
+    @property
+    def maps(self) -> tuple[Level, ...]:
+        """Levels and neck in one row."""
+        return (*self.levels, self.neck)
+
+    @property
+    def channels(self) -> int:
+        """Of all maps together."""
+        return sum(level.channels for level in self.maps)
+
+    def values(self, image_size: int) -> int:
+        """How many numbers all maps of one image have together."""
+        return sum(level.channels * (image_size // level.stride) ** 2 for level in self.maps)
 
 
 class Features(NamedTuple):
     """What the frozen encoder says of a batch of tiles.
 
     Attributes:
-        levels: Outputs of the global-attention blocks except the last, shallow to deep, each
-            (B, D, S/16, S/16) with D the embedding dimension and S the input side.
-        neck: (B, C, S/16, S/16), C the prompt dimension.
+        levels: Intermediate maps, shallow to deep, each (B, channels, S / stride, S / stride) with S the input's side.
+        neck: The last map, of the same layout.
     """
 
     levels: tuple[Tensor, ...]
@@ -38,66 +99,107 @@ class Features(NamedTuple):
         """Every tensor changed alike."""
         return Features(tuple(map(change, self.levels)), change(self.neck))
 
+    def part(self, number: int) -> Features:
+        """One sample of a batch, as a batch of one."""
+        return self.map(lambda x: x[number : number + 1])
+
     def sample(self, number: int) -> Features:
         """One sample's part of a batch, as views without the batch dimension."""
         return self.map(lambda x: x[number])
 
 
-def read_features(vit: ImageEncoderViT, x: Tensor, level_blocks: tuple[int, ...]) -> Features:
-    """Runs the blocks and the neck on the first block's input (B, S/16, S/16, D), and keeps what some blocks say."""
-    levels = []
-    for index, block in enumerate(vit.blocks):
-        x = block(x)
-        if index in level_blocks:
-            levels.append(x.permute(0, 3, 1, 2).float().contiguous())  # B H W D -> B D H W
-    return Features(tuple(levels), vit.neck(x.permute(0, 3, 1, 2)).float())
-
-
-class FrozenEncoder(nn.Module):
-    """Runs SAM's ``ImageEncoderViT`` without gradients and always in eval mode.
-
-    Args:
-        vit: SAM's encoder with its weights loaded.
-        level_blocks: Indexes of the blocks whose outputs are handed on as levels.
-        identity: Names the weights beyond doubt, see :func:`desam_nnunet.encoders.weights.load_sam`.
+class Projection(NamedTuple):
+    """A linear layer of an attention that makes queries, keys and values at once.
 
     Attributes:
-        dtype: Precision of the matrix products; None, from the start, for what suits the device of the images. The
-            sum that runs from block to block, and what comes out, is float32 in any case.
+        attention: The module that holds it, as `name`.
+        rows: Of its outputs, by the letters ``q``, ``k`` and ``v``.
     """
 
-    def __init__(self, vit: ImageEncoderViT, level_blocks: tuple[int, ...], identity: str) -> None:
+    attention: nn.Module
+    name: str
+    rows: Mapping[str, slice | Tensor]
+
+
+class PlainViT(NamedTuple):
+    """A vision transformer taken apart, for methods that work between its blocks.
+
+    Attributes:
+        embed: Images (B, 3, S, S) to tokens (B, h, w, D).
+        blocks: Tokens to tokens of the same shape.
+        neck: (B, D, h, w) to the neck's map.
+        dim: D.
+        heads: Of each attention.
+    """
+
+    embed: Callable[[Tensor], Tensor]
+    blocks: nn.ModuleList
+    neck: nn.Module
+    dim: int
+    heads: int
+
+
+class Encoder(nn.Module):
+    """A network with frozen weights, always in eval mode. Families say how it is run and what it can be asked for.
+
+    Args:
+        network: With its weights loaded.
+        spec: Of its features.
+        identity: Names the weights beyond doubt, see :func:`desam_nnunet.encoders.weights.load_encoder`.
+
+    Attributes:
+        dtype: Precision of the matrix products; None, from the start, for what suits the device of the images. What
+            comes out is float32 in any case.
+    """
+
+    def __init__(self, network: nn.Module, spec: FeatureSpec, identity: str) -> None:
         super().__init__()
-        self.vit = vit.requires_grad_(False)
-        self.level_blocks = level_blocks
+        self.network = network.requires_grad_(False)
+        self.spec = spec
         self.identity = identity
         self.dtype: torch.dtype | None = None
         self.eval()
 
-    def train(self, mode: bool = True) -> FrozenEncoder:
+    def run(self, images: Tensor, *, levels: bool = True, recompute: bool = False) -> Features:
+        """Runs the network under the autocast that is in force, with gradients where these are enabled.
+
+        Args:
+            images: (B, 3, S, S), as the spec's image says.
+            levels: Whether the intermediate maps are wanted.
+            recompute: Whether what the network keeps for the backward pass is computed again there.
+
+        Returns:
+            In float32.
+        """
+        raise NotImplementedError
+
+    def projections(self) -> list[Projection]:
+        """Of every attention, in order; only where the architecture offers ``projections``."""
+        raise NotImplementedError
+
+    def plain_vit(self) -> PlainViT:
+        """Only where the architecture offers ``plain ViT``."""
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> Encoder:
         """Stays in eval mode, whatever the network around it does."""
-        return super().train(False)
+        super().train(False)
+        return self
 
     @torch.compiler.disable(recursive=False)  # the choice of the precision is no graph; the blocks are
     @torch.no_grad()
     def forward(self, images: Tensor) -> Features:
-        """Encodes SAM images.
-
-        Args:
-            images: (B, 3, S, S), normalised and padded as SAM expects.
-
-        Returns:
-            In float32, whatever the precision in between.
-        """
+        """Encodes images (B, 3, S, S) without gradients."""
         with self.autocast(images.device):
-            return read_features(self.vit, self.embed(images), self.level_blocks)
+            return self.run(images)
 
-    def embed(self, images: Tensor) -> Tensor:
-        """The first block's input (B, S/16, S/16, D)."""
-        return self.vit.patch_embed(images) + self.vit.pos_embed
+    def neck(self, images: Tensor, *, recompute: bool = False) -> Tensor:
+        """The neck's map alone, in float32, for methods that adapt the encoder; arguments as :meth:`run`."""
+        with self.autocast(images.device):
+            return self.run(images, levels=False, recompute=recompute).neck
 
     def autocast(self, device: torch.device) -> torch.autocast:
-        """In which the blocks are computed on `device`."""
+        """In which the network is computed on `device`."""
         dtype = self.precision(device)
         return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
@@ -106,19 +208,89 @@ class FrozenEncoder(nn.Module):
         return self.dtype or encoder_dtype(device)
 
     @property
-    def channels(self) -> int:
-        """Of all features together."""
-        return len(self.level_blocks) * self.vit.pos_embed.shape[-1] + self.vit.neck[-1].weight.shape[0]
-
-    @property
     def place(self) -> tuple[torch.device, torch.dtype]:
         """Device and type of the weights."""
-        return self.vit.pos_embed.device, self.vit.pos_embed.dtype
+        weight = next(self.network.parameters())
+        return weight.device, weight.dtype
 
     def checksum(self) -> str:
         """SHA-256 over every weight's name and bytes: equal before and after training, or it was not frozen."""
         digest = hashlib.sha256()
-        for name, value in sorted(self.vit.state_dict().items()):
+        for name, value in sorted(self.network.state_dict().items()):
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+
+class LoadedEncoder(NamedTuple):
+    """An encoder for one input size, with what of SAM stands around it.
+
+    Attributes:
+        encoder: Frozen.
+        prompt_encoder: SAM's, frozen; a fresh one for an encoder that did not come with SAM.
+        mask_decoder: SAM's, a start for ours; likewise.
+        neck: Fresh, to be trained, where the encoder has none of its own: brings its last map to the prompts' width.
+        trained: Whether prompt encoder and mask decoder hold pretrained weights.
+    """
+
+    encoder: Encoder
+    prompt_encoder: PromptEncoder
+    mask_decoder: MaskDecoder
+    neck: nn.Module | None = None
+    trained: bool = True
+
+    @property
+    def prompt_dim(self) -> int:
+        """Channels of the prompts and the mask decoder."""
+        return self.prompt_encoder.embed_dim
+
+
+class Architecture(ABC):
+    """A network in one size, known before any weights are read; one class per family.
+
+    Attributes:
+        family: Its name in tables.
+        offers: What adapting methods can ask of it: ``projections``, ``plain ViT``.
+    """
+
+    family: ClassVar[str]
+    offers: ClassVar[frozenset[str]] = frozenset()
+
+    @abstractmethod
+    def spec(self, image_size: int) -> FeatureSpec:
+        """What it gives for an input of `image_size` pixels a side."""
+
+    @abstractmethod
+    def shapes(self) -> dict[str, torch.Size]:
+        """Every key of a weights file, with its shape."""
+
+    @abstractmethod
+    def blank(self, image_size: int, identity: str = "") -> LoadedEncoder:
+        """With values that mean nothing, on the device and in the mode of tensors that are in force."""
+
+    @abstractmethod
+    def load(self, state: State, image_size: int, identity: str) -> LoadedEncoder:
+        """With the values of a weights file that has been checked against :meth:`shapes`."""
+
+    @abstractmethod
+    def random_state(self) -> State:
+        """Random weights, the same on every machine."""
+
+    def unused(self, key: str) -> bool:
+        """Whether files may hold `key`, which nothing here uses."""
+        return False
+
+    def check_image_size(self, size: Any) -> None:
+        """Raises: ValueError: Not a size that it takes."""
+        multiple = self.spec(MIN_IMAGE_SIZE).image.multiple
+        if size < MIN_IMAGE_SIZE or size % multiple:
+            raise ValueError(f"The plans' key sam.image_size is {size!r}, but must be a multiple of {multiple}, at "
+                             f"least {MIN_IMAGE_SIZE}.")
+
+    def operations(self, image_size: int) -> int:
+        """Of encoding one image, counted on a network without values; a product and its sum are two."""
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            encoder = self.blank(image_size).encoder
+            encoder.dtype = torch.float32
+            encoder(torch.empty(1, 3, image_size, image_size))
+        return counter.get_total_flops()

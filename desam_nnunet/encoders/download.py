@@ -1,4 +1,4 @@
-"""Fetches SAM's published weights: with progress, resumable, verified, renamed only when complete."""
+"""Fetches published weights: with progress, resumable, verified, renamed only when complete."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ import tempfile
 from pathlib import Path
 
 import requests
+import timm
+from safetensors.torch import save_file
 from tqdm import tqdm
 
-from desam_nnunet.encoders.registry import VARIANTS, Variant
-from desam_nnunet.encoders.weights import download_folder, file_md5
+from desam_nnunet.encoders.registry import ENCODERS, TIMM, EncoderRow, row_of
+from desam_nnunet.encoders.timm_backbone import TimmBackbone
+from desam_nnunet.encoders.weights import download_folder, file_hash, is_published
+from desam_nnunet.system.files import replacing
 
 _CHUNK = 1 << 20
 _TIMEOUT = 30  # seconds without a byte
 
 
 def download(name: str, *, url: str | None = None) -> Path:
-    """Brings a variant's published file into the download folder; a verified one that is there stays.
+    """Brings an encoder's published file into the download folder; a verified one that is there stays.
 
     A partial download is kept as ``<file>.part`` and continued by the next call.
 
@@ -28,25 +32,43 @@ def download(name: str, *, url: str | None = None) -> Path:
         ValueError: No weights are published for `name`, or what arrived is not the published file.
         OSError: The folder can't be written, or there is no way to the server; the message says what to do.
     """
-    variant = VARIANTS.get(name)
-    if variant is not None and variant.packaged:
-        raise ValueError(f"'{name}' needs no download: its weights come with this package.")
-    if variant is None or not variant.file:
-        published = ", ".join(row.name for row in VARIANTS.values() if row.file and not row.packaged)
-        raise ValueError(f"No weights are published for '{name}': choose from {published}.")
-    target = _writable_folder() / variant.file
-    if target.is_file() and file_md5(target) == variant.md5:
+    row = row_of(name)
+    if row is not None and row.distribution:
+        raise ValueError(f"'{name}' needs no download: its weights come with the package {row.distribution}; where "
+                         f"they are missing, {row.remedy}.")
+    if row is None or row.is_random:
+        published = ", ".join(row.name for row in ENCODERS.values() if row.url)
+        raise ValueError(f"No weights are published for '{name}': choose from {published}, or {TIMM}<a model of "
+                         "timm's>.")
+    target = _writable_folder() / row.file
+    if isinstance(row.architecture, TimmBackbone):
+        return target if target.is_file() else _fetch_from_timm(row.architecture, target)
+    if target.is_file() and is_published(target, row):
         return target
     partial = target.with_name(target.name + ".part")
     try:
-        _fetch(url or variant.url, partial)
+        _fetch(url or row.url, partial)
     except requests.RequestException as error:
         raise ConnectionError(
-            f"{variant.file} could not be downloaded from {url or variant.url} ({type(error).__name__}). Run the "
+            f"{row.file} could not be downloaded from {url or row.url} ({type(error).__name__}). Run the "
             f"command again to continue, or fetch the file on another machine and put it into {target.parent}."
         ) from error
-    _verify(partial, variant)
+    _verify(partial, row)
     partial.replace(target)
+    return target
+
+
+def _fetch_from_timm(backbone: TimmBackbone, target: Path) -> Path:
+    """What timm downloads for a model, its classifier left out, as one file."""
+    try:
+        model = timm.create_model(backbone.model, pretrained=True, num_classes=0)
+    except Exception as error:  # of whatever hub it asks
+        raise ConnectionError(
+            f"timm could not bring the weights of {backbone.model} ({type(error).__name__}). Run the command again, or "
+            f"save their state dict on another machine as {target}."
+        ) from error
+    with replacing(target) as temporary:
+        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, temporary)
     return target
 
 
@@ -89,11 +111,12 @@ def _fetch(url: str, partial: Path) -> None:
                 raise requests.ConnectionError("the connection was cut")
 
 
-def _verify(partial: Path, variant: Variant) -> None:
-    md5 = file_md5(partial)
-    if md5 != variant.md5:
+def _verify(partial: Path, row: EncoderRow) -> None:
+    if not is_published(partial, row):
+        name, expected = ("MD5", row.md5) if row.md5 else ("SHA-256", row.sha256)
+        digest = file_hash(partial, name.replace("-", "").lower())
         partial.unlink()
         raise ValueError(
-            f"What arrived for {variant.name} is not the published file (MD5 {md5}, expected {variant.md5}) and was "
+            f"What arrived for {row.name} is not the published file ({name} {digest}, expected {expected}) and was "
             "removed: run the command again."
         )

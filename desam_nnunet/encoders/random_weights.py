@@ -5,40 +5,42 @@ They are no pretrained weights and do not pretend to be: every place that shows 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from desam_nnunet.encoders.registry import Variant, build_sam
-
 SEED = 0
 RANDOM_IDENTITY = f"random:RandomState:1:seed{SEED}"  # generator, version of the recipe below, seed
+Shapes = Mapping[str, tuple[int, ...]]
 
 
-def random_state(variant: Variant) -> dict[str, Tensor]:
-    """All of SAM in the size of `variant`, drawn from numpy's frozen ``RandomState``.
+def drawn(shapes: Shapes, gain: float = 1.0) -> dict[str, Tensor]:
+    """Every weight of a network, drawn from numpy's frozen ``RandomState`` in the order of `shapes`.
 
-    The recipe: layers in the order of SAM's modules; weights and biases uniform within
-    1/sqrt(fan-in), norms at one and zero, embeddings and position tables normal (0.02 for tables
-    that are added to tokens, 1 for the prompts' frequencies and tokens).
+    The recipe: weights and biases uniform within `gain`/sqrt(fan-in), norms at one and zero, statistics of batches at
+    those of standardised values, embeddings and position tables normal (0.02 for tables that are added to tokens,
+    1 for the prompts' frequencies and tokens).
     """
     generator = np.random.RandomState(SEED)
-    with torch.device("meta"):
-        shapes = {key: tuple(value.shape) for key, value in build_sam(variant).state_dict().items()}
-    return {key: _draw(key, shape, shapes, generator) for key, shape in shapes.items()}
+    return {key: _draw(key, shape, shapes, gain, generator) for key, shape in shapes.items()}
 
 
 def _draw(
-    key: str, shape: tuple[int, ...], shapes: dict[str, tuple[int, ...]], generator: np.random.RandomState
+    key: str, shape: tuple[int, ...], shapes: Shapes, gain: float, generator: np.random.RandomState
 ) -> Tensor:
     owner, _, kind = key.rpartition(".")
-    if kind in ("pos_embed", "rel_pos_h", "rel_pos_w"):
-        values = generator.normal(0, 0.02, shape)
-    elif kind == "positional_encoding_gaussian_matrix" or (key.startswith("prompt_encoder.") and "embed" in key):
+    weight = shapes.get(f"{owner}.weight", ())
+    if kind == "num_batches_tracked":
+        return torch.zeros(shape, dtype=torch.int64)
+    if kind == "positional_encoding_gaussian_matrix" or (key.startswith("prompt_encoder.") and "embed" in key):
         values = generator.normal(0, 1, shape)
-    elif len(shapes[f"{owner}.weight"]) == 1:  # a norm
-        values = np.full(shape, 1.0 if kind == "weight" else 0.0)
-    else:
-        bound = np.prod(shapes[f"{owner}.weight"][1:]) ** -0.5
+    elif kind in ("weight", "bias") and len(weight) > 1:
+        bound = gain * np.prod(weight[1:]) ** -0.5
         values = generator.uniform(-bound, bound, shape)
+    elif len(shape) > 1:  # pos_embed, rel_pos, class and register tokens, biases of an attention
+        values = generator.normal(0, 0.02, shape)
+    else:  # norms, scales of a layer, statistics of batches
+        values = np.full(shape, 0.0 if kind in ("bias", "running_mean") else 1.0)
     return torch.from_numpy(values.astype(np.float32))

@@ -1,128 +1,220 @@
-"""The sizes of SAM's encoders and the files that hold their weights, one row each.
+"""Segment Anything's own vision transformer, in every size, with its prompt encoder and mask decoder.
 
-Source: Kirillov et al., Segment Anything, ICCV 2023, and the package ``segment-anything`` 1.0
-(``build_sam.py``). ``vit_tiny`` is ours: the same classes in a size that a laptop can run, pretrained on generated
-images (``docs/vit_tiny.md``), in the package; ``vit_tiny_random`` is as large, with weights that nobody trained.
+Source: Kirillov et al., Segment Anything, ICCV 2023, and the package ``segment-anything`` 1.0 (``build_sam.py``); which
+outputs are levels, Gao et al., DeSAM, MICCAI 2024.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from functools import lru_cache, partial
 
+import torch
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from desam_nnunet.encoders.attention import use_exact_attention
+from desam_nnunet.encoders.base import (
+    Architecture,
+    Encoder,
+    Features,
+    FeatureSpec,
+    ImageSpec,
+    Level,
+    LoadedEncoder,
+    PlainViT,
+    Projection,
+    State,
+)
+from desam_nnunet.encoders.random_weights import drawn
 
 PATCH = 16
-MASK_STRIDE = 4  # SAM's and DeSAM's masks are at a quarter of the input size
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
-DOWNLOAD_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
+IMAGE = ImageSpec(PATCH, 255.0, PIXEL_MEAN, PIXEL_STD)
+
+
+class SamViTEncoder(Encoder):
+    """SAM's ``ImageEncoderViT`` with exact attention.
+
+    Args:
+        level_blocks: Indexes of the blocks whose outputs are handed on as levels.
+    """
+
+    network: ImageEncoderViT
+
+    def __init__(self, vit: ImageEncoderViT, spec: FeatureSpec, identity: str, level_blocks: tuple[int, ...]) -> None:
+        super().__init__(vit, spec, identity)
+        self.level_blocks = level_blocks
+
+    def run(self, images: Tensor, *, levels: bool = True, recompute: bool = False) -> Features:
+        return read_features(self.network, self._embed(images), self.level_blocks if levels else (), recompute)
+
+    def projections(self) -> list[Projection]:
+        """Thirds of a fused layer."""
+        return [Projection(block.attn, "qkv", thirds(block.attn.qkv)) for block in self.network.blocks]
+
+    def plain_vit(self) -> PlainViT:
+        vit = self.network
+        return PlainViT(self._embed, vit.blocks, vit.neck, vit.pos_embed.shape[-1], vit.blocks[0].attn.num_heads)
+
+    def _embed(self, images: Tensor) -> Tensor:
+        """The first block's input (B, S/16, S/16, D)."""
+        return self.network.patch_embed(images) + self.network.pos_embed
+
+
+def read_features(
+    vit: ImageEncoderViT, x: Tensor, level_blocks: tuple[int, ...], recompute: bool = False
+) -> Features:
+    """Runs the blocks and the neck on the first block's input (B, S/16, S/16, D), and keeps what some blocks say."""
+    levels = []
+    for index, block in enumerate(vit.blocks):
+        x = checkpoint(block, x, use_reentrant=False) if recompute and torch.is_grad_enabled() else block(x)
+        if index in level_blocks:
+            levels.append(x.permute(0, 3, 1, 2).float().contiguous())  # B H W D -> B D H W
+    return Features(tuple(levels), vit.neck(x.permute(0, 3, 1, 2)).float())
+
+
+def thirds(fused: nn.Linear) -> dict[str, slice]:
+    """Where queries, keys and values stand among the outputs of a layer that makes one after the other."""
+    width = fused.out_features // 3
+    return {letter: slice(part * width, (part + 1) * width) for part, letter in enumerate("qkv")}
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One encoder size.
+class SamViT(Architecture):
+    """One size of SAM.
 
     Attributes:
         global_blocks: Indexes of the blocks with global attention; the others attend in windows.
         prompt_dim: Channels of the neck, the prompts and the mask decoder.
-        image_size: Input side in pixels of the pretrained position tables.
-        file, md5, megabytes: The published weights file; empty where there is none, and weights are random.
-        packaged: Whether that file comes with this package.
+        tables: Input side in pixels of the pretrained position tables.
     """
 
-    name: str
+    family = "sam_vit"
+    offers = frozenset({"projections", "plain ViT"})
+
     embed_dim: int
     depth: int
     heads: int
     global_blocks: tuple[int, ...]
     window: int = 14
     prompt_dim: int = 256
-    image_size: int = 1024
-    file: str = ""
-    md5: str = ""
-    megabytes: int = 0
-    packaged: bool = False
+    tables: int = 1024
 
-    @property
-    def feature_channels(self) -> int:
-        """Of the intermediate outputs that DeSAM reads (all global blocks' but the last) and the neck together."""
-        return (len(self.global_blocks) - 1) * self.embed_dim + self.prompt_dim
+    def spec(self, image_size: int) -> FeatureSpec:
+        levels = (Level(self.embed_dim, PATCH),) * (len(self.global_blocks) - 1)
+        return FeatureSpec(levels, Level(self.prompt_dim, PATCH), IMAGE)
 
-    @property
-    def remedy(self) -> str:
-        """What to do where the file is missing or damaged."""
-        return "install desam-nnunet again" if self.packaged else f"desam weights get {self.name}"
+    def shapes(self) -> dict[str, torch.Size]:
+        return _shapes(self)
 
-    @property
-    def url(self) -> str:
-        return DOWNLOAD_URL + self.file
+    def blank(self, image_size: int, identity: str = "") -> LoadedEncoder:
+        return self._around(build_sam(self, image_size), image_size, identity)
 
+    def load(self, state: State, image_size: int, identity: str) -> LoadedEncoder:
+        with torch.device("meta"):  # the real values come with the state: nothing is initialised twice
+            sam = build_sam(self, image_size)
+        sam.load_state_dict(resize_positions(state, self, image_size), assign=True)
+        return self._around(sam, image_size, identity)
 
-_TINY = Variant("vit_tiny", 192, 8, 6, (1, 3, 5, 7), window=8, prompt_dim=128, image_size=256,
-                file="vit_tiny.safetensors", md5="a52f4216152a62c5033e98f362f562d7", megabytes=10, packaged=True)
-VARIANTS: dict[str, Variant] = {
-    row.name: row
-    for row in (
-        Variant("vit_b", 768, 12, 12, (2, 5, 8, 11),
-                file="sam_vit_b_01ec64.pth", md5="01ec64d29a2fca3f0661936605ae66f8", megabytes=375),
-        Variant("vit_l", 1024, 24, 16, (5, 11, 17, 23),
-                file="sam_vit_l_0b3195.pth", md5="0b3195507c641ddb6910d2bb5adee89c", megabytes=1250),
-        Variant("vit_h", 1280, 32, 16, (7, 15, 23, 31),
-                file="sam_vit_h_4b8939.pth", md5="4b8939a88964f0f4ff5f5b2642c598a6", megabytes=2564),
-        _TINY,
-        replace(_TINY, name="vit_tiny_random", file="", md5="", megabytes=0, packaged=False),
-    )
-}
+    def random_state(self) -> State:
+        return drawn({key: tuple(shape) for key, shape in self.shapes().items()})
+
+    def _around(self, sam: Sam, image_size: int, identity: str) -> LoadedEncoder:
+        encoder = SamViTEncoder(
+            use_exact_attention(sam.image_encoder), self.spec(image_size), identity, self.global_blocks[:-1])
+        return LoadedEncoder(encoder, sam.prompt_encoder.requires_grad_(False).eval(), sam.mask_decoder)
 
 
-def build_sam(variant: Variant, image_size: int | None = None) -> Sam:
-    """SAM's own modules in the size of `variant`, with the package's default initialisation.
+@lru_cache(maxsize=8)
+def _shapes(size: SamViT) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {key: value.shape for key, value in build_sam(size).state_dict().items()}
+
+
+def build_sam(size: SamViT, image_size: int | None = None) -> Sam:
+    """SAM's own modules, with the package's default initialisation.
 
     Args:
-        image_size: Input side in pixels, a multiple of 16; the variant's own where None.
+        image_size: Input side in pixels, a multiple of 16; that of the pretrained position tables where None.
     """
-    size = image_size or variant.image_size
-    grid = size // PATCH
-    return Sam(
-        image_encoder=ImageEncoderViT(
-            img_size=size,
+    image_size = image_size or size.tables
+    return sam_around(
+        ImageEncoderViT(
+            img_size=image_size,
             patch_size=PATCH,
-            embed_dim=variant.embed_dim,
-            depth=variant.depth,
-            num_heads=variant.heads,
+            embed_dim=size.embed_dim,
+            depth=size.depth,
+            num_heads=size.heads,
             mlp_ratio=4,
-            out_chans=variant.prompt_dim,
+            out_chans=size.prompt_dim,
             qkv_bias=True,
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
             use_rel_pos=True,
-            window_size=variant.window,
-            global_attn_indexes=variant.global_blocks,
+            window_size=size.window,
+            global_attn_indexes=size.global_blocks,
         ),
-        prompt_encoder=PromptEncoder(
-            embed_dim=variant.prompt_dim,
-            image_embedding_size=(grid, grid),
-            input_image_size=(size, size),
-            mask_in_chans=16,
-        ),
-        mask_decoder=MaskDecoder(
-            transformer_dim=variant.prompt_dim,
-            transformer=build_transformer(variant.prompt_dim),
-            num_multimask_outputs=3,
-            iou_head_depth=3,
-            iou_head_hidden_dim=variant.prompt_dim,
-        ),
+        size.prompt_dim, image_size // PATCH, image_size)
+
+
+def sam_around(image_encoder: nn.Module, dim: int, side: int, image_size: int) -> Sam:
+    """SAM's modules around an image encoder.
+
+    Args:
+        dim: Channels of the encoder's neck, the prompts and the decoder.
+        side: Of the neck's map, for an input of `image_size`.
+    """
+    return Sam(
+        image_encoder=image_encoder,
+        prompt_encoder=build_prompt_encoder(dim, side, image_size),
+        mask_decoder=build_mask_decoder(dim),
         pixel_mean=list(PIXEL_MEAN),
         pixel_std=list(PIXEL_STD),
     )
 
 
-def build_neck(variant: Variant) -> nn.Sequential:
-    """The neck of SAM's image encoder in the size of `variant`, with the package's default initialisation."""
-    return ImageEncoderViT(PATCH, PATCH, embed_dim=variant.embed_dim, depth=0, out_chans=variant.prompt_dim).neck
+def build_prompt_encoder(dim: int, side: int, image_size: int) -> PromptEncoder:
+    """SAM's, for prompts on an input of `image_size` pixels and maps of `side`."""
+    return PromptEncoder(
+        embed_dim=dim, image_embedding_size=(side, side), input_image_size=(image_size, image_size), mask_in_chans=16)
+
+
+def build_mask_decoder(dim: int) -> MaskDecoder:
+    """SAM's, with its four masks."""
+    return MaskDecoder(
+        transformer_dim=dim, transformer=build_transformer(dim), num_multimask_outputs=3, iou_head_depth=3,
+        iou_head_hidden_dim=dim)
+
+
+def build_neck(channels: int, dim: int) -> nn.Sequential:
+    """The neck of SAM's image encoder, with the package's default initialisation: `channels` to `dim`."""
+    return ImageEncoderViT(PATCH, PATCH, embed_dim=channels, depth=0, out_chans=dim).neck
 
 
 def build_transformer(dim: int, *, mlp_dim: int | None = None, heads: int = 8, depth: int = 2) -> TwoWayTransformer:
     """SAM's two-way transformer; the MLP is eight times as wide as `dim`, as published (256, 2048)."""
     return TwoWayTransformer(depth=depth, embedding_dim=dim, mlp_dim=mlp_dim or 8 * dim, num_heads=heads)
+
+
+def resize_positions(state: State, size: SamViT, image_size: int) -> State:
+    """Interpolates the position tables of the image encoder for another input size.
+
+    The absolute table bilinearly, the relative tables of the global blocks linearly as SAM's
+    ``get_rel_pos`` does at run time; windows keep their tables.
+    """
+    if image_size == size.tables:
+        return state
+    grid = image_size // PATCH
+    resized = dict(state)
+    absolute = state["image_encoder.pos_embed"].permute(0, 3, 1, 2)  # 1 H W D -> 1 D H W
+    absolute = F.interpolate(absolute, size=(grid, grid), mode="bilinear", align_corners=False)
+    resized["image_encoder.pos_embed"] = absolute.permute(0, 2, 3, 1)
+    for block in size.global_blocks:
+        for axis in "hw":
+            key = f"image_encoder.blocks.{block}.attn.rel_pos_{axis}"
+            table = state[key].T[None]  # L C -> 1 C L
+            resized[key] = F.interpolate(table, size=2 * grid - 1, mode="linear")[0].T.contiguous()
+    return resized

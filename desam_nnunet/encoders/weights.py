@@ -1,6 +1,6 @@
-"""Finds, verifies and loads the weights of SAM.
+"""Finds, verifies and loads the weights of encoders.
 
-Where a named variant is looked for, in this order (``vit_tiny`` in the package before all):
+Where a named encoder's file is looked for, in this order (after the package of the index that brings it, if one does):
 
 1. the folder in the environment variable ``DESAM_WEIGHTS``,
 2. ``$XDG_CACHE_HOME/desam_nnunet`` (``~/.cache/desam_nnunet``), where ``desam weights get`` writes,
@@ -15,40 +15,19 @@ from __future__ import annotations
 import hashlib
 import os
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
-from segment_anything.modeling import MaskDecoder, PromptEncoder
 from torch import Tensor
-from torch.nn import functional as F
 
-from desam_nnunet.encoders.attention import use_exact_attention
-from desam_nnunet.encoders.base import FrozenEncoder
-from desam_nnunet.encoders.random_weights import RANDOM_IDENTITY, random_state
-from desam_nnunet.encoders.registry import PATCH, VARIANTS, Variant, build_sam
+from desam_nnunet.encoders.base import Architecture, LoadedEncoder, State
+from desam_nnunet.encoders.random_weights import RANDOM_IDENTITY
+from desam_nnunet.encoders.registry import ENCODERS, OURS, EncoderRow, row_of
 from desam_nnunet.system.files import damage_told
 
-State = dict[str, Tensor]
 _PACKAGE = Path(__file__).parent
-_WIDTH_KEY = "image_encoder.patch_embed.proj.weight"
-
-
-class LoadedSam(NamedTuple):
-    """SAM with its weights, for one input size.
-
-    Attributes:
-        prompt_encoder: Frozen.
-        mask_decoder: SAM's decoder, a start for ours.
-        random: Whether these are no pretrained weights.
-    """
-
-    variant: Variant
-    encoder: FrozenEncoder
-    prompt_encoder: PromptEncoder
-    mask_decoder: MaskDecoder
-    random: bool
 
 
 def download_folder() -> Path:
@@ -65,36 +44,46 @@ def search_folders() -> list[Path]:
 
 
 def find_weights(encoder: str, identity: str | None = None) -> Path | None:
-    """The weights file of `encoder`, a variant's name or a path; None for random weights.
+    """The weights file of `encoder`, a name or a path; None for random weights.
 
     Args:
         identity: Of several files the one with this identity is taken, if there is one; else the first.
 
     Raises:
         FileNotFoundError: It is nowhere; the message says where it was looked for and what to do.
-        ValueError: `encoder` is neither a known variant nor looks like a path.
+        ValueError: `encoder` is neither a known name nor looks like a path.
     """
-    variant = VARIANTS.get(encoder)
-    if variant is not None and (not variant.file or (variant.packaged and identity == RANDOM_IDENTITY)):
+    row = row_of(encoder)
+    if row is not None and (row.is_random or (row.distribution == OURS and identity == RANDOM_IDENTITY)):
         return None  # before vit_tiny had weights it meant random ones, and models of that time go on
-    path = Path(variant.file if variant else encoder).expanduser()
-    if variant is None and path.suffix == "" and path.parent == Path() and not path.is_file():
+    path = Path(row.file if row else encoder).expanduser()
+    if row is None and path.suffix == "" and path.parent == Path() and not path.is_file():
         raise ValueError(
-            f"Unknown encoder '{encoder}': give one of {', '.join(VARIANTS)} or the path of a weights file."
+            f"Unknown encoder '{encoder}': give one of {', '.join(ENCODERS)}, timm/<a model of timm's>, or the path of "
+            "a weights file."
         )
     places = [folder / path.name for folder in search_folders()]
-    if variant is None:
+    if row is None:
         places.insert(0, path)
-    elif variant.packaged:
-        places.insert(0, _PACKAGE / path.name)
-    found = [place for place in places if place.is_file()]
-    if not found:
-        remedy = variant.remedy if variant else "put the file into one of these folders"
-        looked = ", ".join(str(place.parent) for place in places)
-        raise FileNotFoundError(f"No weights file {path.name} in {looked}: {remedy}.")
+    elif row.distribution:
+        places = _in_distribution(row) + places
+    present = [place for place in places if place.is_file()]
+    if not present:
+        remedy = row.remedy if row else "put the file into one of these folders"
+        searched = ", ".join(str(place.parent) for place in places)
+        raise FileNotFoundError(f"No weights file {path.name} in {searched}: {remedy}.")
     if not identity:
-        return found[0]
-    return next((place for place in found if identity == f"md5:{file_md5(place)}"), found[0])
+        return present[0]
+    return next((place for place in present if identity == f"md5:{file_md5(place)}"), present[0])
+
+
+def is_here(encoder: str) -> bool:
+    """Whether the weights of an encoder are on this machine."""
+    try:
+        find_weights(encoder)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def identify(encoder: str, wanted: str | None = None) -> str:
@@ -106,45 +95,108 @@ def identify(encoder: str, wanted: str | None = None) -> str:
     Raises:
         FileNotFoundError, ValueError: As :func:`find_weights`; or a published file's hash is not the known one.
     """
-    path = find_weights(encoder, wanted)
+    path, row = find_weights(encoder, wanted), row_of(encoder)
     if path is None:
-        return RANDOM_IDENTITY
+        assert row is not None
+        return row.random_identity
     md5 = file_md5(path)
-    variant = VARIANTS.get(encoder)
-    if variant is not None and md5 != variant.md5 and f"md5:{md5}" != wanted:
-        raise ValueError(
-            f"{path} is not the published {encoder} file: its MD5 is {md5}, expected {variant.md5}. It is "
-            f"truncated or another file: remove it and {variant.remedy}, or give its path as the encoder if it "
-            "holds your own weights."
-        )
+    if row is not None and f"md5:{md5}" != wanted:
+        check_published(path, row)
     return f"md5:{md5}"
 
 
-def load_sam(encoder: str, image_size: int, expected_identity: str | None = None) -> LoadedSam:
-    """Loads SAM for one input size.
+def check_published(path: Path, row: EncoderRow) -> None:
+    """Raises: ValueError: The file is not the one that is published under the row's name."""
+    for name, expected in (("md5", row.md5), ("sha256", row.sha256)):
+        if expected and (digest := file_hash(path, name)) != expected:
+            raise ValueError(
+                f"{path} is not the published {row.name} file: its {name.upper()} is {digest}, expected {expected}. It "
+                f"is truncated or another file: remove it and {row.remedy}, or give its path as the encoder if it "
+                "holds your own weights."
+            )
+
+
+def architecture_of(encoder: str) -> Architecture:
+    """The architecture of an encoder that is given by name or by file; a file is read for it.
+
+    Raises:
+        FileNotFoundError, ValueError: As :func:`find_weights` and :func:`row_of_state`.
+    """
+    return known_row(encoder).architecture
+
+
+def known_row(encoder: str) -> EncoderRow:
+    """The row of an encoder that is given by name, or of the one that a file is shaped like."""
+    row = row_of(encoder)
+    if row is not None:
+        return row
+    path = find_weights(encoder)
+    assert path is not None  # only a name can be without a file
+    return _row_of_file(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=8)
+def _row_of_file(path: Path, _modified: int) -> EncoderRow:
+    return row_of_state(read_weights(path), path)
+
+
+def load_encoder(encoder: str, image_size: int, expected_identity: str | None = None) -> LoadedEncoder:
+    """Loads an encoder for one input size.
 
     Args:
-        encoder: A variant's name or the path of a file with a SAM state dict of one of the variants' shapes.
-        image_size: Input side in pixels, a multiple of 16. Position tables of another size are interpolated.
+        encoder: A name, or the path of a file with a state dict of one of the named shapes.
+        image_size: Input side in pixels. Position tables of another size are interpolated.
         expected_identity: What the model was trained with; another identity is refused.
 
     Raises:
         FileNotFoundError: No weights found.
-        ValueError: Not a SAM file, wrong keys or shapes, a known file with another hash, or another identity.
+        ValueError: Not a file of a known encoder, wrong keys or shapes, a known file with another hash, another
+            identity, or a size that the encoder does not take.
     """
     identity = identify(encoder, expected_identity)
     if expected_identity is not None:
         check_identity(encoder, identity, expected_identity)
-    path = find_weights(encoder, identity)
+    path, row = find_weights(encoder, identity), row_of(encoder)
     if path is None:
-        variant = VARIANTS[encoder]
-        state = random_state(variant)
+        assert row is not None
+        row.architecture.check_image_size(image_size)
+        loaded = row.architecture.load(row.architecture.random_state(), image_size, identity)
+        return loaded._replace(trained=False)
+    state = {key: value.float() if value.is_floating_point() else value  # also half precision's
+             for key, value in read_weights(path).items()}
+    row = _check_row(row, state, path) if row else row_of_state(state, path)
+    row.architecture.check_image_size(image_size)
+    used = {key: value for key, value in state.items() if not row.architecture.unused(key)}
+    return row.architecture.load(used, image_size, identity)
+
+
+def _check_row(row: EncoderRow, state: State, path: Path) -> EncoderRow:
+    """Raises: ValueError: The file holds another encoder than its name says."""
+    if not row.name.startswith("timm/"):
+        shaped = row_of_state(state, path)
+        if shaped.architecture != row.architecture:
+            raise ValueError(f"{path} holds {shaped.name} weights, but the encoder is '{row.name}'.")
     else:
-        state = {key: value.float() for key, value in read_sam_file(path).items()}  # also half precision's
-        variant = variant_of(state, path)
-        if encoder in VARIANTS and variant.name != encoder:
-            raise ValueError(f"{path} holds {variant.name} weights, but the encoder is '{encoder}'.")
-    return _assemble(variant, resize_positions(state, variant, image_size), image_size, identity, path is None)
+        check_architecture(state, row, path)
+    return row
+
+
+def describe_file(path: Path) -> str:
+    """What a weights file holds, and whether it is a published one."""
+    row, md5 = row_of_state(read_weights(path), path), file_md5(path)
+    what = "not one of the published files"
+    if any((row.md5, row.sha256)) and is_published(path, row):
+        what = f"{row.name} of this package" if row.distribution == OURS else f"the published {row.name}"
+    return f"{path}: {row.name}, MD5 {md5}, {what}"
+
+
+def is_published(path: Path, row: EncoderRow) -> bool:
+    """Whether a file is the one that is published under the row's name."""
+    try:
+        check_published(path, row)
+    except ValueError:
+        return False
+    return True
 
 
 def check_identity(encoder: str, found: str, expected: str) -> None:
@@ -159,7 +211,7 @@ def check_identity(encoder: str, found: str, expected: str) -> None:
         )
 
 
-def read_sam_file(path: Path) -> State:
+def read_weights(path: Path) -> State:
     """A SAM state dict read from `path`, PyTorch's format or ``.safetensors``, without unpickling code.
 
     Raises:
@@ -173,20 +225,29 @@ def read_sam_file(path: Path) -> State:
     return state
 
 
-def variant_of(state: State, path: Path | str) -> Variant:
-    """The variant whose keys and shapes `state` has, all of them.
+def row_of_state(state: State, path: Path | str) -> EncoderRow:
+    """The first row whose keys and shapes `state` has, all of them.
 
     Raises:
-        ValueError: No variant fits; the message names what differs from the nearest one.
+        ValueError: None fits; the message names what differs from the nearest one.
     """
-    width = state[_WIDTH_KEY].shape[0] if _WIDTH_KEY in state else None
-    variant = next((row for row in VARIANTS.values() if row.embed_dim == width), None)
-    if variant is None:
-        raise ValueError(
-            f"{path} is not a SAM file: it has no image encoder of a known size ({', '.join(VARIANTS)})."
-        )
-    check_state(state, expected_shapes(variant), f"{path} as {variant.name}")
-    return variant
+    nearest = max(ENCODERS.values(), key=lambda row: _likeness(state, row.architecture))
+    if _likeness(state, nearest.architecture) < 0.5:
+        raise ValueError(f"{path} is not a SAM file: it has no image encoder of a known size ({', '.join(ENCODERS)}).")
+    check_architecture(state, nearest, path)
+    return nearest
+
+
+def check_architecture(state: State, row: EncoderRow, path: Path | str) -> None:
+    """Raises: ValueError: Keys or shapes are not those of the row's encoder."""
+    used = {key: value for key, value in state.items() if not row.architecture.unused(key)}
+    check_state(used, row.architecture.shapes(), f"{path} as {row.name}")
+
+
+def _likeness(state: State, architecture: Architecture) -> float:
+    """The share of the architecture's encoder weights that `state` has in their shapes."""
+    shapes = {key: shape for key, shape in architecture.shapes().items() if key.startswith("image_encoder.")}
+    return sum(key in state and state[key].shape == shape for key, shape in shapes.items()) / len(shapes)
 
 
 def check_state(state: State, expected: dict[str, torch.Size], what: str) -> None:
@@ -207,56 +268,35 @@ def check_state(state: State, expected: dict[str, torch.Size], what: str) -> Non
         raise ValueError(f"{what}: {'; '.join(problems[:3])}{more}.")
 
 
-@lru_cache(maxsize=8)
-def expected_shapes(variant: Variant) -> dict[str, torch.Size]:
-    """Every key of a SAM file of `variant`, with its shape at the variant's own input size."""
-    with torch.device("meta"):
-        return {key: value.shape for key, value in build_sam(variant).state_dict().items()}
-
-
-def resize_positions(state: State, variant: Variant, image_size: int) -> State:
-    """Interpolates the position tables of the image encoder for another input size.
-
-    The absolute table bilinearly, the relative tables of the global blocks linearly as SAM's
-    ``get_rel_pos`` does at run time; windows keep their tables.
-    """
-    if image_size == variant.image_size:
-        return state
-    grid = image_size // PATCH
-    resized = dict(state)
-    absolute = state["image_encoder.pos_embed"].permute(0, 3, 1, 2)  # 1 H W D -> 1 D H W
-    absolute = F.interpolate(absolute, size=(grid, grid), mode="bilinear", align_corners=False)
-    resized["image_encoder.pos_embed"] = absolute.permute(0, 2, 3, 1)
-    for block in variant.global_blocks:
-        for axis in "hw":
-            key = f"image_encoder.blocks.{block}.attn.rel_pos_{axis}"
-            table = state[key].T[None]  # L C -> 1 C L
-            resized[key] = F.interpolate(table, size=2 * grid - 1, mode="linear")[0].T.contiguous()
-    return resized
-
-
 def file_md5(path: Path) -> str:
-    """MD5 of a file, the hash under which SAM's files are published; remembered while the file is unchanged."""
+    """MD5 of a file, the hash under which SAM's files are published."""
+    return file_hash(path, "md5")
+
+
+def file_hash(path: Path, name: str) -> str:
+    """The hash of a file by one of hashlib's names; remembered while the file is unchanged."""
     stat = path.stat()
-    return _hash_file(str(path), stat.st_size, stat.st_mtime_ns)
+    return _hash_file(name, str(path), stat.st_size, stat.st_mtime_ns)
 
 
 @lru_cache(maxsize=32)
-def _hash_file(path: str, size: int, modified: int) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
+def _hash_file(name: str, path: str, size: int, modified: int) -> str:
+    digest = hashlib.new(name, usedforsecurity=False)
     with open(path, "rb") as stream:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
 
 
-def _assemble(variant: Variant, state: State, image_size: int, identity: str, random: bool) -> LoadedSam:
-    with torch.device("meta"):  # the real values come with the state: nothing is initialised twice
-        sam = build_sam(variant, image_size)
-    sam.load_state_dict(state, assign=True)
-    encoder = FrozenEncoder(use_exact_attention(sam.image_encoder), variant.global_blocks[:-1], identity)
-    prompt_encoder = sam.prompt_encoder.requires_grad_(False).eval()
-    return LoadedSam(variant, encoder, prompt_encoder, sam.mask_decoder, random)
+def _in_distribution(row: EncoderRow) -> list[Path]:
+    """Where the installed package that brings the row's file has it, without importing that package."""
+    if row.distribution == OURS:
+        return [_PACKAGE / row.file]
+    try:
+        brought = files(row.distribution) or []
+    except PackageNotFoundError:
+        return []
+    return [Path(str(file.locate())) for file in brought if file.name == row.file]
 
 
 def _user_cache() -> Path:

@@ -19,7 +19,7 @@ from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
-from nnunetv2.utilities.label_handling.label_handling import LabelManager, determine_num_input_channels
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 from torch import Tensor
@@ -29,9 +29,9 @@ from desam_nnunet.networks.dbsam.network import DBSAM
 from desam_nnunet.networks.frame import ABSENT_LOGIT
 from desam_nnunet.nnunet.checkpoints import read_checkpoint
 from desam_nnunet.nnunet.labels import foreground_of
+from desam_nnunet.nnunet.model_folder import build_network
 from desam_nnunet.sam.prompts import sample_boxes
 from desam_nnunet.system.files import replace_file
-from desam_nnunet.training.dbsam import network_from_plans
 
 TRAINER = "DBSAMTrainerBoxes"
 _DESCRIPTIONS = ("dataset.json", "plans.json")
@@ -80,8 +80,8 @@ def evaluate_with_boxes(
     configuration = plans.get_configuration(checkpoint["init_args"]["configuration"])
     files = _with_reference(images, labels, dataset_json["file_ending"])
     _check_unused(out, dataset_json["file_ending"])
-    channels = determine_num_input_channels(plans, configuration, dataset_json)
-    network = network_from_plans(plans, configuration, channels, None)
+    network = build_network(plans_json, dataset_json, checkpoint["init_args"]["configuration"], TRAINER)
+    assert isinstance(network, DBSAM)
     network.load_state_dict(checkpoint["network_weights"])
     cases = _preprocessed(files, plans, configuration, dataset_json)
     out.mkdir(parents=True, exist_ok=True)

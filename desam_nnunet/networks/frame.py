@@ -1,13 +1,17 @@
-"""What the networks of all three methods share: a tile of nnU-Net's in, logits of its size out, SAM held aside."""
+"""What all networks here share: a tile of nnU-Net's in, logits of its size out, the encoder held aside."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from desam_nnunet.sam.tiles import Geometry, TileToImage, logits_to_tile
+from desam_nnunet.encoders.base import Encoder, Features, LoadedEncoder
+from desam_nnunet.encoders.memory import FeatureMemory, content_key
+from desam_nnunet.sam.prompts import Prompts
+from desam_nnunet.sam.tiles import MASK_STRIDE, Geometry, TileToImage, logits_to_tile
 
 # nnU-Net sums logits times ten in float16 and gives a volume up where they overflow. No decision changes.
 MAX_LOGIT = 100.0
@@ -18,23 +22,60 @@ ABSENT_LOGIT = -10.0
 uncompiled = torch.compiler.disable(recursive=False)
 
 
+class Outline(NamedTuple):
+    """What a method's network is built from, whatever the method.
+
+    Attributes:
+        loaded: The encoder and SAM's parts.
+        to_image: Maps nnU-Net's tiles to the encoder's images.
+        num_channels: Channels of the tiles.
+        num_outputs: Channels of the logits: foreground classes and background, or regions.
+        background: Whether the first output is the background.
+        section: The method's settings, resolved; the method knows their type.
+    """
+
+    loaded: LoadedEncoder
+    to_image: TileToImage
+    num_channels: int
+    num_outputs: int
+    background: bool
+    section: Any
+
+    @property
+    def num_classes(self) -> int:
+        """Foreground classes or regions."""
+        return self.num_outputs - self.background
+
+
 class SamNetwork(nn.Module):
-    """Args:
+    """Maps tiles (B, C, H, W) to logits of their size, no nonlinearity applied.
+
+    Args:
         held: Modules with frozen weights that are known by reference. They are no submodules, so that no
-            checkpoint, optimiser or DDP bucket ever sees them, but they move along to another device.
-        to_image: Maps nnU-Net's tiles to SAM images.
+            checkpoint, optimiser or DDP bucket ever sees them, but they move along to another device. The first is
+            the encoder.
+        to_image: Maps nnU-Net's tiles to the encoder's images.
         num_channels: Channels of the tiles.
         background: Whether a background channel, which is 0 by definition, is put in front of the masks' logits.
+        mask_stride: Pixels of the encoder's input along a side of a mask's pixel.
     """
 
     def __init__(
-        self, *, held: Iterable[nn.Module], to_image: TileToImage, num_channels: int, background: bool
+        self, *, held: Iterable[nn.Module], to_image: TileToImage, num_channels: int, background: bool,
+        mask_stride: int = MASK_STRIDE,
     ) -> None:
         super().__init__()
         self.held = tuple(held)
         self.to_image = to_image
         self.num_channels = num_channels
         self.background = background
+        self.mask_stride = mask_stride
+
+    @property
+    def encoder(self) -> Encoder:
+        encoder = self.held[0]
+        assert isinstance(encoder, Encoder)
+        return encoder
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SamNetwork:
         super()._apply(fn, recurse)
@@ -43,10 +84,10 @@ class SamNetwork(nn.Module):
         return self
 
     def geometry(self, tiles: Tensor) -> Geometry:
-        return Geometry((tiles.shape[-2], tiles.shape[-1]), self.to_image.image_size)
+        return Geometry((tiles.shape[-2], tiles.shape[-1]), self.to_image.image_size, self.mask_stride)
 
     def tile_logits(self, masks: Tensor, geometry: Geometry) -> Tensor:
-        """Mask logits (B, K, S/4, S/4) as nnU-Net wants them: at tile size, the background's 0 in front if any."""
+        """Mask logits (B, K, S / stride, S / stride) as nnU-Net wants them: at tile size, with the background's 0."""
         return self.with_background(logits_to_tile(masks, geometry))
 
     def with_background(self, logits: Tensor) -> Tensor:
@@ -55,7 +96,7 @@ class SamNetwork(nn.Module):
         return torch.cat([torch.zeros_like(logits[:, :1]), logits], dim=1)
 
     def images(self, tiles: Tensor) -> Tensor:
-        """SAM images (B, G, 3, S, S) of tiles (B, C, H, W), G groups of channels each.
+        """Images (B, G, 3, S, S) of tiles (B, C, H, W), G groups of channels each.
 
         Raises:
             ValueError: The tiles have another number of channels than planned, or hold NaN or infinity.
@@ -68,6 +109,112 @@ class SamNetwork(nn.Module):
         if not torch.isfinite(tiles).all():
             raise ValueError("The image holds NaN or infinite values after preprocessing: repair or remove it.")
         return self.to_image(tiles)
+
+
+class FrozenSamNetwork(SamNetwork):
+    """Decodes features that training does not change: ``network(tiles)`` predicts, ``network(features, prompts)`` is
+    what training calls, because DDP and torch.compile see nothing but ``forward``.
+
+    It owns encoding, the memory of the volume's features, and the devices; a method adds :meth:`decode` and
+    :meth:`predict`.
+
+    Args:
+        encoder: Frozen; None for a decoder that is given features alone.
+        neck: Trained, where the encoder has none of its own.
+    """
+
+    def __init__(
+        self, *, encoder: Encoder | None, to_image: TileToImage, num_channels: int, background: bool,
+        neck: nn.Module | None = None, mask_stride: int = MASK_STRIDE,
+    ) -> None:
+        super().__init__(held=[] if encoder is None else [encoder], to_image=to_image, num_channels=num_channels,
+                         background=background, mask_stride=mask_stride)
+        self.neck = neck or nn.Identity()
+        self.memory = FeatureMemory()
+
+    def decode(self, features: Features, prompts: Prompts) -> tuple[Tensor, Tensor | None]:
+        """Mask logits (B, K, S / stride, S / stride) of one prompt per image, and scores (B, K) if there are any."""
+        raise NotImplementedError
+
+    def predict(self, features: Features, geometry: Geometry) -> Tensor:
+        """Logits (B, outputs, H, W) of tiles, from their features."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor | Features, prompts: Prompts | None = None) -> Any:
+        """Args:
+            x: A batch of tiles (B, C, H, W), or their features.
+            prompts: With features only, one per image.
+
+        Returns:
+            For tiles what :meth:`predict` gives, for features what :meth:`decode` gives.
+
+        Raises:
+            ValueError: The tiles have another number of channels than planned, or hold NaN or infinity.
+        """
+        if isinstance(x, Tensor):
+            return self._predict(x).clamp(-MAX_LOGIT, MAX_LOGIT)
+        return self.decode(self.with_neck(x), prompts or Prompts())
+
+    def with_neck(self, features: Features) -> Features:
+        """As the decoder reads them."""
+        return features._replace(neck=self.neck(features.neck))
+
+    @uncompiled
+    def encode(self, tiles: Tensor) -> Features:
+        """Frozen features of (B, C, H, W) tiles; channel groups are encoded one by one and averaged."""
+        images = self.images(tiles)  # B G 3 S S
+        features = self.encoder(images.flatten(0, 1))
+        return features.map(lambda x: mean_over_groups(x, images.shape[1]))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenSamNetwork:
+        """Forgets the features that lie on another device."""
+        before = self._places()
+        super()._apply(fn, recurse)
+        if before != self._places():
+            self.memory.clear()
+        return self
+
+    def train(self, mode: bool = True) -> FrozenSamNetwork:
+        if mode:
+            self.memory.clear()
+        super().train(mode)
+        return self
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+        """nnU-Net's predictor calls this for every fold of every volume."""
+        self.memory.weights_loaded(next((value.data_ptr() for value in state_dict.values()), 0))
+        return super().load_state_dict(state_dict, *args, **options)
+
+    def _places(self) -> list[tuple[torch.device, torch.dtype]]:
+        return [self.encoder.place] if self.held else []
+
+    @uncompiled
+    def _predict(self, tiles: Tensor) -> Tensor:
+        """Predicts, without the features of other tiles if a device's memory is too small for both."""
+        try:
+            return self._predict_tiles(tiles)
+        except torch.OutOfMemoryError:
+            if len(self.memory) == 0:
+                raise
+        self.memory.clear()
+        self.memory.budget = 0
+        return self._predict_tiles(tiles)
+
+    @uncompiled
+    def _predict_tiles(self, tiles: Tensor) -> Tensor:
+        return self.predict(self.with_neck(self._remembered(tiles)), self.geometry(tiles))
+
+    @uncompiled
+    def _remembered(self, tiles: Tensor) -> Features:
+        """Features of `tiles`, encoded once per volume. Training draws its tiles anew: nothing to remember."""
+        if self.training or torch.is_grad_enabled():
+            return self.encode(tiles)
+        key = content_key(tiles, self.encoder.identity, self.encoder.precision(tiles.device), vars(self.to_image))
+        known = self.memory.find(key)
+        if known is None:
+            known = self.encode(tiles)
+            self.memory.keep(key, known)
+        return known
 
 
 def mean_over_groups(features: Tensor, groups: int) -> Tensor:

@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
-from desam_nnunet.encoders.registry import MASK_STRIDE, PATCH
+from desam_nnunet.sam.tiles import MASK_STRIDE
 
 T = TypeVar("T")
+
+_SIZE_STEP = 64  # between the input sizes that are considered
 
 MAX_BATCH_SIZE, MIN_BATCH_SIZE = 8, 2  # the published one; Dice and InstanceNorm gain from a second tile
 GOOD_BATCH_SIZE = 4  # an encoder that leaves no room for it is too large
@@ -61,8 +63,8 @@ def choose_patch(
 
 
 def choose_image_size(patch: tuple[int, int], native: int) -> Choice[int]:
-    """SAM's input: as large as gives a mask pixel for every pixel of the tile, at most what SAM was trained with."""
-    wanted = -(-MASK_STRIDE * max(patch) // (4 * PATCH)) * 4 * PATCH
+    """The encoder's input: as large as gives a mask pixel for every pixel of the tile, at most its own size."""
+    wanted = -(-MASK_STRIDE * max(patch) // _SIZE_STEP) * _SIZE_STEP
     size = min(wanted, native)
     pixels = max(patch) * MASK_STRIDE / size
     reason = f"masks have a pixel for every {pixels:.2g} pixel(s) of the tile"
@@ -71,8 +73,7 @@ def choose_image_size(patch: tuple[int, int], native: int) -> Choice[int]:
 
 def smaller_image_sizes(size: int) -> list[int]:
     """Sizes to fall back to where memory is short, down to a quarter of the pixels' side."""
-    step = 4 * PATCH
-    return list(range(size - step, max(size // 4, step) - 1, -step))
+    return list(range(size - _SIZE_STEP, max(size // 4, _SIZE_STEP) - 1, -_SIZE_STEP))
 
 
 def wanted_batch_size(tiles: int) -> int:

@@ -1,38 +1,36 @@
-"""How much memory a training step takes, from a network that has shapes but no values.
+"""How much memory a training step takes, from a rehearsal of the step with tensors that have shapes but no values.
 
-The network runs once without computing anything, and what autograd would keep for the backward pass is added up.
-The few numbers below turn that into a peak; they were fitted to measured peaks on a CPU (docs/planning.md).
+The trainer's own step, loss and backward pass included, runs without computing anything, while what it holds at once is
+counted: no method has to be known here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from functools import cache, partial
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from functools import cache
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
-from desam_nnunet.encoders.attention import use_exact_attention
-from desam_nnunet.encoders.base import FrozenEncoder
-from desam_nnunet.encoders.registry import PATCH, Variant, build_sam
-from desam_nnunet.encoders.weights import LoadedSam
-from desam_nnunet.networks.dbsam.network import DBSAM, build_dbsam
-from desam_nnunet.networks.desam.network import build_desam
-from desam_nnunet.networks.frame import SamNetwork, mean_over_groups
-from desam_nnunet.networks.samed.network import SAMed, build_samed
-from desam_nnunet.sam.prompts import Prompts
-from desam_nnunet.sam.tiles import Geometry, TileToImage
+from desam_nnunet.cache.views import not_started
+from desam_nnunet.encoders.base import Architecture, Features
+from desam_nnunet.networks.frame import Outline
+from desam_nnunet.sam.tiles import TileToImage
+from desam_nnunet.settings.sections import Method, SamSection
+from desam_nnunet.training.base import Batch, SamTrainer
 
-_KEPT = {"desam": 1.25, "samed": 1.4, "dbsam": 1.15}  # of what autograd keeps: gradients that live beside it
-_RECOMPUTED = 2.4  # of what the largest block keeps, while it is computed again and its gradients are made
-_COPIED = {"samed": 0.55, "dbsam": 0.0}  # of the encoder's weights, with checkpointing, whatever the batch
-_LOGITS = 3.5  # copies of the logits at tile size that the loss makes
 _CONSTANT = 60e6  # bytes
+_SPARE = 1.05  # of what is counted: what libraries work in, and memory that is not given back at once
 _HALF = 0.72  # of float32, under autocast: DeSAM's published 7.8 of 10.9 GB
-_ENCODER_COPIES = 24  # of the tokens, while one image is encoded
+_CHANNELS = 3  # of one image; a tile with more is encoded as several images
 
 
 class Footprint(NamedTuple):
@@ -40,171 +38,162 @@ class Footprint(NamedTuple):
 
     Attributes:
         weights: Of the network with its encoder.
-        optimiser: Gradients and Adam's two moments.
-        copies: Of weights, while the encoder's blocks are computed again.
-        per_tile: Of a training step, for each tile of the batch.
+        optimiser: Adam's two moments.
+        step: Held at once in a training step of no tiles: gradients.
+        per_tile: More, for each tile of the batch.
         encoding: While one image is encoded.
     """
 
     weights: float
     optimiser: float
-    copies: float
+    step: float
     per_tile: float
     encoding: float
 
     def training(self, batch_size: int) -> float:
         """Peak of a training step, or of encoding, whichever is larger."""
-        step = _CONSTANT + self.optimiser + self.copies + batch_size * self.per_tile
+        step = _CONSTANT + self.optimiser + self.step + batch_size * self.per_tile
         return self.weights + max(step, self.encoding)
 
 
 def footprint(
-    variant: Variant, image_size: int, patch_size: tuple[int, int], outputs: int, *, half: bool, method: str = "desam",
-    checkpointing: bool = False, images: int = 1,
+    trainer: type[SamTrainer], architecture: Architecture, image_size: int, patch_size: tuple[int, int], outputs: int,
+    *, half: bool, checkpointing: bool = False, images: int = 1,
 ) -> Footprint:
-    """The memory of training one of the methods on this encoder.
+    """The memory of training with a trainer on an encoder.
 
     Args:
         outputs: Foreground classes or regions.
         half: Under autocast, as on a GPU.
-        method: ``desam``, ``samed`` or ``dbsam``.
-        checkpointing: Whether the encoder's blocks are computed again in the backward pass; not of ``desam``.
+        checkpointing: Whether the encoder's blocks are computed again in the backward pass, where the method can.
         images: For one tile, where it has many channels; they count where training goes through the encoder.
     """
-    size = Size(variant, image_size, patch_size, outputs, images)
-    network, ledger = _desam(size) if method == "desam" else _adapted(size, method)
-    trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
-    encoder = sum(parameter.numel() for parameter in network.encoder.parameters())
-    side = image_size // PATCH
-    kept = _KEPT[method] * ledger.total()
-    if checkpointing:
-        kept = _KEPT[method] * ledger.without_blocks() + _RECOMPUTED * ledger.largest_block()
-    features = 4 * network.encoder.channels * side**2 if method == "desam" else 0
-    logits = 4 * (outputs + 1) * patch_size[0] * patch_size[1]
-    share = _HALF if half else 1.0
+    size = Size(trainer, architecture, image_size, patch_size, outputs, checkpointing, images)
+    one, two = rehearse(size, 1), rehearse(size, 2)
+    share = _SPARE * (_HALF if half else 1.0)
+    per_tile = two.held - one.held
     return Footprint(
-        weights=4.0 * (trained + encoder), optimiser=12.0 * trained,
-        copies=4.0 * _COPIED[method] * encoder if checkpointing else 0.0,
-        per_tile=share * kept + features + _LOGITS * logits,
-        encoding=share * _ENCODER_COPIES * 4 * side**2 * variant.embed_dim,
-    )
+        weights=one.weights, optimiser=8.0 * one.trained, step=_SPARE * (one.held - per_tile),
+        per_tile=share * per_tile, encoding=share * one.encoding)
 
 
 class Size(NamedTuple):
-    """What a network's memory depends on."""
+    """What the memory of a step depends on; see :func:`footprint`."""
 
-    variant: Variant
+    trainer: type[SamTrainer]
+    architecture: Architecture
     image_size: int
     patch_size: tuple[int, int]
     outputs: int
+    checkpointing: bool
     images: int
 
 
-class Ledger:
-    """Bytes that autograd keeps, weights left out, for each module that checkpointing would compute again.
+class Rehearsal(NamedTuple):
+    """Attributes:
+        held: Bytes at once in a step, beside weights and the optimiser's state.
+        encoding: While one image is encoded.
+        weights: Bytes of the network with its encoder.
+        trained: How many numbers are trained.
+    """
+
+    held: int
+    encoding: int
+    weights: int
+    trained: int
+
+
+@cache
+def rehearse(size: Size, batch_size: int) -> Rehearsal:
+    """One training step in float32, as on a CPU, whose attention keeps no attention matrix, like a GPU's."""
+    with torch.device("meta"):
+        trainer = _rehearsing(size)
+    network = trainer.bare_network
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        network.to_empty(device="cpu")
+        network.encoder.dtype = torch.float32
+        given = [value for module in (network, *network.held) for value in (*module.parameters(), *module.buffers())]
+        batch = _batch(size, network.encoder.spec.maps, batch_size)
+        with Held(given) as step:
+            loss, logits = trainer.compute_loss(*trainer._on_device(batch))
+            loss.backward()
+            del loss, logits
+        image = torch.empty(1, 3, size.image_size, size.image_size)
+        with Held(given) as encoding:
+            network.encoder(image)
+    weights = {id(value): value for value in given}.values()
+    trained = sum(value.numel() for value in weights if value.requires_grad)
+    return Rehearsal(step.peak, encoding.peak, sum(value.nbytes for value in weights), trained)
+
+
+class Held(TorchDispatchMode):
+    """Counts the memory of tensors that are made within it. Whatever is decided by a value is answered with yes.
 
     Args:
-        network: Whose weights are left out.
-        blocks: Modules that can be computed again.
+        given: Tensors that were there before, views of which are no new memory.
+
+    Attributes:
+        peak: Bytes held at once, at most.
     """
 
-    def __init__(self, network: SamNetwork, blocks: Iterable[nn.Module] = ()) -> None:
-        self._network = network
-        self._blocks = list(blocks)
-        self._outside: dict[int, int] = {}
-        self._within: list[dict[int, int]] = [{} for _ in self._blocks]
-        self._given = 0
-        self._now = self._outside
+    def __init__(self, given: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.peak = 0
+        self._now = 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in given}
 
-    @contextmanager
-    def open(self) -> Iterator[None]:
-        """Within it, what is kept is entered by the storage it lies in."""
-        handles = [handle for block, kept in zip(self._blocks, self._within, strict=True) for handle in (
-            block.register_forward_pre_hook(partial(self._enter, kept)), block.register_forward_hook(self._leave))]
-        with torch.autograd.graph.saved_tensors_hooks(self._remember, lambda tensor: tensor):
-            yield
-        for handle in handles:
-            handle.remove()
-        weights = {parameter.untyped_storage()._cdata for module in (self._network, *self._network.held)
-                   for parameter in module.parameters()}
-        for kept in (self._outside, *self._within):
-            for storage in weights & kept.keys():
-                del kept[storage]
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return True
+        return tree_map_only(Tensor, self._count, func(*args, **(kwargs or {})))
 
-    def total(self) -> int:
-        together: dict[int, int] = {}
-        for kept in (self._outside, *self._within):
-            together |= kept
-        return sum(together.values())
-
-    def without_blocks(self) -> int:
-        """What stays with checkpointing: all but what the blocks keep, and their inputs."""
-        return sum(self._outside.values()) + self._given
-
-    def largest_block(self) -> int:
-        return max(sum(kept.values()) for kept in self._within)
-
-    def _remember(self, tensor: Tensor) -> Tensor:
+    def _count(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        self._now[storage._cdata] = storage.nbytes()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self._now += size
+            self.peak = max(self.peak, self._now)
+            weakref.finalize(storage, self._forget, key, size)
         return tensor
 
-    def _enter(self, kept: dict[int, int], _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._now = kept
-        self._given += sum(tensor.nbytes for tensor in inputs)
-
-    def _leave(self, *_: Any) -> None:
-        self._now = self._outside
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._now -= size
 
 
-@cache
-def _desam(size: Size) -> tuple[Any, Ledger]:
-    """The network, and what autograd keeps of the decoder for one tile."""
-    variant, side, dim = size.variant, size.image_size // PATCH, size.variant.prompt_dim
-    with torch.device("meta"):
-        network = build_desam(
-            sam=_sam(size), to_image=TileToImage(size.image_size, "unit"), num_channels=1, num_classes=size.outputs,
-            background=True, grid=9, iou_threshold=0.5)
-        levels = tuple(torch.empty(1, variant.embed_dim, side, side) for _ in network.encoder.level_blocks)
-        neck, positions = torch.empty(1, dim, side, side), torch.empty(1, dim, side, side)
-        ledger = Ledger(network)
-        with ledger.open():
-            output = network.prim(neck, positions, torch.empty(1, 2, dim), score=True)  # a point and its padding
-            masks = network.pdmm(output.mask_embedding, network.pdmm.context(levels))
-            network.tile_logits(masks, Geometry(size.patch_size, size.image_size)).logsumexp(1)
-    return network, ledger
+def _rehearsing(size: Size) -> Any:
+    """A trainer with a network and a loss, and nothing else of a training."""
+    loaded = size.architecture.blank(size.image_size)
+    to_image = TileToImage(size.trainer.image_of(loaded.encoder.spec.image), size.image_size, "unit")
+    section = default_section(size.trainer.method, checkpointing=size.checkpointing)
+    network = size.trainer.build_network(
+        Outline(loaded, to_image, _CHANNELS * size.images, size.outputs + 1, True, section))
+    trainer: Any = not_started(size.trainer, SimpleNamespace(batch_dice=True))  # type: ignore[arg-type]
+    trainer.network = network.train()
+    trainer.device = torch.device("cpu")
+    trainer.is_ddp, trainer.enable_deep_supervision, trainer.local_rank = False, False, 0
+    trainer.label_manager = LabelManager({"background": 0} | {str(k): k for k in range(1, size.outputs + 1)}, None)
+    trainer.own = section
+    trainer.loss = trainer._build_loss()
+    return trainer
 
 
-@cache
-def _adapted(size: Size, method: str) -> tuple[Any, Ledger]:
-    """The network, and what autograd keeps of encoder and decoder for one tile.
-
-    As on a CPU, whose attention keeps no attention matrix, like a GPU's and unlike the meta device's.
-    """
-    settings: dict[str, Any] = {"to_image": TileToImage(size.image_size, "unit"), "num_channels": 1}
-    with FakeTensorMode():
-        images = torch.empty(size.images, 3, size.image_size, size.image_size)
-        network: SAMed | DBSAM
-        if method == "samed":
-            network = build_samed(sam=_sam(size), outputs=size.outputs + 1, rank=4, targets="qv", adapt_decoder=False,
-                                  checkpointing=False, **settings)
-        else:
-            network = build_dbsam(sam=_sam(size), num_classes=size.outputs, background=True, checkpointing=False,
-                                  **settings)
-        network.encoder.dtype = torch.float32
-        exchanges = network.exchanges if isinstance(network, DBSAM) else ()
-        ledger = Ledger(network, [*network.encoder.vit.blocks, *exchanges])
-        with ledger.open():
-            if isinstance(network, SAMed):
-                masks = network.decode(mean_over_groups(network.neck(images), size.images))
-            else:
-                neck = mean_over_groups(network.both_branches(images), size.images)
-                masks = network.decode(neck, Prompts(boxes=torch.zeros(1, 4)))
-            network.tile_logits(masks, Geometry(size.patch_size, size.image_size)).logsumexp(1)
-    return network, ledger
+def default_section(method: Method, *, checkpointing: bool = False) -> Any:
+    """A method's section as it is without any wish, of the type that the method says."""
+    given = method.defaults(SamSection("", "", 0, "unit", False))
+    if any(row.name == "checkpointing" for row in fields(method.section)):
+        given = given | {"checkpointing": checkpointing}
+    return method.section(**given)
 
 
-def _sam(size: Size) -> LoadedSam:
-    sam = build_sam(size.variant, size.image_size)
-    encoder = FrozenEncoder(use_exact_attention(sam.image_encoder), size.variant.global_blocks[:-1], "")
-    return LoadedSam(size.variant, encoder, sam.prompt_encoder, sam.mask_decoder, random=True)
+def _batch(size: Size, maps: tuple[Any, ...], batch_size: int) -> Batch:
+    target = torch.zeros(batch_size, 1, *size.patch_size)
+    if not size.trainer.method.frozen_features:
+        tiles = torch.empty(batch_size, _CHANNELS * size.images, *size.patch_size)
+        return {"data": tiles, "target": target, "keys": []}
+    *levels, neck = (
+        torch.empty(batch_size, level.channels, *(2 * (size.image_size // level.stride,))) for level in maps)
+    return {"features": Features(tuple(levels), neck), "target": target, "keys": []}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,15 +15,16 @@ from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_t
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from desam_nnunet.cache.build import usable_bytes
-from desam_nnunet.cache.store import DTYPES, open_stores
+from desam_nnunet.cache.store import open_stores
+from desam_nnunet.encoders.weights import is_here, known_row
 from desam_nnunet.nnunet.datasets import dataset_folder
 from desam_nnunet.planning.choices import Choice, choose_schedule
 from desam_nnunet.planning.facts import CONFIGURATION, FOLDS, SPLITS, STOCK_PLANS, Facts, read_facts
-from desam_nnunet.planning.fit import Machine, choose_encoder, is_here, variant_named
-from desam_nnunet.planning.request import Wishes
+from desam_nnunet.planning.fit import Machine, choose_encoder
+from desam_nnunet.planning.request import Request
 from desam_nnunet.sam.tiles import intensity_rule
 from desam_nnunet.settings.resolve import check_keys
-from desam_nnunet.settings.sections import METHODS, SECTIONS
+from desam_nnunet.settings.sections import AS_BEFORE, DTYPES, Method, SamSection
 from desam_nnunet.system.files import replace_file
 from desam_nnunet.system.machine import device_is_here, memory_limit
 
@@ -43,22 +45,22 @@ class Planned(NamedTuple):
     commands: list[str]
 
 
-def plan_dataset(dataset: str, name: str, wishes: Wishes, device: torch.device) -> Planned:
+def plan_dataset(dataset: str, name: str, request: Request, device: torch.device) -> Planned:
     """Writes ``<name>.json`` next to nnU-Net's plans, which are made first if they are missing.
 
     Raises:
         ValueError: A preset or wish that is not valid, or a machine on which nothing fits.
         FileNotFoundError: There is no such data set, or no such weights file.
     """
-    if "encoder" in wishes.sam:  # preset and encoder are looked up before any long work
-        variant_named(wishes.sam["encoder"])
+    if "encoder" in request.sam:  # preset and encoder are looked up before any long work
+        known_row(request.sam["encoder"])
     folder = dataset_folder(dataset)
     path = folder / f"{name}.json"
     before = _own_plans(path)
     stock, dataset_json = _stock_plans(folder)
     facts = read_facts(stock, dataset_json, json.loads((folder / "dataset_fingerprint.json").read_text()))
-    machine = Machine(_memory(wishes, device), _disk(folder, wishes), device)
-    configuration, lines = choose(facts, wishes, machine)
+    machine = Machine(_memory(request, device), _disk(folder, request), device)
+    configuration, lines = choose(facts, request, machine)
     plans = copy.deepcopy(stock)
     plans["plans_name"] = name
     plans["configurations"][CONFIGURATION] |= configuration
@@ -68,12 +70,12 @@ def plan_dataset(dataset: str, name: str, wishes: Wishes, device: torch.device) 
         replace_file(kept, [before])
         lines.append(Line("kept", kept.name, "the plans of this name as they were"))
     replace_file(path, [text])
-    return Planned(path, lines, list(_commands(folder, plans, len(facts.shapes), wishes.trainer.__name__)))
+    return Planned(path, lines, list(_commands(folder, plans, len(facts.shapes), request.trainer.__name__)))
 
 
-def choose(facts: Facts, wishes: Wishes, machine: Machine) -> tuple[dict[str, Any], list[Line]]:
+def choose(facts: Facts, request: Request, machine: Machine) -> tuple[dict[str, Any], list[Line]]:
     """The 2D configuration's keys that differ from nnU-Net's, and a table of them with reasons."""
-    fit, why = choose_encoder(facts, wishes, machine)
+    fit, why = choose_encoder(facts, request, machine)
     storage = fit.storage.value
     schedule = choose_schedule(storage.views * fit.tiles * (FOLDS - 1) // FOLDS, fit.batch.value)
     sam: dict[str, Any] = {
@@ -81,14 +83,14 @@ def choose(facts: Facts, wishes: Wishes, machine: Machine) -> tuple[dict[str, An
         "features": storage.features, "views": storage.views, "cache_dtype": storage.dtype,
         "epochs": schedule.value.epochs, "iterations_per_epoch": schedule.value.iterations,
         "val_iterations_per_epoch": schedule.value.val_iterations,
-    } | {key: value for key, value in wishes.sam.items() if key not in ("encoder", "image_size", "views")}
-    own = dict(wishes.fragment.get(wishes.method, {}))
+    } | {key: value for key, value in request.sam.items() if key not in ("encoder", "image_size", "views")}
+    own = _published_procedure(request.method) | request.fragment.get(request.method.name, {})
     if fit.checkpointing.value:
         own["checkpointing"] = True
     keys: dict[str, Any] = {"patch_size": list(fit.patch.value), "batch_size": fit.batch.value, "sam": sam,
-                            wishes.method: own}
-    for name in ("sam", wishes.method):
-        check_keys(name, SECTIONS[name], keys[name])
+                            request.method.name: own}
+    check_keys("sam", SamSection, sam)
+    check_keys(request.method.name, request.method.section, own)
     lines = [
         Line("memory", f"{machine.memory.value / 1e9:.1f} GB", machine.memory.reason),
         Line("sam.encoder", Path(sam["encoder"]).name, why),
@@ -102,18 +104,23 @@ def choose(facts: Facts, wishes: Wishes, machine: Machine) -> tuple[dict[str, An
              "the more exact" if sam["cache_dtype"] == DTYPES[0] else "half as large"),
         Line("sam.epochs", f"{sam['epochs']} of {sam['iterations_per_epoch']} iterations", schedule.reason),
     ]
-    if not METHODS[wishes.method].frozen_features:
+    if not request.method.frozen_features:
         on = fit.checkpointing
-        lines.append(Line(f"{wishes.method}.checkpointing", str(on.value).lower(), on.reason))
+        lines.append(Line(f"{request.method.name}.checkpointing", str(on.value).lower(), on.reason))
     return keys, lines
 
 
-def _memory(wishes: Wishes, device: torch.device) -> Choice[float]:
+def _published_procedure(method: Method) -> dict[str, Any]:
+    """The keys whose absence would mean what happened before they existed, with today's defaults."""
+    return {row.name: row.default for row in fields(method.section) if AS_BEFORE in row.metadata}
+
+
+def _memory(request: Request, device: torch.device) -> Choice[float]:
     """Bytes that training may take."""
-    if wishes.memory_target is not None:
-        return Choice(1e9 * wishes.memory_target, "as asked")
-    if "memory_target" in wishes.fragment:
-        return Choice(1e9 * wishes.fragment["memory_target"], f"preset {wishes.preset}")
+    if request.memory_target is not None:
+        return Choice(1e9 * request.memory_target, "as asked")
+    if "memory_target" in request.fragment:
+        return Choice(1e9 * request.fragment["memory_target"], f"preset {request.preset}")
     if device.type != "cuda":
         return Choice(memory_limit() / 2, "half of this machine's memory")
     if not device_is_here(device):
@@ -123,10 +130,10 @@ def _memory(wishes: Wishes, device: torch.device) -> Choice[float]:
     return Choice(0.9 * properties.total_memory, f"nine tenths of {properties.name}")
 
 
-def _disk(folder: Path, wishes: Wishes) -> float:
+def _disk(folder: Path, request: Request) -> float:
     """Bytes that the cache may take; what this data set's stores take already counts as free."""
     free = usable_bytes(folder) + sum(store.size() for store in open_stores(folder))
-    return free / 2 if wishes.disk_target is None else min(free, 1e9 * wishes.disk_target)
+    return free / 2 if request.disk_target is None else min(free, 1e9 * request.disk_target)
 
 
 def _stock_plans(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -168,7 +175,7 @@ def _commands(folder: Path, plans: dict[str, Any], cases: int, trainer: str) -> 
     encoder = plans["configurations"][CONFIGURATION]["sam"]["encoder"]
     name, number = plans["plans_name"], convert_dataset_name_to_id(folder.name)
     if not is_here(encoder):
-        yield variant_named(encoder).remedy
+        yield known_row(encoder).remedy
     if not (folder / plans["configurations"][CONFIGURATION]["data_identifier"]).is_dir():
         yield f"nnUNetv2_preprocess -d {number} -plans_name {name} -c {CONFIGURATION}"
     fold = "0" if cases >= FOLDS or (folder / SPLITS).is_file() else "all"

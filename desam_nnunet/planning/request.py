@@ -7,20 +7,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from desam_nnunet.encoders.registry import VARIANTS
+from desam_nnunet.encoders.registry import row_of
 from desam_nnunet.planning.presets import read_preset
+from desam_nnunet.settings.sections import Method
 from desam_nnunet.training.base import SamTrainer
 from desam_nnunet.training.desam import DeSAMTrainer
 
 
 @dataclass(frozen=True)
-class Wishes:
+class Request:
     """What the user has asked for; None leaves the choice to the planner.
 
     Attributes:
         memory_target: GB that training may take.
         disk_target: GB that the cache may take.
-        encoder: A variant's name or the path of a weights file.
+        encoder: A name or the path of a weights file.
         preset: A name of :func:`~desam_nnunet.planning.presets.preset_names`.
         trainer: Whose method is planned for.
     """
@@ -32,7 +33,7 @@ class Wishes:
     trainer: type[SamTrainer] = DeSAMTrainer
 
     @property
-    def method(self) -> str:
+    def method(self) -> Method:
         return self.trainer.method
 
     @cached_property
@@ -45,19 +46,19 @@ class Wishes:
         if not self.preset:
             return {}
         fragment = read_preset(self.preset)
-        if fragment.get("method", self.method) != self.method:
+        if fragment.get("method", self.method.name) != self.method.name:
             raise ValueError(f"The preset '{self.preset}' is for the method {fragment['method']}, but "
-                             f"{self.trainer.__name__} trains {self.method}: choose another, see desam plan --list.")
+                             f"{self.trainer.__name__} trains {self.method.name}: choose another, see desam plan "
+                             "--list.")
         return fragment
 
     @property
     def sam(self) -> dict[str, Any]:
         """What preset and flags say of the section ``sam``; flags go before the preset."""
-        said = dict(self.fragment.get("sam", {}))
-        return said | ({"encoder": _absolute(self.encoder)} if self.encoder else {})
+        return dict(self.fragment.get("sam", {})) | ({"encoder": _absolute(self.encoder)} if self.encoder else {})
 
 
 def _absolute(encoder: str) -> str:
     """A file's path, wherever training will be started from."""
     path = Path(encoder).expanduser()
-    return str(path.resolve()) if encoder not in VARIANTS and path.is_file() else encoder
+    return str(path.resolve()) if row_of(encoder) is None and path.is_file() else encoder

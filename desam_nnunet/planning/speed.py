@@ -7,8 +7,8 @@ from functools import cache
 
 import torch
 
+from desam_nnunet.encoders.base import Architecture
 from desam_nnunet.encoders.precision import encoder_dtype
-from desam_nnunet.encoders.registry import PATCH, Variant
 from desam_nnunet.system.machine import device_is_here
 
 _SHARE = 0.6  # of the rate of a large matrix product that the encoder reaches; 0.8 was measured on a CPU
@@ -16,17 +16,15 @@ _SIDE = {"cpu": 1024, "cuda": 8192, "mps": 2048}
 _NOMINAL = {"cuda": 5e13, "mps": 5e12}  # of a device that is planned for, but is not here
 
 
-def hours_to_encode(images: int, variant: Variant, image_size: int, device: torch.device) -> float:
-    return images * operations(variant, image_size) / (_SHARE * matrix_rate(device)) / 3600
+def hours_to_encode(images: int, architecture: Architecture, image_size: int, device: torch.device) -> float:
+    """That encoding `images` images takes."""
+    return images * operations(architecture, image_size) / (_SHARE * matrix_rate(device)) / 3600
 
 
-def operations(variant: Variant, image_size: int) -> float:
-    """Of one image: linear layers, and the two products of attention, global or within windows."""
-    tokens, dim = (image_size // PATCH) ** 2, variant.embed_dim
-    linear = variant.depth * 24 * tokens * dim**2
-    windows = variant.depth - len(variant.global_blocks)
-    seen = len(variant.global_blocks) * tokens + windows * min(tokens, variant.window**2)
-    return linear + 4 * tokens * seen * dim
+@cache
+def operations(architecture: Architecture, image_size: int) -> int:
+    """Of encoding one image, counted once."""
+    return architecture.operations(image_size)
 
 
 @cache

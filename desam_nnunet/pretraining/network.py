@@ -1,4 +1,4 @@
-"""SAM in the size of a variant, with everything trained, and many prompts answered for each image at once."""
+"""SAM in one of its sizes, with everything trained, and many prompts answered for each image at once."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from segment_anything.modeling import MaskDecoder, Sam
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from desam_nnunet.encoders.base import Features, read_features
-from desam_nnunet.encoders.random_weights import random_state
-from desam_nnunet.encoders.registry import MASK_STRIDE, PATCH, Variant, build_sam
+from desam_nnunet.encoders.base import Features
+from desam_nnunet.encoders.sam_vit import PATCH, SamViT, build_sam, read_features
 from desam_nnunet.pretraining import regions
 from desam_nnunet.sam.prompts import Prompts, dense_positions, prompt_tokens
+from desam_nnunet.sam.tiles import MASK_STRIDE
 from desam_nnunet.sam.two_way import run_layers, tokens_from_image
 
 _FINER = PATCH // MASK_STRIDE  # mask pixels along a token's side
@@ -28,7 +28,7 @@ class Answers(NamedTuple):
 
 
 class Pretrained(nn.Module):
-    """Starts from the variant's random weights, but for the mask decoder's queries, which find their place at once.
+    """Starts from the size's random weights, but for the mask decoder's queries, which find their place at once.
 
     Args:
         seed: Of what is drawn beside them.
@@ -38,13 +38,13 @@ class Pretrained(nn.Module):
         told: Reads the regions' descriptions from each of the encoder's outputs; thrown away in the end.
     """
 
-    def __init__(self, variant: Variant, seed: int = 0) -> None:
+    def __init__(self, size: SamViT, seed: int = 0) -> None:
         super().__init__()
-        self.level_blocks = variant.global_blocks[:-1]
-        self.sam: Sam = build_sam(variant)
-        self.sam.load_state_dict(random_state(variant))
+        self.level_blocks = size.global_blocks[:-1]
+        self.sam: Sam = build_sam(size)
+        self.sam.load_state_dict(size.random_state())
         _match_places(self.sam.mask_decoder)
-        widths = [variant.embed_dim] * len(self.level_blocks) + [variant.prompt_dim]
+        widths = [size.embed_dim] * len(self.level_blocks) + [size.prompt_dim]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.told = nn.ModuleList(nn.Conv2d(width, regions.CHANNELS * _FINER**2, 1) for width in widths)

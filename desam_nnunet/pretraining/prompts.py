@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from desam_nnunet.encoders.registry import MASK_STRIDE
 from desam_nnunet.pretraining.randomness import Randomness
 from desam_nnunet.pretraining.shapes import AIR, LABELS
 from desam_nnunet.sam.prompts import Prompts, extent, random_pixel
+from desam_nnunet.sam.tiles import MASK_STRIDE
 
 _SMALLEST = 12  # pixels of a mask: what is smaller is not asked for
 _JITTER = 0.1

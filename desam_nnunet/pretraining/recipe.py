@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from desam_nnunet.encoders.registry import VARIANTS
+from desam_nnunet.encoders.registry import ENCODERS
+from desam_nnunet.encoders.sam_vit import SamViT
 from desam_nnunet.pretraining.randomness import BATCHES
 
+SIZES = {row.name: row.architecture for row in ENCODERS.values() if isinstance(row.architecture, SamViT)}
 MAX_SEED = 999  # each has a second stream, for prompts; above lie the images that no run is trained on
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Attributes:
-        encoder: The variant, from whose random weights the run starts.
+        encoder: One of SAM's sizes, from whose random weights the run starts.
         images: Generated in all; none is seen twice.
         batch_size: Images of a step.
         prompts: Points for each image, and as many boxes.
@@ -31,7 +33,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.encoder in VARIANTS, "encoder", self.encoder, f"one of {', '.join(VARIANTS)}")
+        _require(self.encoder in SIZES, "encoder", self.encoder, f"one of {', '.join(SIZES)}")
         _require(self.batch_size > 0, "batch size", self.batch_size, "a positive number")
         _require(self.batch_size <= self.images < self.batch_size * BATCHES, "number of images", self.images,
                  "at least the batch size, and at most a million batches")
@@ -39,6 +41,10 @@ class Recipe:
         _require(self.lr > 0, "learning rate", self.lr, "a positive number")
         _require(self.regions >= 0, "weight of the regions", self.regions, "0 or a positive number")
         _require(0 <= self.seed <= MAX_SEED, "seed", self.seed, f"between 0 and {MAX_SEED}")
+
+    @property
+    def size(self) -> SamViT:
+        return SIZES[self.encoder]
 
     @property
     def steps(self) -> int:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from desam_nnunet.encoders.registry import MASK_STRIDE
 from desam_nnunet.pretraining.prompts import mask_labels
 from desam_nnunet.pretraining.shapes import LABELS
+from desam_nnunet.sam.tiles import MASK_STRIDE
 
 CHANNELS = 9  # border; centre (y, x); size; extent (yy, xx, yx); grey mean and deviation
 _EMPTY = 1e-6

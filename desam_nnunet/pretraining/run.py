@@ -21,7 +21,6 @@ from torch import Tensor
 from desam_nnunet import __version__
 from desam_nnunet.encoders.base import Features
 from desam_nnunet.encoders.precision import encoder_dtype
-from desam_nnunet.encoders.registry import VARIANTS
 from desam_nnunet.pretraining import records
 from desam_nnunet.pretraining.generator import VERSION, Generated, generate
 from desam_nnunet.pretraining.network import Pretrained
@@ -80,7 +79,7 @@ def pretrain(
     if not run.go(say, minutes):
         say(f"Put down after {run.step * recipe.batch_size:,} images: the same command goes on.")
         return None
-    points, boxes = unseen_iou(run.network, VARIANTS[recipe.encoder].image_size, device)
+    points, boxes = unseen_iou(run.network, recipe.size.tables, device)
     records.write_settings(folder, told | {
         "starts_from": "random weights", "steps": run.step, "seconds": round(run.seconds),
         "precision": "bfloat16" if _has_bfloat16(device) else "float32",
@@ -97,8 +96,8 @@ class _Run:
         self.folder = folder
         self.recipe = recipe
         self.device = device
-        self.size = VARIANTS[recipe.encoder].image_size
-        self.network = Pretrained(VARIANTS[recipe.encoder], recipe.seed).to(device)
+        self.size = recipe.size.tables
+        self.network = Pretrained(recipe.size, recipe.seed).to(device)
         decayed = [p for p in self.network.parameters() if p.ndim > 1]
         others = [p for p in self.network.parameters() if p.ndim <= 1]
         self.optimizer = torch.optim.AdamW(

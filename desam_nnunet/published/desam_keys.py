@@ -26,11 +26,9 @@ _RENAMES = (
     (r"\.conv([12])\.conv\.", r".conv\1."),
     (r"\.conv3\.conv\.", ".shortcut."),
 )
-# SAM's own heads, deep supervision's output, and shortcuts of blocks that keep their width: in the files, used by none.
-_UNUSED = re.compile(
-    r"mask_decoder\.(output_upscaling|output_hypernetworks_mlps|pimm\.seg_outputs\.0)\."
-    r"|residual_block\.\d\.1\.conv3\."
-)
+# SAM's own heads and deep supervision's output: in the files, used by none.
+_UNUSED = re.compile(r"mask_decoder\.(output_upscaling|output_hypernetworks_mlps|pimm\.seg_outputs\.0)\.")
+_SHORTCUT = "conv3.conv.weight"
 IMAGE_ENCODER = "image_encoder."
 
 
@@ -50,11 +48,16 @@ def rename_official(state: State) -> State:
     """
     renamed = {}
     for key, value in state.items():
-        if key.startswith(IMAGE_ENCODER) or _UNUSED.search(key):
+        if key.startswith(IMAGE_ENCODER) or _is_unused(key, value):
             continue
         name = _rename(key)
         renamed[name] = value[:1] if name.startswith("prim.iou_head.seg_layers.") else value  # index 0 is used
     return renamed
+
+
+def _is_unused(key: str, value: Tensor) -> bool:
+    """Also the shortcut of a block that keeps its width, which the files have and the published code passes by."""
+    return bool(_UNUSED.search(key)) or (key.endswith(_SHORTCUT) and value.shape[0] == value.shape[1])
 
 
 def _rename(key: str) -> str:

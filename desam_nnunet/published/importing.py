@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from nnunetv2.paths import nnUNet_results
-from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from desam_nnunet.encoders.registry import VARIANTS
-from desam_nnunet.encoders.weights import State, check_state, find_weights, read_sam_file
+from desam_nnunet.encoders.registry import ENCODERS
+from desam_nnunet.encoders.sam_vit import SamViT
+from desam_nnunet.encoders.weights import State, check_state, find_weights, read_weights
 from desam_nnunet.nnunet.datasets import read_preprocessed
+from desam_nnunet.nnunet.model_folder import build_network, model_folder
 from desam_nnunet.published.desam_keys import IMAGE_ENCODER
 from desam_nnunet.published.reading import Published, read_published
 from desam_nnunet.settings.resolve import given_section, resolve_plans
 from desam_nnunet.system.files import replacing
-from desam_nnunet.training.registry import TRAINERS
+from desam_nnunet.training.registry import find_trainer
 
 
 class Target(NamedTuple):
@@ -67,9 +67,10 @@ def import_official(file: Path, target: Target, folder: Path | None = None) -> I
         raise ValueError(f"{file} is a checkpoint for {' or '.join(published.trainers)}, not for -tr {trainer}.")
     plans, dataset_json, base = read_preprocessed(target.dataset, target.plans)
     _fix_section(plans, target.configuration, published, file)
-    resolve_plans(plans, target.configuration, dataset_json, published.method, _encoder_of(published, file))
+    method = find_trainer(trainer).method
+    resolve_plans(plans, target.configuration, dataset_json, method, _encoder_of(published, file))
     _check_image_encoder(published.image_encoder, plans["configurations"][target.configuration]["sam"], file)
-    folder = folder or _results_folder(plans, target.configuration, trainer)
+    folder = folder or model_folder(plans, target.configuration, trainer)
     if (folder / "plans.json").exists() or (folder / "pretrained_weights.pth").exists():
         raise FileExistsError(f"{folder} holds a model already: remove it or choose another folder with -o.")
     complete = _check_network(published, plans, dataset_json, target.configuration, trainer, file)
@@ -89,15 +90,16 @@ def _fix_section(plans: dict[str, Any], configuration: str, published: Published
         if given.get(key, value) != value:
             raise ValueError(f"{file} has {published.method}.{key} {value!r}, but the plans say {given[key]!r}: take "
                              "the key out of the plans.")
-    plans["configurations"][configuration][published.method] = given | published.own
+    plans["configurations"][configuration][published.method] = published.procedure | given | published.own
 
 
 def _encoder_of(published: Published, file: Path) -> str:
-    for variant in VARIANTS.values():
-        if variant.embed_dim == published.width:
-            return variant.name
+    widths = {row.name: row.architecture.embed_dim for row in ENCODERS.values() if isinstance(row.architecture, SamViT)}
+    for name, width in widths.items():
+        if width == published.width:
+            return name
     raise ValueError(f"{file} was trained on an encoder of width {published.width}, which is none of "
-                     f"{', '.join(VARIANTS)}.")
+                     f"{', '.join(widths)}.")
 
 
 def _check_image_encoder(theirs: State, sam: dict[str, Any], file: Path) -> None:
@@ -109,7 +111,7 @@ def _check_image_encoder(theirs: State, sam: dict[str, Any], file: Path) -> None
     if path is None:
         raise ValueError(f"{file} holds a trained image encoder, but '{encoder}' has random weights: name its file "
                          "as sam.encoder in the plans.")
-    ours = {key: value for key, value in read_sam_file(path).items() if key.startswith(IMAGE_ENCODER)}
+    ours = {key: value for key, value in read_weights(path).items() if key.startswith(IMAGE_ENCODER)}
     check_state(theirs, {key: value.shape for key, value in ours.items()}, f"The image encoder in {file}")
     changed = [key for key, value in ours.items() if not torch.equal(value, theirs[key].to(value.dtype))]
     if changed:
@@ -122,23 +124,14 @@ def _check_network(
     published: Published, plans: dict[str, Any], dataset_json: dict[str, Any], name: str, trainer: str, file: Path
 ) -> bool:
     """Whether the state is a whole model of this data set: its outputs may differ, all else must fit."""
-    manager = PlansManager(plans)
-    configuration = manager.get_configuration(name)
-    labels = manager.get_label_manager(dataset_json)
-    heads = labels.num_segmentation_heads
-    channels = determine_num_input_channels(manager, configuration, dataset_json)
-    network = TRAINERS[trainer].build_network_architecture(manager, configuration, channels, heads, False)
+    labels = PlansManager(plans).get_label_manager(dataset_json)
+    network = build_network(plans, dataset_json, name, trainer)
     expected = {key: value.shape for key, value in network.state_dict().items()}
     shared = {key: shape for key, shape in expected.items() if ".seg_layers." not in key}
     state = published.state
     check_state({key: value for key, value in state.items() if ".seg_layers." not in key}, shared, str(file))
     fits = not (published.background and labels.has_regions)
     return fits and expected == {key: value.shape for key, value in state.items()}
-
-
-def _results_folder(plans: dict[str, Any], configuration: str, trainer: str) -> Path:
-    name = f"{trainer}__{plans['plans_name']}__{configuration}"
-    return Path(nnUNet_results.require()) / plans["dataset_name"] / name
 
 
 def _write_model(

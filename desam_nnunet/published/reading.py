@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from desam_nnunet.encoders.weights import State, read_sam_file
+from desam_nnunet.encoders.weights import State, read_weights
 from desam_nnunet.published.desam_keys import IMAGE_ENCODER, is_official, rename_official
 from desam_nnunet.published.samed_keys import adapts_decoder, is_official_samed, rename_official_samed
 
@@ -26,6 +26,9 @@ _SAMED = _COMMON.format(
   published: no mirroring at prediction; here: the same""")
 
 
+_PROCEDURE = {"grid": 9, "iou_threshold": 0.5, "grid_offset": 0.0, "through_input": True}
+
+
 class Published(NamedTuple):
     """A checkpoint of one of the methods.
 
@@ -35,6 +38,7 @@ class Published(NamedTuple):
         state: By our key names.
         width: Of the image encoder that it was trained on.
         own: What it fixes in the method's section.
+        procedure: How it was published to predict, in the method's section, unless the plans say otherwise.
         image_encoder: SAM's part of the file, by SAM's key names; empty where there is none.
         preparation: In what the published image preparation differs.
         background: Whether the first output is the background, so that the outputs are no regions.
@@ -45,6 +49,7 @@ class Published(NamedTuple):
     state: State
     width: int
     own: dict[str, Any]
+    procedure: dict[str, Any]
     image_encoder: State
     preparation: str
     background: bool
@@ -52,7 +57,7 @@ class Published(NamedTuple):
 
 def read_published(file: Path) -> Published:
     """Raises: ValueError: Not a checkpoint of a known kind."""
-    state = read_sam_file(file)
+    state = read_weights(file)
     if is_official(state):
         return _desam(state, file)
     if is_official_samed(state):
@@ -67,12 +72,12 @@ def _desam(state: State, file: Path) -> Published:
     if key not in ours:
         raise ValueError(f"{file}: {key} is missing.")
     encoder = {name: value for name, value in state.items() if name.startswith(IMAGE_ENCODER)}
-    return Published("desam", ("DeSAMTrainer", "DeSAMTrainerWholeBox"), ours, ours[key].shape[1], {}, encoder, _DESAM,
-                     background=False)
+    return Published("desam", ("DeSAMTrainer", "DeSAMTrainerWholeBox"), ours, ours[key].shape[1], {}, _PROCEDURE,
+                     encoder, _DESAM, background=False)
 
 
 def _samed(state: State) -> Published:
     trainer = "SAMedTrainerS" if adapts_decoder(state) else "SAMedTrainer"
     rank, width = state["w_a_000"].shape
     return Published("samed", (trainer,), rename_official_samed(state), width, {"rank": rank, "targets": "qv"}, {},
-                     _SAMED, background=True)
+                     {}, _SAMED, background=True)

@@ -13,10 +13,16 @@ from desam_nnunet.sam.two_way import freeze_key_biases
 
 
 class ClassHeads(nn.Module):
-    """Mask tokens, hyper-networks and IoU head. The last gets no loss and is frozen; published checkpoints hold it."""
+    """Mask tokens, hyper-networks and IoU head. The last gets no loss and is frozen; published checkpoints hold it.
 
-    def __init__(self, decoder: MaskDecoder) -> None:
+    Args:
+        silent: How many of the tokens, the last, make no mask: their hyper-networks get no loss either.
+    """
+
+    def __init__(self, decoder: MaskDecoder, silent: int) -> None:
         super().__init__()
+        for network in decoder.output_hypernetworks_mlps[len(decoder.output_hypernetworks_mlps) - silent:]:
+            network.requires_grad_(False)
         self.mask_tokens = decoder.mask_tokens
         self.hypernetworks = decoder.output_hypernetworks_mlps
         self.iou_head = decoder.iou_prediction_head.requires_grad_(False)
@@ -28,13 +34,16 @@ class ClassDecoder(nn.Module):
     Args:
         transformer: SAM's.
         outputs: How many masks.
+        silent: How many tokens more take part in the attention and make no mask, as in SAM, which decodes one of four.
         frozen_transformer: Whether the transformer is known by reference, and so no submodule.
     """
 
-    def __init__(self, transformer: TwoWayTransformer, outputs: int, *, frozen_transformer: bool = False) -> None:
+    def __init__(
+        self, transformer: TwoWayTransformer, outputs: int, *, silent: int = 0, frozen_transformer: bool = False
+    ) -> None:
         super().__init__()
         dim = transformer.embedding_dim
-        stock = MaskDecoder(transformer_dim=dim, transformer=transformer, num_multimask_outputs=outputs - 1,
+        stock = MaskDecoder(transformer_dim=dim, transformer=transformer, num_multimask_outputs=outputs + silent - 1,
                             iou_head_hidden_dim=dim)
         self._two_way = (transformer,)
         if not frozen_transformer:
@@ -42,7 +51,8 @@ class ClassDecoder(nn.Module):
             freeze_key_biases(transformer)
         self.iou_token = stock.iou_token
         self.output_upscaling = stock.output_upscaling
-        self.seg_layers = ClassHeads(stock)
+        self.outputs = outputs
+        self.seg_layers = ClassHeads(stock, silent)
 
     def forward(self, image: Tensor, positions: Tensor, sparse: Tensor) -> Tensor:
         """Args:
@@ -59,7 +69,7 @@ class ClassDecoder(nn.Module):
         read, stream = transformer(image, positions.expand(len(image), -1, -1, -1), tokens)
         embedding = stream.transpose(1, 2).unflatten(2, image.shape[-2:])  # B hw C -> B C h w
         upscaled = self.output_upscaling(embedding)
-        networks = enumerate(self.seg_layers.hypernetworks)
+        networks = enumerate(self.seg_layers.hypernetworks[:self.outputs])
         hyper = torch.stack([network(read[:, k + 1]) for k, network in networks], dim=1)  # B outputs C/8
         return torch.einsum("bkc,bchw->bkhw", hyper, upscaled)
 
@@ -68,13 +78,15 @@ class ClassDecoder(nn.Module):
 
         Args:
             heads: Whether every class's token and hyper-network start from SAM's first, the one that SAM uses for
-                boxes; else they start fresh.
+                boxes, and silent ones from SAM's others; else they start fresh.
         """
         self.iou_token.load_state_dict(decoder.iou_token.state_dict())
         self.output_upscaling.load_state_dict(decoder.output_upscaling.state_dict())
         if heads:
             tokens = self.seg_layers.mask_tokens.weight
             with torch.no_grad():
-                tokens.copy_(decoder.mask_tokens.weight[:1].expand_as(tokens))
-            for network in self.seg_layers.hypernetworks:
-                network.load_state_dict(decoder.output_hypernetworks_mlps[0].state_dict())
+                tokens[:self.outputs] = decoder.mask_tokens.weight[0]
+                tokens[self.outputs:] = decoder.mask_tokens.weight[1:1 + len(tokens) - self.outputs]
+            for number, network in enumerate(self.seg_layers.hypernetworks):
+                theirs = max(0, number + 1 - self.outputs)
+                network.load_state_dict(decoder.output_hypernetworks_mlps[theirs].state_dict())

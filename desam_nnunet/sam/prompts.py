@@ -29,6 +29,21 @@ class Prompts(NamedTuple):
     points: Tensor | None = None
     boxes: Tensor | None = None
 
+    def split(self, size: int) -> list[Prompts]:
+        """Points, at most `size` at a time."""
+        assert self.points is not None
+        return [Prompts(points=chunk) for chunk in self.points.split(size)]
+
+    def one(self, number: Tensor) -> Prompts:
+        """One of the points."""
+        assert self.points is not None
+        return Prompts(points=self.points[number][None])
+
+    def expand(self, batch: int) -> Prompts:
+        """One box for each of a batch of images."""
+        assert self.boxes is not None
+        return Prompts(boxes=self.boxes.expand(batch, -1))
+
 
 class PointTargets(NamedTuple):
     """What the IoU head should say of the points drawn.
@@ -42,18 +57,28 @@ class PointTargets(NamedTuple):
     valid: Tensor
 
 
-@torch.compiler.disable  # SAM's prompt encoder indexes by value
 def prompt_tokens(prompt_encoder: PromptEncoder, prompts: Prompts) -> tuple[Tensor, Tensor]:
     """SAM's sparse (B, T, C) and dense (B, C, h, w) prompt embeddings, in float32; B is 1 where there is no prompt.
 
     The coordinates' frequencies need float32: under autocast SAM's encoder would round them.
     """
     with _in_float32(prompt_encoder):
-        points = prompts.points
-        if points is None:
+        if prompts.points is None:
             return prompt_encoder(points=None, boxes=prompts.boxes, masks=None)
-        labels = torch.ones(points.shape[:2], device=points.device)
-        return prompt_encoder(points=(points, labels), boxes=None, masks=None)
+        sparse = _positive_points(prompt_encoder, prompts.points)
+        side = prompt_encoder.image_embedding_size
+        return sparse, prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).expand(len(sparse), -1, *side)
+
+
+def _positive_points(prompt_encoder: PromptEncoder, points: Tensor) -> Tensor:
+    """SAM's embedding (N, 2, C) of positive points (N, 1, 2), each with the padding that stands for "no box".
+
+    SAM's own way to it looks labels up by value, for which a GPU waits three times.
+    """
+    embedded = prompt_encoder.pe_layer.forward_with_coords(points + 0.5, prompt_encoder.input_image_size)
+    embedded = embedded + prompt_encoder.point_embeddings[1].weight
+    padding = prompt_encoder.not_a_point_embed.weight.expand(len(points), 1, -1)
+    return torch.cat([embedded, padding], dim=1)
 
 
 def dense_positions(prompt_encoder: PromptEncoder) -> Tensor:
@@ -68,11 +93,17 @@ def whole_box(geometry: Geometry, batch: int, device: torch.device) -> Prompts:
     return Prompts(boxes=torch.tensor([[0.0, 0.0, width, height]], device=device).expand(batch, -1))
 
 
-def point_grid(geometry: Geometry, points_per_side: int, device: torch.device) -> Prompts:
-    """Centres of the cells of a grid over the tile, row by row: points (N, 1, 2), N its square."""
+def point_grid(
+    geometry: Geometry, points_per_side: int, device: torch.device, offset: float = 0.0
+) -> Prompts:
+    """Centres of the cells of a grid over the tile, row by row: points (N, 1, 2), N its square.
+
+    Args:
+        offset: Added to the cells' centres, which count from the tile's edge as the published code has them.
+    """
     height, width = geometry.scaled
     steps = (torch.arange(points_per_side, device=device) + 0.5) / points_per_side
-    y, x = torch.meshgrid(steps * height - 0.5, steps * width - 0.5, indexing="ij")
+    y, x = torch.meshgrid(steps * height + offset, steps * width + offset, indexing="ij")
     return Prompts(points=torch.stack([x, y], dim=-1).reshape(-1, 1, 2))
 
 

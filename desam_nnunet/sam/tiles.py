@@ -1,4 +1,4 @@
-"""nnU-Net's tile to SAM's image, and mask logits back to the tile.
+"""nnU-Net's tile to the encoder's image, and mask logits back to the tile.
 
 Source of the geometry: Kirillov et al., Segment Anything, ICCV 2023 (longest side to the input size,
 padding at the bottom and right). Sides are rounded to whole mask pixels, so that the padding can be cut
@@ -14,29 +14,32 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from desam_nnunet.encoders.registry import MASK_STRIDE, PIXEL_MEAN, PIXEL_STD
+from desam_nnunet.encoders.base import ImageSpec
 
 INTENSITY_RULES = ("percentile", "window", "unit")
 _PERCENTILES = (0.005, 0.995)
 _UNIT_SCHEMES = {"RescaleTo01Normalization", "RGBTo01Normalization"}
 _GROUP = 3  # channels of an RGB image
+MASK_STRIDE = 4  # of SAM's and DeSAM's masks: a tile's sides are whole multiples of it in the input
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where a tile lies in SAM's square input.
+    """Where a tile lies in the encoder's square input.
 
     Attributes:
         tile: Height and width of the tile in its own pixels.
-        image_size: Side of SAM's input.
+        image_size: Side of the encoder's input.
+        mask_stride: Pixels of the input along a side of a mask's pixel; it divides 4.
     """
 
     tile: tuple[int, int]
     image_size: int
+    mask_stride: int = MASK_STRIDE
 
     @property
     def scaled(self) -> tuple[int, int]:
-        """Height and width of the tile inside SAM's input; the rest is padding."""
+        """Height and width of the tile inside the encoder's input; the rest is padding."""
         scale = self.image_size / max(self.tile)
         height, width = (max(1, round(side * scale / MASK_STRIDE)) * MASK_STRIDE for side in self.tile)
         return height, width
@@ -45,42 +48,49 @@ class Geometry:
     def mask(self) -> tuple[int, int]:
         """Height and width of the tile inside the mask logits."""
         height, width = self.scaled
-        return height // MASK_STRIDE, width // MASK_STRIDE
+        return height // self.mask_stride, width // self.mask_stride
 
 
 class TileToImage:
-    """Turns nnU-Net's preprocessed tiles into SAM images.
+    """Turns nnU-Net's preprocessed tiles into the images that an encoder wants.
 
     Args:
-        image_size: Side of SAM's input.
+        spec: Of these images.
+        image_size: Their side.
         intensity: One of ``percentile`` (0.5 to 99.5 of each tile and channel), ``window`` (fixed) and
             ``unit`` ([0, 1] data).
         window: For ``window`` only: per channel the lower and upper bound in the data's own units.
-        normalise: Whether images are 0 to 255 with SAM's pixel mean and deviation taken out; else 0 to 1, as SAMed's.
     """
 
     def __init__(
-        self, image_size: int, intensity: str, window: tuple[tuple[float, float], ...] = (), *, normalise: bool = True
+        self, spec: ImageSpec, image_size: int, intensity: str, window: tuple[tuple[float, float], ...] = ()
     ) -> None:
+        self.spec = spec
         self.image_size = image_size
         self.intensity = intensity
         self.window = window
-        self.normalise = normalise
 
     def __call__(self, tiles: Tensor) -> Tensor:
         """Args: tiles: (B, C, H, W). Returns: (B, G, 3, S, S), G the number of channel groups."""
-        highest = 255 if self.normalise else 1
-        images = torch.stack(channel_groups(self._to_unit(tiles.float()) * highest), dim=1)
+        images = torch.stack(channel_groups(self._to_unit(tiles.float()) * self.spec.highest), dim=1)
         batch, groups = images.shape[:2]
         geometry = Geometry((tiles.shape[-2], tiles.shape[-1]), self.image_size)
         images = images.flatten(0, 1)  # B G 3 H W -> BG 3 H W
-        images = F.interpolate(images, size=geometry.scaled, mode="bilinear", align_corners=False, antialias=True)
-        if self.normalise:
-            mean, std = (images.new_tensor(values)[:, None, None] for values in (PIXEL_MEAN, PIXEL_STD))
+        images = self._resize(images, geometry.scaled)
+        if self.spec.rescale:
+            images = _stretched(images) * self.spec.highest
+        if any(self.spec.mean) or set(self.spec.std) != {1.0}:
+            mean, std = (images.new_tensor(values)[:, None, None] for values in (self.spec.mean, self.spec.std))
             images = (images - mean) / std
         height, width = geometry.scaled
         padding = (0, self.image_size - width, 0, self.image_size - height)
         return F.pad(images, padding).unflatten(0, (batch, groups))
+
+    def _resize(self, images: Tensor, size: tuple[int, int]) -> Tensor:
+        """Means of areas can't enlarge: there every rule is bilinear."""
+        if self.spec.resize == "area" and size[0] <= images.shape[-2] and size[1] <= images.shape[-1]:
+            return F.interpolate(images, size=size, mode="area")
+        return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
 
     def _to_unit(self, tiles: Tensor) -> Tensor:
         """Maps intensities to [0, 1]; a constant channel maps to 0."""
@@ -94,6 +104,12 @@ class TileToImage:
         spread = high - low
         scaled = (tiles - low) / torch.where(spread > 0, spread, torch.ones_like(spread))
         return torch.where(spread > 0, scaled.clamp(0, 1), torch.zeros_like(scaled))
+
+
+def _stretched(images: Tensor) -> Tensor:
+    """Each image (3, H, W) of a batch from its minimum to its maximum, as 0 to 1; a constant one is 0."""
+    low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+    return (images - low) / torch.where(high > low, high - low, torch.ones_like(high))
 
 
 def images_per_tile(channels: int) -> int:
@@ -111,13 +127,13 @@ def channel_groups(tiles: Tensor) -> list[Tensor]:
 
 
 def cut_padding(masks: Tensor, geometry: Geometry) -> Tensor:
-    """Mask logits (B, K, S/4, S/4) of the tile alone, (B, K, h, w)."""
+    """Mask logits (B, K, S / stride, S / stride) of the tile alone, (B, K, h, w)."""
     height, width = geometry.mask
     return masks[..., :height, :width]
 
 
 def logits_to_tile(masks: Tensor, geometry: Geometry) -> Tensor:
-    """Mask logits (B, K, S/4, S/4) without their padding, bilinearly resized to the tile: (B, K, H, W)."""
+    """Mask logits (B, K, S / stride, S / stride) without padding, bilinearly brought to the tile: (B, K, H, W)."""
     return F.interpolate(cut_padding(masks, geometry), size=geometry.tile, mode="bilinear", align_corners=False)
 
 

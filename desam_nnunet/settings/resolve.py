@@ -11,24 +11,15 @@ from typing import Any, TypeVar, get_type_hints
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from desam_nnunet.encoders.registry import VARIANTS
-from desam_nnunet.encoders.weights import check_identity, identify
+from desam_nnunet.encoders.base import Architecture
+from desam_nnunet.encoders.registry import ENCODERS, row_of
+from desam_nnunet.encoders.sam_vit import SamViT
+from desam_nnunet.encoders.weights import check_identity, identify, known_row
 from desam_nnunet.sam.tiles import intensity_rule
-from desam_nnunet.settings.sections import (
-    DEFAULT_ENCODER,
-    METHODS,
-    SECTIONS,
-    DbsamSection,
-    DesamSection,
-    Method,
-    SamedSection,
-    SamSection,
-)
+from desam_nnunet.settings.sections import AS_BEFORE, DEFAULT_ENCODER, Method, SamSection
 
-_MAX_WARMUP = 250  # iterations, as published
-
-Section = TypeVar("Section", SamSection, DesamSection, SamedSection, DbsamSection)
-_NAMES = {kind: name for name, kind in SECTIONS.items()}
+SAM = Method("sam", SamSection, "")
+Section = TypeVar("Section")
 
 
 def check_keys(name: str, kind: type, given: dict[str, Any]) -> None:
@@ -49,15 +40,15 @@ def check_keys(name: str, kind: type, given: dict[str, Any]) -> None:
             )
 
 
-def parse_section(kind: type[Section], given: dict[str, Any]) -> Section:
-    """Checks every key and type of a fully resolved section.
+def parse_section(name: str, kind: type[Section], given: dict[str, Any]) -> Section:
+    """Checks every key and type of a section that is complete but for defaults.
 
     Raises:
         ValueError: An unknown, missing or ill-typed key; the message lists the valid ones.
     """
-    name = _NAMES[kind]
     check_keys(name, kind, given)
-    missing = [row.name for row in fields(kind) if row.default is MISSING and row.name not in given]
+    missing = [row.name for row in fields(kind)  # type: ignore[arg-type]
+               if row.default is MISSING and row.name not in given]
     if missing:
         raise ValueError(
             f"The plans' section '{name}' lacks {', '.join(missing)}: these plans were not resolved by training "
@@ -66,30 +57,43 @@ def parse_section(kind: type[Section], given: dict[str, Any]) -> Section:
     return kind(**given)
 
 
-def read_section(configuration: dict[str, Any], kind: type[Section]) -> Section:
-    """A resolved section of a model's configuration."""
-    return parse_section(kind, given_section(configuration, _NAMES[kind]))
+def read_sam(configuration: dict[str, Any]) -> SamSection:
+    """The shared section of a model's configuration."""
+    return parse_section(SAM.name, SamSection, given_section(configuration, SAM.name))
+
+
+def read_own(configuration: dict[str, Any], method: Method) -> Any:
+    """The method's section of a model's configuration, of the method's own type."""
+    return parse_section(method.name, method.section, as_trained(method, given_section(configuration, method.name)))
+
+
+def as_trained(method: Method, given: dict[str, Any]) -> dict[str, Any]:
+    """A section of a trained model: keys that did not exist yet mean what happened before they did."""
+    before = {row.name: row.metadata[AS_BEFORE] for row in fields(method.section) if AS_BEFORE in row.metadata}
+    return before | given
 
 
 def resolve_plans(
     plans: dict[str, Any],
     configuration_name: str,
     dataset_json: dict[str, Any],
-    method: str,
+    method: Method,
     default_encoder: str = DEFAULT_ENCODER,
+    trained: dict[str, Any] | None = None,
 ) -> None:
-    """Fills the sections ``sam`` and `method` of one configuration with everything that is not given.
+    """Fills the sections ``sam`` and the method's of one configuration with everything that is not given.
 
     They are written into `plans`. On stock plans (no section ``sam``) the batch size is lowered as
     well, see :class:`~desam_nnunet.settings.sections.Method`.
 
     Args:
         plans: nnU-Net's plans, changed in place.
-        method: ``desam``, ``samed`` or ``dbsam``.
         default_encoder: For plans that name none.
+        trained: The plans of a model that these go on with: what they leave open of the keys that are younger than that
+            model is as in the model.
 
     Raises:
-        ValueError: A 3D configuration, or a section that is not valid.
+        ValueError: A 3D configuration, a section that is not valid, or an encoder that the method can't work on.
         FileNotFoundError: The encoder's weights are not on this machine.
     """
     manager = PlansManager(plans)
@@ -97,26 +101,34 @@ def resolve_plans(
     _refuse_3d(manager, configuration_name)
     own = plans["configurations"][configuration_name]
     if "sam" not in configuration:
-        own["batch_size"] = min(configuration["batch_size"], METHODS[method].batch_size)
+        own["batch_size"] = min(configuration["batch_size"], method.batch_size)
     regions = manager.get_label_manager(dataset_json).has_regions
     schemes = configuration["normalization_schemes"]
     given = {"encoder": default_encoder} | given_section(configuration, "sam")
-    sam = _resolve_sam(given, schemes, regions, METHODS[method])
+    sam = _resolve_sam(given, schemes, regions, method)
     own["sam"] = asdict(sam)
-    own[method] = asdict(parse_section(
-        METHODS[method].section, _method_defaults(method, sam) | given_section(configuration, method)))
+    defaults = method.defaults(sam) | _younger_keys(trained, configuration_name, method)
+    own[method.name] = asdict(parse_section(
+        method.name, method.section, defaults | given_section(configuration, method.name)))
+
+
+def _younger_keys(trained: dict[str, Any] | None, configuration_name: str, method: Method) -> dict[str, Any]:
+    """What a trained model has for the keys that it may be older than."""
+    if trained is None:
+        return {}
+    section = as_trained(method, given_section(trained["configurations"][configuration_name], method.name))
+    return {row.name: section[row.name] for row in fields(method.section) if AS_BEFORE in row.metadata}
 
 
 def _resolve_sam(given: dict[str, Any], normalization_schemes: list[str], regions: bool, method: Method) -> SamSection:
-    known = VARIANTS.get(given["encoder"]) if isinstance(given["encoder"], str) else None
-    own_size = (known or VARIANTS[DEFAULT_ENCODER]).image_size
+    own_size = _own_image_size(given["encoder"])
     defaults = {
         "identity": "",
         "image_size": min(own_size, method.image_size or own_size),
         "intensity": intensity_rule(normalization_schemes),
         "regions": regions,
     }
-    section = parse_section(SamSection, defaults | given)
+    section = parse_section(SAM.name, SamSection, defaults | given)
     if section.intensity == "window" and intensity_rule(normalization_schemes) != "window":
         raise ValueError(
             f"sam.intensity is 'window', which needs CTNormalization in every channel, but the plans have "
@@ -127,15 +139,33 @@ def _resolve_sam(given: dict[str, Any], normalization_schemes: list[str], region
     identity = identify(section.encoder, section.identity)
     if section.identity:
         check_identity(section.encoder, identity, section.identity)
+    architecture = known_row(section.encoder).architecture
+    architecture.check_image_size(section.image_size)
+    check_offers(section.encoder, architecture, method)
     resolved = asdict(section) | {"identity": identity}
     if not method.frozen_features:
         resolved |= {"features": "online", "views": 1}
-    return parse_section(SamSection, resolved)
+    return parse_section(SAM.name, SamSection, resolved)
 
 
-def _method_defaults(method: str, sam: SamSection) -> dict[str, Any]:
-    """What a method's defaults take from the shared section."""
-    return {"warmup": min(_MAX_WARMUP, sam.iterations // 10)} if method == "samed" else {}
+def _own_image_size(encoder: Any) -> int:
+    """The input side that an encoder was trained with; of a file like SAM's, that of SAM, as it always was."""
+    row = row_of(encoder) if isinstance(encoder, str) else None
+    if row is not None or not isinstance(encoder, str):
+        return (row or ENCODERS[DEFAULT_ENCODER]).image_size
+    try:
+        shaped = known_row(encoder)
+    except (ValueError, OSError):  # said again, and with what to do, once the section has been checked
+        return ENCODERS[DEFAULT_ENCODER].image_size
+    return ENCODERS[DEFAULT_ENCODER].image_size if isinstance(shaped.architecture, SamViT) else shaped.image_size
+
+
+def check_offers(encoder: str, architecture: Architecture, method: Method) -> None:
+    """Raises: ValueError: The method asks of the encoder what it does not have; those that have it are named."""
+    if method.needs and method.needs not in architecture.offers:
+        able = ", ".join(row.name for row in ENCODERS.values() if method.needs in row.architecture.offers)
+        raise ValueError(f"The method {method.name} works inside the encoder and needs {method.needs} of it, which "
+                         f"'{encoder}' does not have: set sam.encoder to one of {able}.")
 
 
 def _refuse_3d(manager: PlansManager, name: str) -> None:
@@ -150,6 +180,7 @@ def _refuse_3d(manager: PlansManager, name: str) -> None:
 
 
 def given_section(configuration: dict[str, Any], name: str) -> dict[str, Any]:
+    """What the plans give of a section, as it stands there."""
     section = configuration.get(name, {})
     if not isinstance(section, dict):
         raise ValueError(f"The plans' section '{name}' is {section!r}, but must be an object with keys.")

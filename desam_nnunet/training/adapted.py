@@ -21,13 +21,18 @@ class AdaptedSamTrainer(SamTrainer):
         """Iterations over which the learning rate rises."""
         raise NotImplementedError
 
+    @property
+    def is_rate_set_after_step(self) -> bool:
+        """Whether an iteration's learning rate is that of the number of the iteration before."""
+        return False
+
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
         self.weight_decay = self.decay  # nnU-Net logs it
         trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=self.initial_lr, weight_decay=self.decay)
         return optimizer, WarmupPolySchedule(
             optimizer, self.initial_lr, warmup=self.warmup, iterations=self.sam.iterations,
-            per_epoch=self.num_iterations_per_epoch)
+            per_epoch=self.num_iterations_per_epoch, late=self.is_rate_set_after_step)
 
     def on_train_start(self) -> None:
         super().on_train_start()

@@ -13,12 +13,16 @@ from nnunetv2.training.loss.dice import get_tp_fp_fn_tn
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
-from desam_nnunet.settings.resolve import read_section, resolve_plans
-from desam_nnunet.settings.sections import METHODS, SamSection
+from desam_nnunet.encoders.base import Features, ImageSpec
+from desam_nnunet.networks.frame import Outline, SamNetwork
+from desam_nnunet.nnunet.model_folder import trained_plans
+from desam_nnunet.settings.resolve import read_own, read_sam, resolve_plans
+from desam_nnunet.settings.sections import Method, SamSection
 from desam_nnunet.system.files import TEMPORARY, replacing
 from desam_nnunet.training.checks import (
     check_cases,
@@ -28,24 +32,27 @@ from desam_nnunet.training.checks import (
     settings_of,
 )
 from desam_nnunet.training.losses import foreground_target
+from desam_nnunet.training.outline import outline_from_plans
 
 Batch = dict[str, Any]
+Inputs = Tensor | Features | tuple[Tensor, Tensor]
 _GRADIENT_NORM = 12  # nnU-Net's
 _MAX_SKIPPED = 50  # in a row; more than CUDA's loss scaling needs to settle
 
 
 class SamTrainer(nnUNetTrainer):
-    """Trains a network on SAM inside nnU-Net. Subclasses give method, network and loss.
+    """Trains a network on a foundation encoder inside nnU-Net. Subclasses give method, network and loss.
 
     The plans' sections are resolved before nnU-Net's own ``__init__`` copies them, so that bad settings and
     missing weights end the run at once, and checkpoint and model folder hold every setting.
 
     Attributes:
-        method: Name of the plans' section of this method, see :data:`desam_nnunet.settings.sections.METHODS`.
-        sam, own: The resolved sections.
+        method: What everything else finds of it: its section in the plans, the plans' name, its bounds.
+        sam, own: The resolved sections, shared and the method's.
     """
 
-    method: ClassVar[str]
+    method: ClassVar[Method]
+    own: Any  # of the type that the method says
 
     def __init__(
         self,
@@ -55,12 +62,12 @@ class SamTrainer(nnUNetTrainer):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's signature
     ) -> None:
-        resolve_plans(plans, configuration, dataset_json, self.method)
+        resolve_plans(plans, configuration, dataset_json, self.method,
+                      trained=trained_plans(plans, configuration, type(self).__name__))
         super().__init__(plans, configuration, fold, dataset_json, device)
         resolved = self.configuration_manager.configuration
-        self.sam: SamSection = read_section(resolved, SamSection)
-        kind: Any = METHODS[self.method].section
-        self.own: Any = read_section(resolved, kind)
+        self.sam: SamSection = read_sam(resolved)
+        self.own = read_own(resolved, self.method)
         self.initial_lr = self.own.lr
         self.num_epochs = self.sam.epochs
         self.num_iterations_per_epoch = self.sam.iterations_per_epoch
@@ -68,6 +75,31 @@ class SamTrainer(nnUNetTrainer):
         self.enable_deep_supervision = False
         self.save_every = 1
         self._skipped = 0
+
+    @classmethod
+    def build_network(cls, outline: Outline) -> SamNetwork:
+        """The method's network, from an encoder and the method's settings."""
+        raise NotImplementedError
+
+    @classmethod
+    def image_of(cls, spec: ImageSpec) -> ImageSpec:
+        """The images that the method wants, from those that the encoder wants: the same."""
+        return spec
+
+    @classmethod
+    def build_network_architecture(
+        cls,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """As nnU-Net asks for it, in training and in prediction; errors as
+        :func:`~desam_nnunet.training.outline.outline_from_plans`.
+        """
+        return cls.build_network(outline_from_plans(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, cls.method, cls.image_of))
 
     def compute_loss(self, inputs: Any, target: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of a batch, and logits at tile size for nnU-Net's pseudo Dice.
@@ -77,7 +109,7 @@ class SamTrainer(nnUNetTrainer):
         """
         raise NotImplementedError
 
-    def inputs_of(self, batch: Batch) -> Any:
+    def inputs_of(self, batch: Batch) -> Inputs:
         """The tiles of a batch on the device, (B, C, H, W)."""
         if not torch.isfinite(batch["data"]).all():
             raise ValueError(
@@ -92,12 +124,15 @@ class SamTrainer(nnUNetTrainer):
         return self.label_manager
 
     @property
-    def bare_network(self) -> Any:
+    def bare_network(self) -> SamNetwork:
         """The network itself, out of DDP and torch.compile."""
         network = self.network
         if isinstance(network, DistributedDataParallel):
             network = network.module
-        return network._orig_mod if isinstance(network, OptimizedModule) else network
+        if isinstance(network, OptimizedModule):
+            network = network._orig_mod
+        assert isinstance(network, SamNetwork)
+        return network
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
         trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
@@ -173,7 +208,7 @@ class SamTrainer(nnUNetTrainer):
     def _settings(self) -> dict[str, Any]:
         return settings_of(self.plans_manager.plans, self.configuration_name, self.dataset_json, self.method)
 
-    def _on_device(self, batch: Batch) -> tuple[Any, Tensor]:
+    def _on_device(self, batch: Batch) -> tuple[Inputs, Tensor]:
         return self.inputs_of(batch), batch["target"].to(self.device, non_blocking=True)
 
     def _autocast(self) -> AbstractContextManager:

@@ -21,7 +21,7 @@ from desam_nnunet.cache.loader import CachedLoader
 from desam_nnunet.cache.store import CaseRecord, Recipe, Store, open_stores
 from desam_nnunet.cache.tiles import STEP, content_of
 from desam_nnunet.cache.views import Augmentation
-from desam_nnunet.encoders.registry import PATCH
+from desam_nnunet.networks.frame import FrozenSamNetwork
 from desam_nnunet.settings.sections import SamSection
 from desam_nnunet.system.machine import free_memory
 
@@ -38,7 +38,7 @@ def augmentation_of(trainer: nnUNetTrainer, sam: SamSection) -> Augmentation | N
 
 
 def recipe_of(
-    configuration: ConfigurationManager, sam: SamSection, network: Any, device: torch.device,
+    configuration: ConfigurationManager, sam: SamSection, network: FrozenSamNetwork, device: torch.device,
     augmentation: Augmentation | None,
 ) -> Recipe:
     """What the features of this configuration are made of, on this device."""
@@ -53,7 +53,7 @@ def recipe_of(
 
 
 def build_missing(
-    store: Store, dataset: nnUNetBaseDataset, network: Any, device: torch.device,
+    store: Store, dataset: nnUNetBaseDataset, network: FrozenSamNetwork, device: torch.device,
     augmentation: Augmentation | None, share: Share,
 ) -> None:
     """Says what is missing and what it takes, then encodes this process's share of it."""
@@ -92,7 +92,8 @@ def cached_loaders(trainer: FrozenSamTrainer) -> tuple[CachedLoader, CachedLoade
     stored = {case: sum(record.sizes.values()) for rows in records for case, record in rows.items()}
     tiles = [views * sum(len(record.tiles) for record in rows.values())
              for rows, views in zip(records, (trainer.sam.views, 1), strict=True)]
-    held = ranks * sum(tiles) * _bytes_in_memory(recipe, network.encoder.channels, trainer.label_manager)
+    values = network.encoder.spec.values(recipe.image_size)
+    held = ranks * sum(tiles) * _bytes_in_memory(recipe, values, trainer.label_manager)
     in_memory = held <= free_memory(torch.device("cpu")) // _RAM_SHARE
     trainer.print_to_log_file(
         f"Embedding cache {store.folder}: {sum(stored.values()) / 1e9:.2f} GB of {len(stored)} case(s), "
@@ -126,10 +127,10 @@ def _await(store: Store, dataset: nnUNetBaseDataset, case: str, *, alone: bool) 
     return record
 
 
-def _bytes_in_memory(recipe: Recipe, channels: int, label_manager: LabelManager) -> int:
-    """Of one tile: features in float16, and its target in int16, one per region."""
+def _bytes_in_memory(recipe: Recipe, values: int, label_manager: LabelManager) -> int:
+    """Of one tile: `values` of features in float16, and its target in int16, one per region."""
     regions = len(label_manager.foreground_regions) + label_manager.has_ignore_label if label_manager.has_regions else 1
-    return 2 * channels * (recipe.image_size // PATCH) ** 2 + 2 * regions * math.prod(recipe.patch_size)
+    return 2 * values + 2 * regions * math.prod(recipe.patch_size)
 
 
 def _of_other_precision(store: Store) -> list[Store]:

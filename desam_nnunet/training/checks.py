@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,9 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from desam_nnunet.nnunet.labels import foreground_of
+from desam_nnunet.nnunet.model_folder import read_description, trained_folds
+from desam_nnunet.settings.resolve import as_trained
+from desam_nnunet.settings.sections import Method
 
 _GEOMETRY = ("data_identifier", "patch_size", "spacing", "normalization_schemes", "use_mask_for_norm",
              "resampling_fn_data", "resampling_fn_data_kwargs")
@@ -64,12 +66,12 @@ def missing_labels(found: set[Any], label_manager: LabelManager) -> list[Any]:
 
 
 def settings_of(
-    plans: dict[str, Any], configuration_name: str, dataset_json: dict[str, Any], method: str
+    plans: dict[str, Any], configuration_name: str, dataset_json: dict[str, Any], method: Method
 ) -> dict[str, Any]:
     """What must be equal wherever a model goes on: our sections, geometry, normalisation, labels and channels.
 
     Args:
-        plans: With resolved sections.
+        plans: With resolved sections; keys that are younger than they are count as what happened before.
         method: Whose section counts, beside ``sam``.
     """
     configuration = PlansManager(plans).get_configuration(configuration_name).configuration
@@ -80,8 +82,9 @@ def settings_of(
             known = plans["foreground_intensity_properties_per_channel"][str(channel)]
             settings |= {f"channel {channel}'s {key}": known[key] for key in _OF_CT}
     settings |= {f"dataset.json {key}": dataset_json.get(key) for key in _DATASET}
-    for section in ("sam", method):
-        settings |= {f"{section}.{key}": value for key, value in configuration.get(section, {}).items()}
+    own = as_trained(method, configuration.get(method.name, {}))
+    for name, section in (("sam", configuration.get("sam", {})), (method.name, own)):
+        settings |= {f"{name}.{key}": value for key, value in section.items()}
     return settings
 
 
@@ -102,7 +105,7 @@ def check_same_settings(now: dict[str, Any], then: dict[str, Any], what: str) ->
         )
 
 
-def check_model_folder(model: Path, configuration_name: str, now: dict[str, Any], method: str) -> None:
+def check_model_folder(model: Path, configuration_name: str, now: dict[str, Any], method: Method) -> None:
     """Refuses other settings in a model folder that has checkpoints: all folds share its JSON files.
 
     A fold's own checkpoint counts too: it stays until training has made another, and predicts by these files.
@@ -110,8 +113,7 @@ def check_model_folder(model: Path, configuration_name: str, now: dict[str, Any]
     Args:
         now: Of the fold that is to be trained, from :func:`settings_of`.
     """
-    trained = sorted(model.glob("fold_*/checkpoint_*.pth"))
-    if trained and (model / "plans.json").is_file() and (model / "dataset.json").is_file():
-        plans, dataset_json = (json.loads((model / name).read_text()) for name in ("plans.json", "dataset.json"))
+    if trained := trained_folds(model):
+        plans, dataset_json = read_description(model)
         then = settings_of(plans, configuration_name, dataset_json, method)
         check_same_settings(now, then, f"{trained[0].parent.name} in {model}")

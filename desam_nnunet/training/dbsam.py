@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 
 from desam_nnunet.networks.dbsam.network import DBSAM, build_dbsam
-from desam_nnunet.settings.resolve import read_section
-from desam_nnunet.settings.sections import DbsamSection
+from desam_nnunet.networks.dbsam.section import DBSAM as METHOD
+from desam_nnunet.networks.dbsam.section import DbsamSection
+from desam_nnunet.networks.frame import Outline
 from desam_nnunet.training.adapted import AdaptedSamTrainer
-from desam_nnunet.training.loading import sam_from_plans
 from desam_nnunet.training.losses import DiceCELoss
 
 
@@ -26,21 +25,14 @@ class DBSAMTrainer(AdaptedSamTrainer):
         boxes: Whether each tile comes with a box, and the network has one mask, of what the box is around.
     """
 
-    method = "dbsam"
+    method = METHOD
     decay = 0.01
     boxes: ClassVar[bool] = False
 
     @classmethod
-    def build_network_architecture(
-        cls,
-        plans_manager: PlansManager,
-        configuration_manager: ConfigurationManager,
-        num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
-    ) -> nn.Module:
-        outputs = None if cls.boxes else num_output_channels
-        return network_from_plans(plans_manager, configuration_manager, num_input_channels, outputs)
+    def build_network(cls, outline: Outline) -> DBSAM:
+        own: DbsamSection = outline.section
+        return build_dbsam(outline, checkpointing=own.checkpointing, boxes=own.mask_tokens if cls.boxes else None)
 
     @property
     def warmup(self) -> int:
@@ -52,23 +44,3 @@ class DBSAMTrainer(AdaptedSamTrainer):
     def compute_loss(self, inputs: Any, target: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.network(inputs)
         return self.loss(logits, target), logits
-
-
-def network_from_plans(
-    plans_manager: PlansManager, configuration_manager: ConfigurationManager, num_input_channels: int,
-    num_output_channels: int | None,
-) -> DBSAM:
-    """DB-SAM as the resolved sections of a model's plans describe it; errors as
-    :func:`~desam_nnunet.training.loading.sam_from_plans`.
-
-    Args:
-        num_output_channels: None for one mask, of whatever the box is around.
-    """
-    planned = sam_from_plans(plans_manager, configuration_manager, num_input_channels)
-    own = read_section(configuration_manager.configuration, DbsamSection)
-    settings: dict[str, Any] = {"sam": planned.sam, "to_image": planned.to_image, "num_channels": num_input_channels,
-                                "checkpointing": own.checkpointing}
-    if num_output_channels is None:
-        return build_dbsam(num_classes=1, background=False, automatic=False, **settings)
-    background = not planned.section.regions
-    return build_dbsam(num_classes=num_output_channels - background, background=background, **settings)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from desam_nnunet.evaluation.boxes import Case, score, segment_cases
+from desam_nnunet.networks.dbsam.network import DBSAM
 from desam_nnunet.sam.prompts import sample_boxes
 from desam_nnunet.training.base import Batch
 from desam_nnunet.training.dbsam import DBSAMTrainer
@@ -59,7 +60,9 @@ class DBSAMTrainerBoxes(DBSAMTrainer):
         dataset = self.dataset_class(self.preprocessed_dataset_folder, keys)
         cases = (Case(key, *(dataset.load_case(key)[place] for place in (0, 1, 3))) for key in dataset.identifiers)
         self.network.eval()
-        segment_cases(self.bare_network, cases, len(keys), self.plans_manager, self.configuration_manager,
+        network = self.bare_network
+        assert isinstance(network, DBSAM)
+        segment_cases(network, cases, len(keys), self.plans_manager, self.configuration_manager,
                       self.dataset_json, folder, self.device)
         if self.is_ddp:
             dist.barrier()
@@ -70,6 +73,7 @@ class DBSAMTrainerBoxes(DBSAMTrainer):
 
     def _on_device(self, batch: Batch) -> tuple[tuple[Tensor, Tensor], Tensor]:
         tiles, target = super()._on_device(batch)
+        assert isinstance(tiles, Tensor)
         truth, labelled = foreground_target(target, self.label_manager)
         truth = truth & labelled[:, None]
         prompts, chosen = sample_boxes(truth, self.bare_network.geometry(tiles))

@@ -6,45 +6,34 @@ with polynomial decay, batch 8, 50 epochs.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from torch import Tensor, nn
+from torch import Tensor
 
 from desam_nnunet.encoders.base import Features
 from desam_nnunet.networks.desam.network import DeSAM, build_desam
+from desam_nnunet.networks.desam.prompters import GridPrompter, Prompter, WholeBoxPrompter
+from desam_nnunet.networks.desam.section import DESAM, DesamSection
+from desam_nnunet.networks.frame import Outline
 from desam_nnunet.sam.prompts import sample_points, whole_box
-from desam_nnunet.settings.resolve import read_section
-from desam_nnunet.settings.sections import DesamSection
 from desam_nnunet.training.frozen import FrozenSamTrainer
-from desam_nnunet.training.loading import sam_from_plans
 from desam_nnunet.training.losses import foreground_target, score_loss
 
 
 class DeSAMTrainer(FrozenSamTrainer):
-    """Trains with one sampled point per tile; predicts with a grid of points.
+    """Trains with one sampled point per tile; predicts with a grid of points."""
 
-    Attributes:
-        whole_box: Whether the prompt is a box around the tile.
-    """
-
-    method = "desam"
-
-    whole_box: ClassVar[bool] = False
+    method = DESAM
 
     @classmethod
-    def build_network_architecture(
-        cls,
-        plans_manager: PlansManager,
-        configuration_manager: ConfigurationManager,
-        num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
-    ) -> nn.Module:
-        return network_from_plans(
-            plans_manager, configuration_manager, num_input_channels, num_output_channels, whole_box=cls.whole_box
-        )
+    def build_network(cls, outline: Outline) -> DeSAM:
+        section: DesamSection = outline.section
+        return build_desam(outline, cls.prompter(section), mask_stride=section.mask_stride,
+                           through_input=section.through_input)
+
+    @classmethod
+    def prompter(cls, section: DesamSection) -> Prompter:
+        """What is asked at prediction."""
+        return GridPrompter(section.grid, section.iou_threshold, section.grid_offset)
 
     def _set_batch_size_and_oversample(self) -> None:
         """nnU-Net's Dice of a whole batch gathers a row per tile, so that all processes must have as many."""
@@ -70,7 +59,9 @@ class DeSAMTrainer(FrozenSamTrainer):
 class DeSAMTrainerWholeBox(DeSAMTrainer):
     """Trains and predicts with one box around the tile; no score decides whether a class is present."""
 
-    whole_box = True
+    @classmethod
+    def prompter(cls, section: DesamSection) -> Prompter:
+        return WholeBoxPrompter()
 
     def compute_loss(self, features: Features, target: Tensor) -> tuple[Tensor, Tensor]:
         network = self.bare_network
@@ -78,28 +69,3 @@ class DeSAMTrainerWholeBox(DeSAMTrainer):
         masks, _ = self.network(features, whole_box(geometry, len(target), target.device))
         logits = network.tile_logits(masks, geometry)
         return self.loss(logits, target), logits
-
-
-def network_from_plans(
-    plans_manager: PlansManager,
-    configuration_manager: ConfigurationManager,
-    num_input_channels: int,
-    num_output_channels: int,
-    *,
-    whole_box: bool,
-) -> DeSAM:
-    """DeSAM as the resolved sections of a model's plans describe it; errors as
-    :func:`~desam_nnunet.training.loading.sam_from_plans`.
-    """
-    planned = sam_from_plans(plans_manager, configuration_manager, num_input_channels)
-    own = read_section(configuration_manager.configuration, DesamSection)
-    background = not planned.section.regions
-    return build_desam(
-        sam=planned.sam,
-        to_image=planned.to_image,
-        num_channels=num_input_channels,
-        num_classes=num_output_channels - background,
-        background=background,
-        grid=None if whole_box else own.grid,
-        iou_threshold=own.iou_threshold,
-    )

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from desam_nnunet.cache.loader import CachedLoader
 from desam_nnunet.encoders.base import Features
+from desam_nnunet.networks.frame import FrozenSamNetwork
 from desam_nnunet.training.base import Batch, SamTrainer
 from desam_nnunet.training.cached import cached_loaders
 
 
 class FrozenSamTrainer(SamTrainer):
-    """Trains a decoder on SAM's frozen features."""
+    """Trains a decoder on frozen features."""
+
+    @property
+    def bare_network(self) -> FrozenSamNetwork:
+        network = super().bare_network
+        assert isinstance(network, FrozenSamNetwork)
+        return network
 
     def inputs_of(self, batch: Batch) -> Features:
         """Features of a batch, encoded now unless they come from the cache."""
         if "features" in batch:
             return batch["features"].map(lambda x: x.to(self.device, non_blocking=True).float())
-        return self.bare_network.encode(super().inputs_of(batch))
+        tiles = super().inputs_of(batch)
+        assert isinstance(tiles, Tensor)
+        return self.bare_network.encode(tiles)
 
     def get_dataloaders(self) -> tuple[Any, Any]:
         """nnU-Net's loaders, or those of the embedding cache, which is built first."""

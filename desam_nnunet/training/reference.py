@@ -7,7 +7,8 @@ import re
 from dataclasses import MISSING, Field, fields
 from typing import get_type_hints
 
-from desam_nnunet.settings.sections import SECTIONS
+from desam_nnunet.settings.sections import SamSection
+from desam_nnunet.training.registry import TRAINERS
 
 _HEAD = """# Every key of the plans' sections
 
@@ -19,7 +20,9 @@ begins.
 
 def reference() -> str:
     """Markdown: one table per section, one row per key with type, default and effect."""
-    return "\n".join([_HEAD, *(_section(name, kind) for name, kind in SECTIONS.items())])
+    methods = {trainer.method.name: trainer.method.section for trainer in TRAINERS.values()}
+    sections = {"sam": SamSection} | methods
+    return "\n".join([_HEAD, *(_section(name, kind) for name, kind in sections.items())])
 
 
 def _section(name: str, kind: type) -> str:

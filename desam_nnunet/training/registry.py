@@ -1,7 +1,8 @@
-"""Every trainer by the name that is typed after ``-tr``."""
+"""This package's trainers by the name that is typed after ``-tr``, and any other that nnU-Net finds."""
 
 from __future__ import annotations
 
+from desam_nnunet.nnunet.lookup import look_up
 from desam_nnunet.training.base import SamTrainer
 from desam_nnunet.training.dbsam import DBSAMTrainer
 from desam_nnunet.training.dbsam_boxes import DBSAMTrainerBoxes
@@ -16,7 +17,17 @@ TRAINERS: dict[str, type[SamTrainer]] = {
 
 
 def find_trainer(name: str) -> type[SamTrainer]:
-    """Raises: ValueError: It is none of ours."""
-    if name not in TRAINERS:
-        raise ValueError(f"There is no trainer '{name}' here: choose {', '.join(TRAINERS)}.")
-    return TRAINERS[name]
+    """A trainer of this package's kind, ours or another's, as nnU-Net finds it.
+
+    Raises:
+        ValueError: nnU-Net finds none of that name, or it trains no network of this package's kind.
+    """
+    try:
+        trainer = look_up(name)
+    except RuntimeError as error:
+        raise ValueError(f"nnU-Net finds no trainer '{name}': choose {', '.join(TRAINERS)}, or list its folder in "
+                         "nnUNet_extTrainer.") from error
+    if not issubclass(trainer, SamTrainer):
+        raise ValueError(f"{name} trains no network on a foundation encoder: choose {', '.join(TRAINERS)}, or a "
+                         "trainer that subclasses SamTrainer.")
+    return trainer

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from desam_nnunet.encoders.base import ImageSpec
+from desam_nnunet.networks.frame import Outline
 from desam_nnunet.networks.samed.network import SAMed, build_samed
+from desam_nnunet.networks.samed.section import SAMED, SamedSection
 from desam_nnunet.sam.tiles import cut_padding
-from desam_nnunet.settings.resolve import read_section
-from desam_nnunet.settings.sections import SamedSection
 from desam_nnunet.training.adapted import AdaptedSamTrainer
-from desam_nnunet.training.loading import sam_from_plans
 from desam_nnunet.training.losses import DiceCELoss
 
 _CE, _DICE = 0.2, 0.8
@@ -30,26 +29,28 @@ class SAMedTrainer(AdaptedSamTrainer):
         adapt_decoder: Whether the decoder's transformer gets low-rank updates too, instead of training as a whole.
     """
 
-    method = "samed"
+    method = SAMED
     decay = 0.1
     adapt_decoder: ClassVar[bool] = False
 
     @classmethod
-    def build_network_architecture(
-        cls,
-        plans_manager: PlansManager,
-        configuration_manager: ConfigurationManager,
-        num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
-    ) -> nn.Module:
-        return network_from_plans(
-            plans_manager, configuration_manager, num_input_channels, num_output_channels,
-            adapt_decoder=cls.adapt_decoder)
+    def build_network(cls, outline: Outline) -> SAMed:
+        own: SamedSection = outline.section
+        return build_samed(outline, rank=own.rank, targets=own.targets, adapt_decoder=cls.adapt_decoder,
+                           checkpointing=own.checkpointing)
+
+    @classmethod
+    def image_of(cls, spec: ImageSpec) -> ImageSpec:
+        """Where SAM was trained on 0 to 255 less the mean of its pixels, SAMed is published with 0 to 1 as it is."""
+        return ImageSpec(spec.multiple, resize=spec.resize) if spec.highest == 255 else spec
 
     @property
     def warmup(self) -> int:
         return self.own.warmup
+
+    @property
+    def is_rate_set_after_step(self) -> bool:
+        return self.own.lr_after_step
 
     def _build_loss(self) -> nn.Module:
         return DiceCELoss(self.label_manager, ce=_CE, dice=_DICE, background=True, ddp=self.is_ddp)
@@ -67,21 +68,3 @@ class SAMedTrainerS(SAMedTrainer):
     """SAMed_s: the decoder's transformer is frozen as well and gets low-rank updates."""
 
     adapt_decoder = True
-
-
-def network_from_plans(
-    plans_manager: PlansManager,
-    configuration_manager: ConfigurationManager,
-    num_input_channels: int,
-    num_output_channels: int,
-    *,
-    adapt_decoder: bool,
-) -> SAMed:
-    """SAMed as the resolved sections of a model's plans describe it; errors as
-    :func:`~desam_nnunet.training.loading.sam_from_plans`.
-    """
-    planned = sam_from_plans(plans_manager, configuration_manager, num_input_channels, normalise=False)
-    own = read_section(configuration_manager.configuration, SamedSection)
-    return build_samed(
-        sam=planned.sam, to_image=planned.to_image, num_channels=num_input_channels, outputs=num_output_channels,
-        rank=own.rank, targets=own.targets, adapt_decoder=adapt_decoder, checkpointing=own.checkpointing)

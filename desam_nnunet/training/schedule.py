@@ -16,16 +16,19 @@ class WarmupPolySchedule:
         highest: Learning rate at the end of the warm-up.
         iterations: Of the whole training.
         per_epoch: Iterations of an epoch; nnU-Net says at the start of each which one it is.
+        late: Whether each iteration but the first gets the learning rate of the one before, as SAMed's published code,
+            which sets it after the step.
     """
 
     def __init__(
-        self, optimizer: Optimizer, highest: float, *, warmup: int, iterations: int, per_epoch: int
+        self, optimizer: Optimizer, highest: float, *, warmup: int, iterations: int, per_epoch: int, late: bool = False
     ) -> None:
         self.optimizer = optimizer
         self.highest = highest
         self.warmup = warmup
         self.iterations = iterations
         self.per_epoch = per_epoch
+        self.late = late
         self.step(0)
 
     def step(self, epoch: int) -> None:
@@ -38,6 +41,8 @@ class WarmupPolySchedule:
 
     def rate(self, iteration: int) -> float:
         """The learning rate of an iteration, counted from 0."""
+        if self.late:
+            iteration = max(0, iteration - 1)
         if iteration < self.warmup:
             return self.highest * (iteration + 1) / self.warmup
         return self.highest * max(0.0, 1 - (iteration - self.warmup) / self.iterations) ** _POWER

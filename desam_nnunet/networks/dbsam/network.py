@@ -14,11 +14,10 @@ from segment_anything.modeling import PromptEncoder
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from desam_nnunet.encoders.base import FrozenEncoder
-from desam_nnunet.encoders.registry import build_neck
-from desam_nnunet.encoders.weights import LoadedSam
+from desam_nnunet.encoders.base import Encoder
+from desam_nnunet.encoders.sam_vit import build_neck
 from desam_nnunet.networks.dbsam.dual_branch import LEVELS, BilateralExchange, ChannelAttention, Fusion, Stem
-from desam_nnunet.networks.frame import MAX_LOGIT, SamNetwork, mean_over_groups, uncompiled
+from desam_nnunet.networks.frame import MAX_LOGIT, Outline, SamNetwork, mean_over_groups, uncompiled
 from desam_nnunet.sam.class_decoder import ClassDecoder
 from desam_nnunet.sam.prompts import Prompts, dense_positions, prompt_tokens, whole_box
 from desam_nnunet.sam.tiles import TileToImage
@@ -30,11 +29,10 @@ class DBSAM(SamNetwork):
     """``network(tiles)`` gives logits at tile size, in training too.
 
     Args:
-        encoder: Frozen; its neck is not used.
+        encoder: Frozen, a plain ViT; its neck is not used.
         neck: A copy of it; trained.
         prompt_encoder: SAM's, frozen.
         decoder: SAM's with one mask token per class; trained.
-        heads: Of the deformable attention, as many as the encoder's.
         background: Whether logits start with a background channel, which is 0 by definition.
         automatic: Whether a tile without a box gets one around all of it. Else it is refused.
         checkpointing: Whether blocks and exchanges are computed again in the backward pass.
@@ -43,37 +41,31 @@ class DBSAM(SamNetwork):
     def __init__(
         self,
         *,
-        encoder: FrozenEncoder,
+        encoder: Encoder,
         neck: nn.Module,
         prompt_encoder: PromptEncoder,
         decoder: ClassDecoder,
         to_image: TileToImage,
         num_channels: int,
-        heads: int,
         background: bool,
         automatic: bool = True,
         checkpointing: bool = False,
     ) -> None:
         super().__init__(held=[encoder], to_image=to_image, num_channels=num_channels, background=background)
-        dim = encoder.vit.pos_embed.shape[-1]
+        vit = encoder.plain_vit()
+        dim = vit.dim
         self.automatic = automatic
         self.checkpointing = checkpointing
         self.stems = nn.ModuleList(Stem(dim, level) for level in range(1, LEVELS + 1))
         self.level_embedding = nn.Parameter(torch.zeros(LEVELS, dim))
         nn.init.normal_(self.level_embedding)
-        self.channel_attention = nn.ModuleList(ChannelAttention(dim) for _ in encoder.vit.blocks)
-        self.exchanges = nn.ModuleList(BilateralExchange(dim, heads) for _ in range(_STAGES))
+        self.channel_attention = nn.ModuleList(ChannelAttention(dim) for _ in vit.blocks)
+        self.exchanges = nn.ModuleList(BilateralExchange(dim, vit.heads) for _ in range(_STAGES))
         self.fusion = Fusion(dim)
         self.norm = nn.LayerNorm(dim)
         self.neck = neck
         self.prompt_encoder = prompt_encoder.requires_grad_(False)
         self.decoder = decoder
-
-    @property
-    def encoder(self) -> FrozenEncoder:
-        (encoder,) = self.held
-        assert isinstance(encoder, FrozenEncoder)
-        return encoder
 
     @uncompiled
     def forward(self, tiles: Tensor, boxes: Tensor | None = None) -> Tensor:
@@ -106,13 +98,13 @@ class DBSAM(SamNetwork):
 
     def both_branches(self, images: Tensor) -> Tensor:
         """Args: images: (B, 3, S, S), as SAM expects them. Returns: The neck's output in float32, (B, C, h, w)."""
+        vit = self.encoder.plain_vit()
         with self.encoder.autocast(images.device):
             maps = torch.stack([stem(images) for stem in self.stems], dim=1)  # B L h w D
             maps = maps + self.level_embedding[:, None, None]
-            tokens = self.encoder.embed(images)
-            blocks = self.encoder.vit.blocks
-            per_stage = len(blocks) // _STAGES
-            for index, block in enumerate(blocks):
+            tokens = vit.embed(images)
+            per_stage = len(vit.blocks) // _STAGES
+            for index, block in enumerate(vit.blocks):
                 tokens = self.channel_attention[index](self._run(block, tokens))
                 if (index + 1) % per_stage == 0:
                     tokens, maps = self._run(self.exchanges[index // per_stage], tokens, maps)
@@ -130,20 +122,21 @@ class DBSAM(SamNetwork):
         return module(*inputs)
 
 
-def build_dbsam(
-    *, sam: LoadedSam, to_image: TileToImage, num_channels: int, num_classes: int, background: bool,
-    checkpointing: bool, automatic: bool = True,
-) -> DBSAM:
-    """A DB-SAM on `sam`, whose decoder it starts from; each class's token starts from SAM's token for boxes.
+def build_dbsam(outline: Outline, *, checkpointing: bool, boxes: int | None = None) -> DBSAM:
+    """A DB-SAM on an encoder, whose decoder it starts from; each class's token starts from SAM's token for boxes.
 
     Args:
-        num_classes: Foreground classes or regions, K.
+        boxes: None for a mask of each class, asked with a box around the tile. Else the one mask is of what a given
+            box is around, and this is how many mask tokens take part in the attention, 1 or SAM's 4.
     """
-    decoder = ClassDecoder(sam.mask_decoder.transformer, num_classes)
-    decoder.load_from_sam(sam.mask_decoder, heads=True)
-    neck = build_neck(sam.variant)
-    neck.load_state_dict(sam.encoder.vit.neck.state_dict())
+    loaded = outline.loaded
+    vit = loaded.encoder.plain_vit()
+    decoder = ClassDecoder(loaded.mask_decoder.transformer, outline.num_classes if boxes is None else 1,
+                           silent=0 if boxes is None else boxes - 1)
+    decoder.load_from_sam(loaded.mask_decoder, heads=True)
+    neck = build_neck(vit.dim, loaded.prompt_dim)
+    neck.load_state_dict(vit.neck.state_dict())
     return DBSAM(
-        encoder=sam.encoder, neck=neck, prompt_encoder=sam.prompt_encoder, decoder=decoder, to_image=to_image,
-        num_channels=num_channels, heads=sam.variant.heads, background=background, automatic=automatic,
-        checkpointing=checkpointing)
+        encoder=loaded.encoder, neck=neck, prompt_encoder=loaded.prompt_encoder, decoder=decoder,
+        to_image=outline.to_image, num_channels=outline.num_channels,
+        background=outline.background and boxes is None, automatic=boxes is None, checkpointing=checkpointing)

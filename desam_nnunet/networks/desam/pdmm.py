@@ -9,6 +9,9 @@ from __future__ import annotations
 from torch import Tensor, cat, nn
 from torch.nn import functional as F
 
+from desam_nnunet.encoders.base import FeatureSpec, Level
+from desam_nnunet.sam.tiles import MASK_STRIDE
+
 SE_REDUCTION = 16
 SLOPE = 0.01
 
@@ -19,9 +22,9 @@ class SqueezeExcitation(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.fc = nn.Sequential(
-            nn.Linear(channels, channels // SE_REDUCTION, bias=False),
+            nn.Linear(channels, max(1, channels // SE_REDUCTION), bias=False),
             nn.ReLU(),
-            nn.Linear(channels // SE_REDUCTION, channels, bias=False),
+            nn.Linear(max(1, channels // SE_REDUCTION), channels, bias=False),
             nn.Sigmoid(),
         )
 
@@ -47,17 +50,25 @@ class SRB(nn.Module):
 
 
 class ContextPath(nn.Module):
-    """One intermediate encoder output at its level's width, upsampled `doublings` times."""
+    """One intermediate encoder output at the width and stride of a level of the decoder.
 
-    def __init__(self, encoder_dim: int, width: int, doublings: int) -> None:
+    Args:
+        stride: Of the decoder's level; where the encoder's output is finer, it is averaged first.
+    """
+
+    def __init__(self, level: Level, width: int, stride: int) -> None:
         super().__init__()
-        self.block_init = SRB(encoder_dim, width)
+        doublings = (level.stride // stride).bit_length() - 1
+        self.averaged = max(1, stride // level.stride)
+        self.block_init = SRB(level.channels, width)
         self.ups = nn.ModuleList(
             nn.Sequential(nn.ConvTranspose2d(width, width, 2, 2, bias=False), SRB(width, width))
             for _ in range(doublings)
         )
 
     def forward(self, feature: Tensor) -> Tensor:
+        if self.averaged > 1:
+            feature = F.avg_pool2d(feature, self.averaged)
         x = self.block_init(feature)
         for up in self.ups:
             x = up(x)
@@ -65,11 +76,11 @@ class ContextPath(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Doubles the resolution and merges the context of the next level."""
+    """Merges the context of the next level, whose resolution is `scale` times as high, 1 or 2."""
 
-    def __init__(self, in_width: int, width: int) -> None:
+    def __init__(self, in_width: int, width: int, scale: int) -> None:
         super().__init__()
-        self.up = nn.ConvTranspose2d(in_width, width, 2, 2, bias=False)
+        self.up = nn.ConvTranspose2d(in_width, width, scale, scale, bias=False)
         self.block = SRB(2 * width, width)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
@@ -79,30 +90,57 @@ class UpBlock(nn.Module):
 class PDMM(nn.Module):
     """Mask logits from the encoder's intermediate outputs and a mask embedding.
 
+    Level 0 works at the stride of the neck and reads the encoder's deepest intermediate output, the next ones at half
+    the stride of the one before, as far as the masks' stride, and read the next shallower output. There are as many
+    levels as outputs, three, or more where masks finer than published are asked for: these read the shallowest.
+
     Args:
-        encoder_dim: Channels of the intermediate outputs, D.
-        prompt_dim: Channels of the mask embedding, C; the levels are C, C/2 and C/4 wide.
+        spec: Of the encoder's outputs.
+        prompt_dim: Channels of the mask embedding, C; the levels are C, C/2, C/4, ... wide.
         num_classes: Foreground classes or regions, K.
+        mask_stride: Of the masks, in pixels of the encoder's input.
+
+    Raises:
+        ValueError: The neck is finer than the masks.
     """
 
-    def __init__(self, *, encoder_dim: int, prompt_dim: int, num_classes: int) -> None:
+    def __init__(
+        self, *, spec: FeatureSpec, prompt_dim: int, num_classes: int, mask_stride: int = MASK_STRIDE
+    ) -> None:
         super().__init__()
-        widths = [prompt_dim >> level for level in range(3)]
-        self.contexts = nn.ModuleList(ContextPath(encoder_dim, width, d) for d, width in enumerate(widths))
+        if spec.neck.stride < mask_stride:
+            raise ValueError(f"desam.mask_stride is {mask_stride}, but the encoder's last map has a stride of "
+                             f"{spec.neck.stride}: masks can't be coarser; lower it.")
+        levels = spec.levels[::-1]  # deep to shallow
+        count = max(len(levels), (spec.neck.stride // mask_stride).bit_length())
+        strides = [max(mask_stride, spec.neck.stride >> level) for level in range(count)]
+        widths = [prompt_dim >> level for level in range(count)]
+        self.reads = [min(level, len(levels) - 1) for level in range(count)]
+        self.contexts = nn.ModuleList(
+            ContextPath(levels[read], width, stride)
+            for read, width, stride in zip(self.reads, widths, strides, strict=True))
         self.fusion = SRB(2 * prompt_dim, prompt_dim)
-        self.ups = nn.ModuleList(UpBlock(widths[u], widths[u + 1]) for u in range(2))
+        self.ups = nn.ModuleList(
+            UpBlock(widths[u], widths[u + 1], strides[u] // strides[u + 1]) for u in range(count - 1))
         self.seg_layers = nn.Conv2d(widths[-1], num_classes, 1, bias=False)
 
     def context(self, levels: tuple[Tensor, ...]) -> list[Tensor]:
-        """The part that sees no prompt: per level (B, width, h·2^d, w·2^d).
+        """The part that sees no prompt: per level (B, width, S / stride, S / stride).
 
         Args:
-            levels: The encoder's outputs, shallow to deep, each (B, D, h, w). Level 0 reads the deepest.
+            levels: The encoder's outputs, shallow to deep, each (B, D, h, w).
         """
-        return [path(feature) for path, feature in zip(self.contexts, reversed(levels), strict=True)]
+        deep = levels[::-1]
+        return [path(deep[read]) for path, read in zip(self.contexts, self.reads, strict=True)]
 
     def forward(self, mask_embedding: Tensor, contexts: list[Tensor]) -> Tensor:
-        """Args: mask_embedding: (B, C, h, w). contexts: From :meth:`context`. Returns: (B, K, 4h, 4w)."""
+        """Args:
+            mask_embedding: (B, C, h, w).
+            contexts: From :meth:`context`.
+
+        Returns:
+            (B, K, S / mask_stride, S / mask_stride).
+        """
         x = self.fusion(cat([mask_embedding, contexts[0]], dim=1))
         for up, context in zip(self.ups, contexts[1:], strict=True):
             x = up(x, context)

@@ -6,7 +6,7 @@ Source: Hu et al., LoRA, ICLR 2022, section 4; which layers, and how they start,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,53 +33,72 @@ class LowRank(nn.Module):
 
 
 class AdaptedLinear(nn.Module):
-    """Takes the place of a linear layer whose outputs fall into equal parts, some of which are updated.
+    """Takes the place of a linear layer, some of whose outputs are updated.
 
-    Weight and bias keep their names, and are frozen. The updates are no submodules: who trains them registers them,
-    and who freezes the layer keeps it aside.
+    Weight and bias keep their names, and are frozen. The updates are no submodules: the trainer's network registers
+    them, and keeps the layer aside.
 
     Args:
         base: The layer.
-        updates: By the number of the part. A fused ``qkv`` has the parts 0, 1 and 2.
-        parts: How many there are.
+        updates: What is added, with the outputs that each is added to: None for all of them.
     """
 
-    def __init__(self, base: nn.Linear, updates: Mapping[int, LowRank], parts: int = 1) -> None:
+    def __init__(self, base: nn.Linear, updates: Sequence[tuple[LowRank, slice | Tensor | None]]) -> None:
         super().__init__()
         self.weight = base.weight.requires_grad_(False)
-        self.bias = base.bias.requires_grad_(False)
-        self.parts = parts
-        self._updates = (dict(updates),)
+        self.bias = None if base.bias is None else base.bias.requires_grad_(False)
+        self._updates = (tuple(updates),)
         self._merged: Tensor | None = None
         self._versions: tuple[tuple[int, int], ...] = ()  # of the weights that were merged
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
         if self._merged is not None and not torch.is_grad_enabled():
             return F.linear(x, self._merged, self.bias)
         (updates,) = self._updates
-        outputs = F.linear(x, self.weight, self.bias).chunk(self.parts, dim=-1)
-        changed = [y + updates[k](x) if k in updates else y for k, y in enumerate(outputs)]
-        return changed[0] if self.parts == 1 else torch.cat(changed, dim=-1)
+        y = F.linear(x, self.weight, self.bias)
+        for update, rows in updates:
+            y = _added(y, rows, update(x), dim=-1)
+        return y
 
     def merge(self) -> None:
         """Without gradients the layer is one product from now on. Done again only where a weight has changed since.
 
-        Weights that were made in inference mode don't tell: who loads others into them calls :meth:`release`.
+        Weights that were made in inference mode don't tell: :meth:`release` must be called when others are loaded.
         """
         (updates,) = self._updates
-        weights = [self.weight, *(layer.weight for update in updates.values() for layer in (update.down, update.up))]
+        weights = [self.weight, *(layer.weight for update, _ in updates for layer in (update.down, update.up))]
         versions = tuple(
             (weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights)
         if self._merged is not None and versions == self._versions:
             return
-        rows = self.weight.chunk(self.parts)
         with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):  # rounded once, in the product
-            self._merged = torch.cat([row + updates[k].weight if k in updates else row for k, row in enumerate(rows)])
+            merged = self.weight.clone()
+            for update, rows in updates:
+                merged = _added(merged, rows, update.weight, dim=0)
+            self._merged = merged
         self._versions = versions
 
     def release(self) -> None:
         """Gives the merged weight's memory back."""
         self._merged = None
+
+
+def _added(whole: Tensor, rows: slice | Tensor | None, part: Tensor, dim: int) -> Tensor:
+    """`whole`, which nobody else holds, with `part` added to some of its rows along `dim`; in place for a slice."""
+    if rows is None:
+        return whole + part
+    if isinstance(rows, Tensor):
+        return whole.index_add(dim, rows.to(whole.device), part)
+    whole.narrow(dim, rows.start, rows.stop - rows.start).add_(part)
+    return whole
 
 
 def low_rank_updates(inputs: int, outputs: int, rank: int, targets: str) -> dict[str, LowRank]:

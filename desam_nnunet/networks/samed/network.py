@@ -13,35 +13,33 @@ import torch
 from segment_anything.modeling import PromptEncoder, TwoWayTransformer
 from segment_anything.modeling.transformer import Attention
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from desam_nnunet.encoders.base import FrozenEncoder
-from desam_nnunet.encoders.weights import LoadedSam
-from desam_nnunet.networks.frame import MAX_LOGIT, SamNetwork, mean_over_groups, uncompiled
-from desam_nnunet.networks.samed.lora import AdaptedLinear, low_rank_updates
+from desam_nnunet.encoders.base import Encoder, Projection
+from desam_nnunet.networks.frame import MAX_LOGIT, Outline, SamNetwork, mean_over_groups, uncompiled
+from desam_nnunet.networks.samed.lora import AdaptedLinear, LowRank, low_rank_updates
 from desam_nnunet.sam.class_decoder import ClassDecoder
 from desam_nnunet.sam.prompts import Prompts, dense_positions, prompt_tokens
 from desam_nnunet.sam.tiles import TileToImage
-from desam_nnunet.settings.sections import LORA_TARGETS
 
 
 class SAMed(SamNetwork):
     """``network(tiles)`` gives logits at tile size, ``network(tiles, low_resolution=True)`` what training calls.
 
     Args:
-        encoder: Frozen; its ``qkv`` layers are replaced by adapted ones, in place.
+        encoder: Frozen; the layers that make queries, keys and values are replaced by adapted ones, in place.
         prompt_encoder: SAM's. Only its embedding of "no mask" is used, and so trained.
         transformer: SAM's two-way transformer; trained, or adapted where `adapt_decoder`.
         outputs: Classes with background, or regions.
         rank, targets: Of the low-rank updates; targets are letters of ``qkv``.
         adapt_decoder: SAMed_s: the transformer is frozen and gets low-rank updates as well.
         checkpointing: Whether the encoder's blocks are computed again in the backward pass.
+        neck: Trained, where the encoder has none of its own.
     """
 
     def __init__(
         self,
         *,
-        encoder: FrozenEncoder,
+        encoder: Encoder,
         prompt_encoder: PromptEncoder,
         transformer: TwoWayTransformer,
         to_image: TileToImage,
@@ -51,23 +49,19 @@ class SAMed(SamNetwork):
         targets: str = "qv",
         adapt_decoder: bool = False,
         checkpointing: bool = False,
+        neck: nn.Module | None = None,
     ) -> None:
         held: list[nn.Module] = [encoder, transformer] if adapt_decoder else [encoder]
         super().__init__(held=held, to_image=to_image, num_channels=num_channels, background=False)
+        self.neck = neck or nn.Identity()
         self.checkpointing = checkpointing
-        self.updates = nn.ModuleList(_adapt_qkv(block.attn, rank, targets) for block in encoder.vit.blocks)
+        self.updates = nn.ModuleList(_adapt_qkv(row, rank, targets) for row in encoder.projections())
         self.decoder_updates = nn.ModuleDict(_adapt_transformer(transformer, rank, targets) if adapt_decoder else {})
         modules = [module for part in held for module in part.modules()]
         self._adapted = tuple(module for module in modules if isinstance(module, AdaptedLinear))
         self.prompt_encoder = prompt_encoder.requires_grad_(False)
         self.prompt_encoder.no_mask_embed.requires_grad_(True)
         self.decoder = ClassDecoder(transformer, outputs, frozen_transformer=adapt_decoder)
-
-    @property
-    def encoder(self) -> FrozenEncoder:
-        encoder = self.held[0]
-        assert isinstance(encoder, FrozenEncoder)
-        return encoder
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
         self._release()
@@ -96,7 +90,7 @@ class SAMed(SamNetwork):
 
     @uncompiled
     def encode(self, tiles: Tensor) -> Tensor:
-        """The adapted encoder's neck (B, C, h, w); channel groups are encoded one by one and averaged.
+        """The adapted encoder's neck (B, C, h, w), in float32; channel groups are encoded one by one and averaged.
 
         Without gradients each adapted layer becomes one product first, until gradients are wanted again.
         """
@@ -106,16 +100,8 @@ class SAMed(SamNetwork):
             for layer in self._adapted:
                 layer.merge()
         images = self.images(tiles)  # B G 3 S S
-        return mean_over_groups(self.neck(images.flatten(0, 1)), images.shape[1])
-
-    def neck(self, images: Tensor) -> Tensor:
-        """Args: images: (B, 3, S, S), 0 to 1. Returns: The adapted encoder's output in float32, (B, C, h, w)."""
-        recompute = self.checkpointing and torch.is_grad_enabled()
-        with self.encoder.autocast(images.device):
-            x = self.encoder.embed(images)
-            for block in self.encoder.vit.blocks:
-                x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
-            return self.encoder.vit.neck(x.permute(0, 3, 1, 2)).float()  # B H W D -> B D H W
+        neck = self.encoder.neck(images.flatten(0, 1), recompute=self.checkpointing)
+        return self.neck(mean_over_groups(neck, images.shape[1]))
 
     def decode(self, neck: Tensor) -> Tensor:
         """Mask logits (B, outputs, S/4, S/4)."""
@@ -128,35 +114,28 @@ class SAMed(SamNetwork):
 
 
 def build_samed(
-    *,
-    sam: LoadedSam,
-    to_image: TileToImage,
-    num_channels: int,
-    outputs: int,
-    rank: int,
-    targets: str,
-    adapt_decoder: bool,
-    checkpointing: bool,
+    outline: Outline, *, rank: int, targets: str, adapt_decoder: bool, checkpointing: bool
 ) -> SAMed:
-    """A SAMed on `sam`: class tokens, hyper-networks and IoU head start fresh, the rest from SAM.
-
-    Args:
-        outputs: Classes with background, or regions.
-    """
+    """A SAMed on an encoder: class tokens, hyper-networks and IoU head start fresh, the rest from SAM."""
+    loaded = outline.loaded
     network = SAMed(
-        encoder=sam.encoder, prompt_encoder=sam.prompt_encoder, transformer=sam.mask_decoder.transformer,
-        to_image=to_image, num_channels=num_channels, outputs=outputs, rank=rank, targets=targets,
-        adapt_decoder=adapt_decoder, checkpointing=checkpointing,
-    )
-    network.decoder.load_from_sam(sam.mask_decoder, heads=False)
+        encoder=loaded.encoder, prompt_encoder=loaded.prompt_encoder, transformer=loaded.mask_decoder.transformer,
+        to_image=outline.to_image, num_channels=outline.num_channels, outputs=outline.num_outputs, rank=rank,
+        targets=targets, adapt_decoder=adapt_decoder, checkpointing=checkpointing, neck=loaded.neck)
+    network.decoder.load_from_sam(loaded.mask_decoder, heads=False)
     return network
 
 
-def _adapt_qkv(attention: Any, rank: int, targets: str) -> nn.ModuleDict:
-    """Replaces a fused ``qkv`` layer of the image encoder, in place."""
-    qkv = attention.qkv
-    updates = low_rank_updates(qkv.in_features, qkv.out_features // 3, rank, targets)
-    attention.qkv = AdaptedLinear(qkv, {LORA_TARGETS.index(letter): updates[letter] for letter in targets}, parts=3)
+def _adapt_qkv(projection: Projection, rank: int, targets: str) -> nn.ModuleDict:
+    """Replaces a layer of the image encoder that makes queries, keys and values, in place."""
+    base = getattr(projection.attention, projection.name)
+    updates: dict[str, LowRank] = {}
+    for letter in targets:
+        rows = projection.rows[letter]
+        width = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+        updates |= low_rank_updates(base.in_features, width, rank, letter)
+    adapted = AdaptedLinear(base, [(updates[letter], projection.rows[letter]) for letter in targets])
+    setattr(projection.attention, projection.name, adapted)
     return nn.ModuleDict(updates)
 
 
@@ -179,5 +158,5 @@ def _adapt_projections(attention: Attention, rank: int, targets: str) -> nn.Modu
     updates = low_rank_updates(base.in_features, base.out_features, rank, targets)
     for letter in targets:
         name = f"{letter}_proj"
-        setattr(attention, name, AdaptedLinear(getattr(attention, name), {0: updates[letter]}))
+        setattr(attention, name, AdaptedLinear(getattr(attention, name), [(updates[letter], None)]))
     return nn.ModuleDict(updates)

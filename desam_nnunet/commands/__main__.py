@@ -1,0 +1,33 @@
+"""The ``desam`` command. What it does lives elsewhere; each command's words are in a file of its own."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from desam_nnunet import __version__
+from desam_nnunet.commands import boxes, cache, cross_site, doctor, plan, pretrain, trainers, weights
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; bad input ends in one sentence on stderr and exit code 1."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"desam: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="desam", description="Frozen foundation encoders inside nnU-Net.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for module in (doctor, trainers, plan, cache, boxes, cross_site, pretrain, weights):
+        module.add(commands)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

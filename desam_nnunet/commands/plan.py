@@ -1,0 +1,56 @@
+"""The words of ``desam plan``."""
+
+from __future__ import annotations
+
+import argparse
+
+from desam_nnunet.commands.words import Commands, add_command
+
+
+def add(commands: Commands) -> None:
+    """Adds the command."""
+    plan = add_command(commands, "plan", _run, "fit nnU-Net's plans to the data set and this machine")
+    plan.add_argument("-d", metavar="DATASET", help="number or name of the data set")
+    plan.add_argument("--trainer", default="DeSAMTrainer", metavar="NAME", help="to plan for (default: DeSAMTrainer)")
+    plan.add_argument("-gpu_memory_target", type=float, metavar="GB",
+                      help="memory that training may take (default: from this machine)")
+    plan.add_argument("-disk_target", type=float, metavar="GB",
+                      help="what the embedding cache may take (default: half of what is free)")
+    plan.add_argument("--encoder", metavar="NAME",
+                      help="a name, see desam weights list, timm/<model> or a file (default: what is here and fits)")
+    plan.add_argument("--preset", metavar="NAME", help="settings to start from, see --list")
+    plan.add_argument("-overwrite_plans_name", metavar="NAME",
+                      help="default: DeSAMPlans, SAMedPlans or DBSAMPlans, by the trainer")
+    plan.add_argument("-device", choices=["cuda", "cpu", "mps"], help="to train on (default: cuda where there is one)")
+    plan.add_argument("--list", action="store_true", help="list the presets")
+
+
+def _run(options: argparse.Namespace) -> int:
+    from desam_nnunet.planning.presets import preset_names, read_preset
+
+    if options.list:
+        for name in preset_names():
+            print(f"{name:<14}{read_preset(name)['description']}")
+        return 0
+    if options.d is None:
+        raise ValueError("Which data set? Give its number or name with -d.")
+    _plan(options)
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> None:
+    import torch
+
+    from desam_nnunet.planning.plan import plan_dataset
+    from desam_nnunet.planning.request import Request
+    from desam_nnunet.training.registry import find_trainer
+
+    trainer = find_trainer(options.trainer)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    request = Request(options.gpu_memory_target, options.disk_target, options.encoder, options.preset, trainer)
+    planned = plan_dataset(options.d, options.overwrite_plans_name or trainer.method.plans_name, request, device)
+    for line in planned.lines:
+        print(f"{line.key:<17} {line.value:<23} {line.reason}")
+    print(f"\nWritten to {planned.path}. Next:")
+    for command in planned.commands:
+        print(f"    {command}")

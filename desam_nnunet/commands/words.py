@@ -1,0 +1,37 @@
+"""What the commands' parsers share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+Commands = argparse._SubParsersAction
+Run = Callable[[argparse.Namespace], int]
+
+
+def add_command(commands: Commands, name: str, run: Run, text: str) -> argparse.ArgumentParser:
+    """A command's parser; `run` is called with what was typed."""
+    command = commands.add_parser(name, help=text, description=text)
+    command.set_defaults(run=run)
+    return command
+
+
+def add_device(command: argparse.ArgumentParser) -> None:
+    """The flag ``-device``, as nnU-Net has it."""
+    command.add_argument("-device", default="cuda", choices=["cuda", "cpu", "mps"], help="default: cuda, as nnU-Net")
+
+
+def device_named(name: str) -> torch.device:
+    """Raises: ValueError: There is no such device here."""
+    import torch
+
+    from desam_nnunet.system.machine import device_is_here
+
+    device = torch.device(name)
+    if not device_is_here(device):
+        raise ValueError(f"PyTorch finds no {name} device here: add -device cpu.")
+    return device

@@ -1,0 +1,196 @@
+"""Any backbone of timm's that gives its intermediate maps: SAM 2's Hiera, DINOv3, ConvNeXt, RepViT and others.
+
+A pyramid's last four maps are read: the one nearest to stride 16 takes the neck's place, the others are levels. Of a
+plain vision transformer, whose maps are all of one size, the outputs after each quarter of its blocks are read, and
+the last takes the neck's place. Neck, prompt encoder and mask decoder start fresh.
+
+Source: Wightman, PyTorch Image Models, 2019.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import timm
+import torch
+from timm.models import PretrainedCfg
+from timm.models._features import FeatureGetterNet
+from torch import Tensor, nn
+
+from desam_nnunet.encoders.base import (
+    MIN_IMAGE_SIZE,
+    Architecture,
+    Encoder,
+    Features,
+    FeatureSpec,
+    ImageSpec,
+    Level,
+    LoadedEncoder,
+    Projection,
+    State,
+)
+from desam_nnunet.encoders.random_weights import drawn
+from desam_nnunet.encoders.sam_vit import build_mask_decoder, build_neck, build_prompt_encoder, thirds
+
+_MAPS = 4
+_NECK_STRIDE = 16
+_DIM = 256  # of SAM's prompts
+_UNIT_VARIANCE = math.sqrt(3)  # of a uniform distribution's bound
+
+
+class TimmEncoder(Encoder):
+    """Args: neck: Which of the maps takes the neck's place."""
+
+    network: FeatureGetterNet
+
+    def __init__(self, network: FeatureGetterNet, spec: FeatureSpec, identity: str, neck: int) -> None:
+        super().__init__(network, spec, identity)
+        self.neck_map = neck
+
+    def run(self, images: Tensor, *, levels: bool = True, recompute: bool = False) -> Features:
+        self._model.set_grad_checkpointing(recompute and torch.is_grad_enabled())
+        maps = [x.float().contiguous() for x in self.network(images)]
+        neck = maps.pop(self.neck_map)
+        return Features(tuple(maps) if levels else (), neck)
+
+    def projections(self) -> list[Projection]:
+        """Thirds of a fused layer."""
+        attentions = [block.attn for block in self._model.blocks]
+        return [Projection(attention, "qkv", thirds(attention.qkv)) for attention in attentions]
+
+    @property
+    def _model(self) -> Any:
+        return self.network.model
+
+
+@dataclass(frozen=True)
+class TimmBackbone(Architecture):
+    """Attributes: model: timm's name of it."""
+
+    family = "timm_backbone"
+
+    model: str
+
+    def __post_init__(self) -> None:
+        if not timm.is_model(self.model):
+            near = difflib.get_close_matches(self.model, timm.list_models(), n=3)
+            hint = f": did you mean {', '.join(near)}?" if near else "."
+            raise ValueError(f"timm has no model '{self.model}'{hint}")
+
+    @property
+    def offers(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"projections"} if _has_fused_projections(_blank(self.model)) else ())
+
+    @cached_property
+    def published(self) -> PretrainedCfg:
+        """What timm says of its weights; where it has several, of those that it takes by default."""
+        return _published(self.model)
+
+    @cached_property
+    def image_size(self) -> int:
+        """The input side that it was trained with, as a multiple of its largest stride."""
+        multiple = self._image.multiple
+        return max(MIN_IMAGE_SIZE, self.published.input_size[-1] // multiple * multiple)
+
+    def spec(self, image_size: int) -> FeatureSpec:
+        levels = [Level(*row) for row in _maps_of(self.model).levels]
+        neck = levels.pop(_maps_of(self.model).neck)
+        return FeatureSpec(tuple(levels), neck, self._image)
+
+    def shapes(self) -> dict[str, torch.Size]:
+        return {key: value.shape for key, value in _blank(self.model).state_dict().items()}
+
+    def blank(self, image_size: int, identity: str = "") -> LoadedEncoder:
+        return self._around(_create(self.model, image_size), image_size, identity)
+
+    def load(self, state: State, image_size: int, identity: str) -> LoadedEncoder:
+        """timm interpolates position tables where the input's size asks for it."""
+        overlay = {"state_dict": dict(state), "source": ""}
+        whole = _create(self.model, image_size, pretrained=True, pretrained_cfg_overlay=overlay)
+        return self._around(whole, image_size, identity)
+
+    def random_state(self) -> State:
+        return drawn({key: tuple(shape) for key, shape in self.shapes().items()}, gain=_UNIT_VARIANCE)
+
+    def unused(self, key: str) -> bool:
+        names = self.published.classifier or ()
+        return key.startswith(tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names)))
+
+    @property
+    def _image(self) -> ImageSpec:
+        multiple = max(stride for _, stride in _maps_of(self.model).levels)
+        mean, std = (tuple(map(float, row)) for row in (self.published.mean, self.published.std))
+        return ImageSpec(multiple, 1.0, mean, std)  # type: ignore[arg-type]
+
+    def _around(self, whole: nn.Module, image_size: int, identity: str) -> LoadedEncoder:
+        maps, spec = _maps_of(self.model), self.spec(image_size)
+        getter = FeatureGetterNet(whole, out_indices=tuple(maps.indices), norm=maps.is_plain)
+        neck = build_neck(spec.neck.channels, _DIM)
+        prompt_encoder = build_prompt_encoder(_DIM, image_size // spec.neck.stride, image_size)
+        return LoadedEncoder(
+            TimmEncoder(getter, spec, identity, maps.neck), prompt_encoder.requires_grad_(False).eval(),
+            build_mask_decoder(_DIM), neck, trained=False)
+
+
+@dataclass(frozen=True)
+class _Maps:
+    """Which of a model's maps are read.
+
+    Attributes:
+        indices: As timm counts them.
+        levels: Channels and stride of each.
+        neck: Which of them takes the neck's place.
+        is_plain: Whether all are of one size.
+    """
+
+    indices: list[int]
+    levels: list[tuple[int, int]]
+    neck: int
+    is_plain: bool
+
+
+@lru_cache(maxsize=32)
+def _maps_of(model: str) -> _Maps:
+    whole: Any = _blank(model)
+    rows = [(int(row["num_chs"]), int(row["reduction"])) for row in whole.feature_info]
+    if len(rows) < _MAPS or not hasattr(whole, "forward_intermediates"):
+        raise ValueError(f"timm's {model} gives no {_MAPS} intermediate maps, which a decoder here reads: choose "
+                         "another encoder.")
+    is_plain = len({stride for _, stride in rows}) == 1
+    indices = [len(rows) * quarter // _MAPS - 1 for quarter in range(1, _MAPS + 1)]
+    if not is_plain:
+        indices = list(range(len(rows) - _MAPS, len(rows)))
+    levels = [rows[index] for index in indices]
+    neck = max(range(_MAPS), key=lambda number: (-abs(math.log2(levels[number][1] / _NECK_STRIDE)), number))
+    return _Maps(indices, levels, neck, is_plain)
+
+
+@lru_cache(maxsize=8)
+def _blank(model: str) -> nn.Module:
+    with torch.device("meta"):
+        return _create(model)
+
+
+def _published(model: str) -> PretrainedCfg:
+    published = timm.get_pretrained_cfg(model)
+    assert published is not None  # of any model that timm knows
+    return published
+
+
+def _create(model: str, image_size: int | None = None, **options: Any) -> nn.Module:
+    if image_size is not None and _published(model).fixed_input_size:
+        options["img_size"] = image_size
+    return timm.create_model(model, num_classes=0, **options)
+
+
+def _has_fused_projections(whole: nn.Module) -> bool:
+    """Whether every block has an attention whose layer ``qkv`` is called, bias and all."""
+    blocks: Any = getattr(whole, "blocks", ())
+    attentions = [getattr(block, "attn", None) for block in blocks]
+    return bool(attentions) and all(
+        isinstance(getattr(attention, "qkv", None), nn.Linear) and getattr(attention, "q_bias", None) is None
+        for attention in attentions)

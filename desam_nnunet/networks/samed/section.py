@@ -1,0 +1,45 @@
+"""What the plans say of SAMed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from desam_nnunet.settings.sections import AS_BEFORE, Method, require
+
+LORA_TARGETS = "qkv"
+_MAX_WARMUP = 250  # iterations, as published
+
+
+@dataclass(frozen=True)
+class SamedSection:
+    """SAMed's own settings.
+
+    Attributes:
+        warmup: Iterations over which the learning rate rises to `lr`; it decays polynomially (0.9) after them.
+        rank: Of the low-rank updates, 1 to 64.
+        targets: Which projections of an attention they change: any of the letters ``q``, ``k`` and ``v``.
+        lr: AdamW's highest learning rate.
+        checkpointing: Whether the encoder's blocks are computed again in the backward pass instead of kept: less
+            memory, more time.
+        lr_after_step: Whether the learning rate is set after each iteration for the next, from the number of the one
+            that is done, as published. Plans without the key, from before it existed, mean false: one iteration ahead.
+    """
+
+    warmup: int = field(metadata={"default": "250, at most a tenth of the iterations"})
+    rank: int = 4
+    targets: str = "qv"
+    lr: float = 0.005
+    checkpointing: bool = False
+    lr_after_step: bool = field(default=True, metadata={AS_BEFORE: False})
+
+    def __post_init__(self) -> None:
+        require(self.warmup >= 0, "samed.warmup", self.warmup, "0 or a positive number")
+        require(1 <= self.rank <= 64, "samed.rank", self.rank, "between 1 and 64")
+        letters = set(self.targets)
+        require(bool(letters) and letters <= set(LORA_TARGETS) and len(letters) == len(self.targets),
+                "samed.targets", self.targets, "some of the letters q, k and v, each once")
+        require(self.lr > 0, "samed.lr", self.lr, "a positive number")
+
+
+SAMED = Method("samed", SamedSection, "SAMedPlans", image_size=512, needs="projections",
+               defaults=lambda sam: {"warmup": min(_MAX_WARMUP, sam.iterations // 10)})

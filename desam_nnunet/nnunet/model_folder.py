@@ -1,0 +1,52 @@
+"""nnU-Net's model folders: where a model's is, what it was trained with, and the network in it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.paths import nnUNet_results
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import nn
+
+from desam_nnunet.nnunet.lookup import look_up
+
+
+def model_folder(plans: dict[str, Any], configuration: str, trainer: str) -> Path:
+    """Where nnU-Net keeps the model of a trainer on these plans."""
+    name = f"{trainer}__{plans['plans_name']}__{configuration}"
+    return Path(nnUNet_results.require()) / plans["dataset_name"] / name
+
+
+def trained_folds(model: Path) -> list[Path]:
+    """The checkpoints of a model folder that also has the files that they need."""
+    if not all((model / name).is_file() for name in ("plans.json", "dataset.json")):
+        return []
+    return sorted(model.glob("fold_*/checkpoint_*.pth"))
+
+
+def read_description(model: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A model folder's plans and dataset.json."""
+    plans, dataset_json = (json.loads((model / name).read_text()) for name in ("plans.json", "dataset.json"))
+    return plans, dataset_json
+
+
+def trained_plans(plans: dict[str, Any], configuration: str, trainer: str) -> dict[str, Any] | None:
+    """The plans of the model that a training on `plans` goes on with; None where nothing is trained yet."""
+    if not nnUNet_results.is_set():
+        return None
+    folder = model_folder(plans, configuration, trainer)
+    return read_description(folder)[0] if trained_folds(folder) else None
+
+
+def build_network(
+    plans: dict[str, Any], dataset_json: dict[str, Any], configuration: str, trainer: str
+) -> nn.Module:
+    """The network that a trainer, found as nnU-Net finds it, builds for a model's plans; without trained weights."""
+    manager = PlansManager(plans)
+    own = manager.get_configuration(configuration)
+    channels = determine_num_input_channels(manager, own, dataset_json)
+    heads = manager.get_label_manager(dataset_json).num_segmentation_heads
+    return look_up(trainer).build_network_architecture(manager, own, channels, heads, False)
