@@ -16,20 +16,18 @@ RANDOM_IDENTITY = f"random:RandomState:1:seed{SEED}"  # generator, version of th
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def drawn(shapes: Shapes, gain: float = 1.0) -> dict[str, Tensor]:
+def drawn(shapes: Shapes) -> dict[str, Tensor]:
     """Every weight of a network, drawn from numpy's frozen ``RandomState`` in the order of `shapes`.
 
-    The recipe: weights and biases uniform within `gain`/sqrt(fan-in), norms at one and zero, statistics of batches at
+    The recipe: weights and biases uniform within 1/sqrt(fan-in), norms at one and zero, statistics of batches at
     those of standardised values, embeddings and position tables normal (0.02 for tables that are added to tokens,
     1 for the prompts' frequencies and tokens).
     """
     generator = np.random.RandomState(SEED)
-    return {key: _draw(key, shape, shapes, gain, generator) for key, shape in shapes.items()}
+    return {key: _draw(key, shape, shapes, generator) for key, shape in shapes.items()}
 
 
-def _draw(
-    key: str, shape: tuple[int, ...], shapes: Shapes, gain: float, generator: np.random.RandomState
-) -> Tensor:
+def _draw(key: str, shape: tuple[int, ...], shapes: Shapes, generator: np.random.RandomState) -> Tensor:
     owner, _, kind = key.rpartition(".")
     weight = shapes.get(f"{owner}.weight", ())
     if kind == "num_batches_tracked":
@@ -37,7 +35,7 @@ def _draw(
     if kind == "positional_encoding_gaussian_matrix" or (key.startswith("prompt_encoder.") and "embed" in key):
         values = generator.normal(0, 1, shape)
     elif kind in ("weight", "bias") and len(weight) > 1:
-        bound = gain * np.prod(weight[1:]) ** -0.5
+        bound = np.prod(weight[1:]) ** -0.5
         values = generator.uniform(-bound, bound, shape)
     elif len(shape) > 1:  # pos_embed, rel_pos, class and register tokens, biases of an attention
         values = generator.normal(0, 0.02, shape)

@@ -39,7 +39,6 @@ from desam_nnunet.encoders.sam_vit import build_mask_decoder, build_neck, build_
 _MAPS = 4
 _NECK_STRIDE = 16
 _DIM = 256  # of SAM's prompts
-_UNIT_VARIANCE = math.sqrt(3)  # of a uniform distribution's bound
 
 
 class TimmEncoder(Encoder):
@@ -114,11 +113,11 @@ class TimmBackbone(Architecture):
         return self._around(whole, image_size, identity)
 
     def random_state(self) -> State:
-        return drawn({key: tuple(shape) for key, shape in self.shapes().items()}, gain=_UNIT_VARIANCE)
+        return drawn({key: tuple(shape) for key, shape in self.shapes().items()})
 
     def unused(self, key: str) -> bool:
-        names = self.published.classifier or ()
-        return key.startswith(tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names)))
+        """A classifier's."""
+        return key in _classifier(self.model)
 
     @property
     def _image(self) -> ImageSpec:
@@ -165,6 +164,9 @@ def _maps_of(model: str) -> _Maps:
     if not is_plain:
         indices = list(range(len(rows) - _MAPS, len(rows)))
     levels = [rows[index] for index in indices]
+    if odd := sorted({stride for _, stride in levels if stride & (stride - 1)}):
+        raise ValueError(f"timm's {model} gives maps at a stride of {odd[0]} pixels, which doubling does not bring to "
+                         "the masks: choose an encoder with strides of 4, 8, 16 or 32.")
     neck = max(range(_MAPS), key=lambda number: (-abs(math.log2(levels[number][1] / _NECK_STRIDE)), number))
     return _Maps(indices, levels, neck, is_plain)
 
@@ -173,6 +175,12 @@ def _maps_of(model: str) -> _Maps:
 def _blank(model: str) -> nn.Module:
     with torch.device("meta"):
         return _create(model)
+
+
+@lru_cache(maxsize=8)
+def _classifier(model: str) -> set[str]:
+    with torch.device("meta"):
+        return set(timm.create_model(model).state_dict()) - set(_blank(model).state_dict())
 
 
 def _published(model: str) -> PretrainedCfg:

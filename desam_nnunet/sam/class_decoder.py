@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from desam_nnunet.sam.two_way import freeze_key_biases
 
+UPSCALING = 4  # of the masks over the image's map
+
 
 class ClassHeads(nn.Module):
     """Mask tokens, hyper-networks and IoU head. The last gets no loss and is frozen; published checkpoints hold it.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from desam_nnunet.encoders.base import Encoder, Projection
 from desam_nnunet.networks.frame import MAX_LOGIT, Outline, SamNetwork, mean_over_groups, uncompiled
 from desam_nnunet.networks.samed.lora import AdaptedLinear, LowRank, low_rank_updates
-from desam_nnunet.sam.class_decoder import ClassDecoder
+from desam_nnunet.sam.class_decoder import UPSCALING, ClassDecoder
 from desam_nnunet.sam.prompts import Prompts, dense_positions, prompt_tokens
 from desam_nnunet.sam.tiles import TileToImage
 
@@ -52,7 +52,8 @@ class SAMed(SamNetwork):
         neck: nn.Module | None = None,
     ) -> None:
         held: list[nn.Module] = [encoder, transformer] if adapt_decoder else [encoder]
-        super().__init__(held=held, to_image=to_image, num_channels=num_channels, background=False)
+        super().__init__(held=held, to_image=to_image, num_channels=num_channels, background=False,
+                         mask_stride=encoder.spec.neck.stride // UPSCALING)
         self.neck = neck or nn.Identity()
         self.checkpointing = checkpointing
         self.updates = nn.ModuleList(_adapt_qkv(row, rank, targets) for row in encoder.projections())
@@ -75,7 +76,7 @@ class SAMed(SamNetwork):
     def forward(self, tiles: Tensor, *, low_resolution: bool = False) -> Tensor:
         """Args:
             tiles: (B, C, H, W).
-            low_resolution: Whether to return the decoder's own logits (B, outputs, S/4, S/4), padding included.
+            low_resolution: Whether to return the decoder's own logits, padding included.
 
         Returns:
             Logits (B, outputs, H, W), no nonlinearity applied.
@@ -104,7 +105,7 @@ class SAMed(SamNetwork):
         return self.neck(mean_over_groups(neck, images.shape[1]))
 
     def decode(self, neck: Tensor) -> Tensor:
-        """Mask logits (B, outputs, S/4, S/4)."""
+        """Mask logits (B, outputs, S / stride, S / stride)."""
         sparse, dense = prompt_tokens(self.prompt_encoder, Prompts())
         return self.decoder(neck + dense, dense_positions(self.prompt_encoder), sparse)
 

@@ -1,0 +1,87 @@
+"""Models, predictions and stores of the first version, made before encoders and methods got rooms of their own.
+
+They predict the same, go on, and their stores are found without a rebuild. The weights were rounded to few values, so
+that the files are small; DeSAM's IoU head is as it starts.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from conftest import FOLDERS, nnunet
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+from desam_nnunet.cache.store import open_stores
+from desam_nnunet.training.registry import TRAINERS
+
+FILES = Path(__file__).with_name("first_version")
+DATASET = "Dataset501_Discs"
+CHECKPOINT = "checkpoint_final.pth"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The data set with its stores, in nnU-Net's folders."""
+    root = tmp_path_factory.mktemp("first_version")
+    unpack("data", root)
+    (root / "nnUNet_results").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in FOLDERS:
+            patch.setenv(name, str(root / name))
+        patch.setenv("nnUNet_n_proc_DA", "0")
+        patch.setenv("nnUNet_def_n_proc", "1")
+        patch.setenv("DESAM_WEIGHTS", str(root / "weights"))
+        yield root
+
+
+def unpack(name: str, folder: Path) -> None:
+    with tarfile.open(FILES / f"{name}.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+
+
+def model_of(trainer: str, root: Path) -> Path:
+    """The trainer's model folder, where nnU-Net keeps it."""
+    folder = root / "nnUNet_results" / DATASET
+    folder.mkdir(exist_ok=True)
+    if not list(folder.glob(f"{trainer}__*")):
+        unpack(trainer, folder)
+    (model,) = folder.glob(f"{trainer}__*")
+    return model
+
+
+def in_float32(network: Any) -> Any:
+    """Also where the CPU has bfloat16: the models were trained without."""
+    network.encoder.dtype = torch.float32
+    return network
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_logits_and_labels_are_as_they_were(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(name, root)
+    predictor = nnUNetPredictor(device=CPU, perform_everything_on_device=False, allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(model), [0], CHECKPOINT)
+    network = in_float32(predictor.network.eval())
+    patch = predictor.configuration_manager.patch_size
+    tile = torch.from_numpy(np.random.RandomState(0).normal(0, 1, (1, 1, *patch)).astype(np.float32)).cumsum(-1) / 5
+    boxes = [torch.tensor([[20.0, 20.0, 90.0, 100.0]]) * (network.to_image.image_size / 128)]
+    with torch.inference_mode():
+        logits = network(tile, *(boxes if name == "DBSAMTrainerBoxes" else []))
+    expected = np.load(model / "logits.npz")["logits"]
+    np.testing.assert_allclose(logits.numpy(), expected, atol=1e-5, rtol=0)
+    if name == "DBSAMTrainerBoxes":
+        return  # nnU-Net's predictor has no boxes
+    image = sitk.ReadImage(str(root / "unseen" / "case9_0000.nii.gz"))
+    volume = sitk.GetArrayFromImage(image)[None].astype(np.float32)
+    properties = {"spacing": list(image.GetSpacing())[::-1], "sitk_stuff": {
+        "spacing": image.GetSpacing(), "origin": image.GetOrigin(), "direction": image.GetDirection()}}
+    labels = predictor.predict_single_npy_array(volume, properties)
+    before = sitk.GetArrayFromImage(sitk.ReadImage(str(model / "predicted" / "case9.nii.gz")))
+    assert (labels == before).all()
+    assert set(np.unique(before)) == {0, 1, 2}
