@@ -16,8 +16,9 @@ from desam_nnunet._startup import VARIABLE, trainers_folder
 from desam_nnunet.encoders.precision import encoder_dtype
 from desam_nnunet.encoders.registry import ENCODERS, TIMM, EncoderRow, named
 from desam_nnunet.encoders.weights import find_weights, is_published, search_folders
-from desam_nnunet.nnunet.lookup import look_up
+from desam_nnunet.nnunet.lookup import classes_in_folders, look_up
 from desam_nnunet.system.machine import memory_limit
+from desam_nnunet.training.base import SamTrainer
 from desam_nnunet.training.registry import TRAINERS
 
 _NNUNET_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -36,6 +37,7 @@ def examine() -> Iterator[Finding]:
     """Looks at everything in turn."""
     yield Finding("desam_nnunet", __version__)
     yield from map(_trainer, TRAINERS)
+    yield from _others_trainers()
     yield from map(_weights_folder, search_folders())
     yield from map(_weights, _rows())
     yield _device()
@@ -75,6 +77,17 @@ def _trainer(name: str) -> Finding:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return Finding(name, f"not found by nnU-Net: {reason}", remedy, wrong=True)
     return Finding(name, f"{found.__module__}.{found.__qualname__}")
+
+
+def _others_trainers() -> Iterator[Finding]:
+    """Trainers of this package's kind in the folders that nnU-Net searches."""
+    for name in classes_in_folders():
+        try:
+            trainer = look_up(name)
+        except Exception:  # said already of our own, which the same file hides
+            continue
+        if issubclass(trainer, SamTrainer) and name not in TRAINERS:
+            yield Finding(name, f"method {trainer.method.name}, of a folder in nnUNet_extTrainer")
 
 
 def _weights_folder(folder: Path) -> Finding:

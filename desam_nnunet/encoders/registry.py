@@ -7,8 +7,10 @@ Source of the rows of Segment Anything: Kirillov et al., Segment Anything, ICCV 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 
 from desam_nnunet.encoders.base import Architecture
@@ -20,6 +22,7 @@ from desam_nnunet.encoders.tiny_vit import TinyViT
 _SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
 _MOBILE_URL = "https://github.com/ChaoningZhang/MobileSAM/raw/master/weights/mobile_sam.pt"
 TIMM, TIMM_RANDOM = "timm/", "timm_random/"
+_IMPORTED = re.compile(r"[A-Za-z_][\w.]+:[A-Za-z_]\w*")  # a module and a name in it, but no drive letter
 OURS = "desam-nnunet"
 
 
@@ -55,9 +58,8 @@ class EncoderRow:
 
     @property
     def random_identity(self) -> str:
-        """Names its random weights; two networks of timm's differ by their names."""
-        model = getattr(self.architecture, "model", "")
-        return f"{RANDOM_IDENTITY}:{model}" if model else RANDOM_IDENTITY
+        """Names its random weights; those of ``vit_tiny_random`` have been known without a name."""
+        return RANDOM_IDENTITY if isinstance(self.architecture, SamViT) else f"{RANDOM_IDENTITY}:{self.name}"
 
     @property
     def remedy(self) -> str:
@@ -104,9 +106,15 @@ ENCODERS: dict[str, EncoderRow] = {
 def row_of(encoder: str) -> EncoderRow | None:
     """The row of an encoder that is given by name; None for what can only be a path.
 
+    Args:
+        encoder: A name of :data:`ENCODERS`, ``timm/`` or ``timm_random/`` and a model's name, or ``module:NAME`` for a
+            row that Python can import from elsewhere.
+
     Raises:
-        ValueError: timm has no such model, or it gives no maps that a decoder here can read.
+        ValueError: timm has no such model, it gives no maps that a decoder here can read, or nothing can be imported.
     """
+    if _IMPORTED.fullmatch(encoder):
+        return _imported_row(encoder)
     if encoder.startswith((TIMM, TIMM_RANDOM)) and not Path(encoder).is_file():
         return _timm_row(encoder)
     return ENCODERS.get(encoder)
@@ -117,6 +125,20 @@ def named(encoder: str) -> EncoderRow:
     row = row_of(encoder)
     assert row is not None
     return row
+
+
+@lru_cache(maxsize=32)
+def _imported_row(encoder: str) -> EncoderRow:
+    module, _, name = encoder.partition(":")
+    try:
+        row = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"The encoder '{encoder}' can't be imported ({error}): install its package, or list its folder "
+                         "in PYTHONPATH.") from error
+    if not isinstance(row, EncoderRow):
+        raise ValueError(f"The encoder '{encoder}' is a {type(row).__name__}, but must be an EncoderRow of "
+                         "desam_nnunet.encoders.registry.")
+    return replace(row, name=encoder)
 
 
 @lru_cache(maxsize=32)

@@ -172,7 +172,7 @@ def load_encoder(encoder: str, image_size: int, expected_identity: str | None = 
 
 def _check_row(row: EncoderRow, state: State, path: Path) -> EncoderRow:
     """Raises: ValueError: The file holds another encoder than its name says."""
-    if not row.name.startswith("timm/"):
+    if row.name in ENCODERS:
         shaped = row_of_state(state, path)
         if shaped.architecture != row.architecture:
             raise ValueError(f"{path} holds {shaped.name} weights, but the encoder is '{row.name}'.")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
+import os
+from pathlib import Path
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
@@ -17,3 +20,14 @@ def look_up(name: str) -> type[nnUNetTrainer]:
     """
     with contextlib.redirect_stdout(io.StringIO()):
         return recursive_find_trainer_class_by_name(name)
+
+
+def classes_in_folders() -> list[str]:
+    """The names of all classes that files in the folders of ``nnUNet_extTrainer`` define; nothing is imported."""
+    folders = [Path(folder) for folder in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if folder]
+    names: list[str] = []
+    for file in sorted(file for folder in folders for file in folder.rglob("*.py")):
+        with contextlib.suppress(OSError, SyntaxError, ValueError):  # the look-up says what is wrong with it
+            tree = ast.parse(file.read_bytes())
+            names += [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
+    return list(dict.fromkeys(names))

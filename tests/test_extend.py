@@ -1,0 +1,96 @@
+"""The examples of docs/extend.md, through the commands that a user types; no file of the package knows them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import SimpleITK as sitk
+import torch
+from conftest import Workspace, nnunet, tiny_sections
+
+from desam_nnunet.nnunet.lookup import look_up
+
+EXTEND = Path(__file__).parents[1] / "examples" / "extend"
+EXAMPLES = sorted(EXTEND.rglob("*.py"))
+
+
+@pytest.fixture(autouse=True)
+def doors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As a user opens them: a folder of trainers, and one that Python imports from."""
+    listed = os.environ.get("nnUNet_extTrainer", "")
+    monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join(filter(None, [str(EXTEND / "trainers"), listed])))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(EXTEND), os.environ.get("PYTHONPATH", "")])))
+    monkeypatch.syspath_prepend(str(EXTEND))
+    return
+
+
+def train_and_predict(workspace: Workspace, trainer: str, plans: str, out: Path) -> list[Path]:
+    nnunet("nnUNetv2_train", 501, "2d", 0, "-tr", trainer, "-p", plans, "-device", "cpu")
+    nnunet("nnUNetv2_predict", "-i", workspace.unseen, "-o", out, "-d", 501, "-c", "2d", "-f", 0, "-tr", trainer,
+           "-p", plans, "-device", "cpu", "-npp", 1, "-nps", 1)
+    return sorted(out.glob("*.nii.gz"))
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_has_at_most_60_lines(example: Path) -> None:
+    assert len(example.read_text().splitlines()) <= 60
+
+
+def test_an_encoder_of_ones_own_trains_and_predicts(workspace: Workspace, tmp_path: Path) -> None:
+    workspace.write_plans("ResNetPlans", **tiny_sections(encoder="resnet_encoder:RESNET", image_size=64))
+    assert len(train_and_predict(workspace, "DeSAMTrainer", "ResNetPlans", tmp_path / "out")) == 2
+    plans = workspace.model("DeSAMTrainer", "ResNetPlans") / "plans.json"
+    assert "random:RandomState:1:seed0:resnet_encoder:RESNET" in plans.read_text()
+
+
+def test_an_encoder_that_cannot_be_imported_is_refused_before_anything_runs(workspace: Workspace) -> None:
+    workspace.write_plans("LostPlans", **tiny_sections(encoder="lost_encoder:RESNET"))
+    result = nnunet("nnUNetv2_train", 501, "2d", 0, "-tr", "DeSAMTrainer", "-p", "LostPlans", "-device", "cpu",
+                    check=False)
+    assert "The encoder 'lost_encoder:RESNET' can't be imported" in result.stderr
+
+
+def test_a_method_of_ones_own_is_planned_cached_trained_and_predicted(workspace: Workspace, tmp_path: Path) -> None:
+    planned = nnunet("desam", "plan", "-d", 501, "--trainer", "PDMMAloneTrainer", "--encoder", "vit_tiny", "-device",
+                     "cpu").stdout
+    assert "nnUNetv2_train 501 2d 0 -tr PDMMAloneTrainer -p PDMMAlonePlans" in planned
+    sections = tiny_sections(image_size=64)
+    workspace.write_plans("AlonePlans", sam=sections["sam"], pdmm_alone={"lr": 1e-3})
+    nnunet("desam", "cache", "-d", 501, "-p", "AlonePlans", "-tr", "PDMMAloneTrainer", "-device", "cpu")
+    files = train_and_predict(workspace, "PDMMAloneTrainer", "AlonePlans", tmp_path / "out")
+    assert len(files) == 2
+    model = workspace.model("PDMMAloneTrainer", "AlonePlans")
+    log = next((model / "fold_0").glob("training_log*.txt")).read_text()
+    assert "to encode" not in log  # desam cache had done it
+    weights = torch.load(model / "fold_0" / "checkpoint_final.pth", weights_only=False)["network_weights"]
+    assert {key.split(".")[0] for key in weights} == {"pdmm"}
+    assert all(sitk.ReadImage(str(file)).GetSize() == sitk.ReadImage(
+        str(workspace.unseen / file.name.replace(".nii", "_0000.nii"))).GetSize() for file in files)
+
+
+def test_a_key_that_the_methods_section_does_not_have_is_refused(workspace: Workspace) -> None:
+    workspace.write_plans("AloneWrongPlans", **tiny_sections(), pdmm_alone={"grid": 3})
+    result = nnunet("nnUNetv2_train", 501, "2d", 0, "-tr", "PDMMAloneTrainer", "-p", "AloneWrongPlans", "-device",
+                    "cpu", check=False)
+    assert "The plans' section 'pdmm_alone' has an unknown key 'grid'. Valid keys: lr (float)." in result.stderr
+
+
+def test_the_doctor_and_a_study_know_a_trainer_of_ones_own(workspace: Workspace, tmp_path: Path) -> None:
+    assert "PDMMAloneTrainer        method pdmm_alone" in nnunet("desam", "doctor").stdout
+    described = nnunet("desam", "cross-site", "-d", "A=501", "-o", tmp_path / "study", "-tr", "PDMMAloneTrainer",
+                       "-device", "cpu", "--dry-run").stdout
+    assert "desam plan -d 501 --trainer PDMMAloneTrainer" in described
+
+
+def test_another_prompt_rule_asks_a_trained_model_in_another_way(trained: Workspace) -> None:
+    """Two points must speak for a class: never more is present than with one."""
+    ours, theirs = (look_up(name).prompter for name in ("DeSAMTrainer", "DeSAMTrainerTwoWitnesses"))
+    section = look_up("DeSAMTrainer").method.section(iou_threshold=0.5)
+    scores = torch.tensor([[0.9, 0.9], [0.1, 0.8], [0.2, 0.1]])  # 3 points, 2 classes
+    assert ours(section).choose(scores).present.tolist() == [True, True]
+    chosen = theirs(section).choose(scores)
+    assert chosen.present.tolist() == [False, True]
+    assert chosen.prompt[1] == 1
