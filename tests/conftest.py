@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import phantom
-from desam_nnunet.encoders.weights import LoadedSam, load_sam
+from desam_nnunet.encoders.base import LoadedEncoder
+from desam_nnunet.encoders.weights import load_encoder
 
 DATASET = "Dataset501_Phantom"
 PLANS = "TinyPlans"
@@ -33,11 +34,11 @@ SIZE = 128  # of SAM's input, in the tests of networks
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 
-def tiny_sam() -> LoadedSam:
+def tiny_sam() -> LoadedEncoder:
     """Computes in float32, also where the CPU has bfloat16: for tests of exactness."""
-    sam = load_sam("vit_tiny", SIZE)
-    sam.encoder.dtype = torch.float32
-    return sam
+    loaded = load_encoder("vit_tiny", SIZE)
+    loaded.encoder.dtype = torch.float32
+    return loaded
 
 
 class Workspace(NamedTuple):

@@ -1,6 +1,6 @@
 """The peak memory of two training steps in float32, in a process of its own: prints bytes above the network's own.
 
-    python step_peak.py METHOD VARIANT IMAGE_SIZE BATCH OUTPUTS PATCH [checkpointing]
+    python step_peak.py TRAINER ENCODER IMAGE_SIZE BATCH OUTPUTS PATCH [checkpointing]
 """
 
 from __future__ import annotations
@@ -10,91 +10,56 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
-from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
-from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-from desam_nnunet.encoders.attention import use_exact_attention
-from desam_nnunet.encoders.base import Features, FrozenEncoder
-from desam_nnunet.encoders.registry import VARIANTS, Variant, build_sam
-from desam_nnunet.encoders.weights import LoadedSam
-from desam_nnunet.networks.dbsam.network import build_dbsam
-from desam_nnunet.networks.desam.network import build_desam
-from desam_nnunet.networks.samed.network import build_samed
-from desam_nnunet.sam.prompts import Prompts
-from desam_nnunet.sam.tiles import TileToImage, cut_padding
+from desam_nnunet.encoders.base import Architecture
+from desam_nnunet.encoders.registry import named
+from desam_nnunet.encoders.tiny_vit import TinyViT
+from desam_nnunet.planning.footprint import Size, _batch, _rehearsing
 from desam_nnunet.system.machine import peak_memory
-from desam_nnunet.training.losses import DiceCELoss
+from desam_nnunet.training.base import Batch, SamTrainer
+from desam_nnunet.training.registry import TRAINERS
+
+CPU = torch.device("cpu")
 
 
 def main() -> None:
-    method, name = sys.argv[1:3]
-    variant = VARIANTS[name]
-    size, batch, outputs, patch = map(int, sys.argv[3:7])
-    manager = LabelManager({"background": 0} | {f"c{k}": k for k in range(1, outputs + 1)}, None)
-    network = build(method, variant, size, outputs)
-    optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad])
+    trainer, encoder = sys.argv[1:3]
+    image_size, batch_size, outputs, patch = map(int, sys.argv[3:7])
+    size = Size(TRAINERS[trainer], architecture_of(encoder), image_size, (patch, patch), outputs,
+                "checkpointing" in sys.argv, images=1)
+    trainer = started(size)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before = peak_memory(torch.device("cpu"))
+    before = peak_memory(CPU)
     for _ in range(2):
-        target = torch.randint(0, outputs + 1, (batch, 1, patch, patch))
-        optimizer.zero_grad()
-        STEPS[method](network, variant, size, batch, target, manager).backward()
-        optimizer.step()
-    print(peak_memory(torch.device("cpu")) - before)
+        SamTrainer.train_step(trainer, random_batch(size, trainer, batch_size))  # but for the learning rate
+    print(peak_memory(CPU) - before)
 
 
-def build(method: str, variant: Variant, size: int, outputs: int) -> Any:
-    if method == "desam":  # its encoder is not needed
-        with torch.device("meta"):
-            sam = build_sam(variant, size)
-            encoder = FrozenEncoder(sam.image_encoder, variant.global_blocks[:-1], "")
-        prompt_encoder = build_sam(variant, size).prompt_encoder
-        return build_desam(
-            sam=LoadedSam(variant, encoder, prompt_encoder, sam.mask_decoder, random=True),
-            to_image=TileToImage(size, "unit"), num_channels=1, num_classes=outputs, background=True, grid=9,
-            iou_threshold=0.5)
-    sam = build_sam(variant, size)
-    encoder = FrozenEncoder(use_exact_attention(sam.image_encoder), variant.global_blocks[:-1], "")
-    encoder.dtype = torch.float32  # also where the CPU has bfloat16
-    loaded = LoadedSam(variant, encoder, sam.prompt_encoder, sam.mask_decoder, random=True)
-    settings: dict[str, Any] = {"sam": loaded, "num_channels": 1, "checkpointing": "checkpointing" in sys.argv,
-                                "to_image": TileToImage(size, "unit", normalise=method == "dbsam")}
-    if method == "samed":
-        return build_samed(outputs=outputs + 1, rank=4, targets="qv", adapt_decoder=False, **settings)
-    return build_dbsam(num_classes=outputs, background=True, **settings)
+def architecture_of(encoder: str) -> Architecture:
+    """Of an encoder by name, whose weights need not be here; ``lite`` is LiteMedSAM's."""
+    return TinyViT(stem_stride=1) if encoder == "lite" else named(encoder).architecture
 
 
-def step_of_desam(
-    network: Any, variant: Variant, size: int, batch: int, target: Tensor, manager: LabelManager
-) -> Tensor:
-    side = size // 16
-    features = Features(tuple(torch.randn(batch, variant.embed_dim, side, side) for _ in range(3)),
-                        torch.randn(batch, variant.prompt_dim, side, side))
-    masks, scores = network(features, Prompts(points=torch.full((batch, 1, 2), 50.0)))
-    loss = DC_and_CE_loss({"batch_dice": True, "smooth": 1e-5, "do_bg": False, "ddp": False}, {},
-                          dice_class=MemoryEfficientSoftDiceLoss)
-    return loss(network.tile_logits(masks, network.geometry(target)), target) + scores.mean()
+def started(size: Size) -> Any:
+    """A trainer as the planner rehearses it, with values in its network and an optimiser."""
+    trainer = _rehearsing(size)
+    network = trainer.bare_network
+    network.encoder.dtype = torch.float32  # also where the CPU has bfloat16
+    if size.trainer.method.frozen_features:
+        network.encoder.to("meta")  # it is not needed, since the features are given
+    trainer.optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad])
+    trainer.grad_scaler = None
+    trainer._skipped = 0
+    return trainer
 
 
-def step_of_samed(
-    network: Any, variant: Variant, size: int, batch: int, target: Tensor, manager: LabelManager
-) -> Tensor:
-    tiles, geometry = torch.rand(target.shape), network.geometry(target)
-    masks = network(tiles, low_resolution=True)
-    small = torch.nn.functional.interpolate(target.float(), size=geometry.mask)
-    network.tile_logits(masks, geometry)
-    return DiceCELoss(manager, ce=0.2, dice=0.8, background=True)(cut_padding(masks, geometry), small)
-
-
-def step_of_dbsam(
-    network: Any, variant: Variant, size: int, batch: int, target: Tensor, manager: LabelManager
-) -> Tensor:
-    return DiceCELoss(manager, ce=1.0, dice=1.0, background=False)(network(torch.rand(target.shape)), target)
-
-
-STEPS = {"desam": step_of_desam, "samed": step_of_samed, "dbsam": step_of_dbsam}
+def random_batch(size: Size, trainer: Any, batch_size: int) -> Batch:
+    batch = _batch(size, trainer.bare_network.encoder.spec.maps, batch_size)
+    batch = tree_map_only(Tensor, lambda values: values.uniform_(), batch)
+    batch["target"].random_(size.outputs + 1)
+    return batch
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from desam_nnunet.encoders import attention
 from desam_nnunet.encoders.attention import ExactBlock, use_exact_attention
-from desam_nnunet.encoders.registry import VARIANTS, build_sam
+from desam_nnunet.encoders.registry import ENCODERS
+from desam_nnunet.encoders.sam_vit import build_sam
 
 
 def stock_block(*, window: int, table: int, dim: int = 64, heads: int = 2) -> Block:
@@ -118,7 +119,7 @@ def test_the_bias_is_never_materialised(gradients: bool) -> None:
 
 
 def test_a_whole_encoder_keeps_its_keys_and_its_output() -> None:
-    stock = build_sam(VARIANTS["vit_tiny"], 192).image_encoder.eval()
+    stock = build_sam(ENCODERS["vit_tiny"].architecture, 192).image_encoder.eval()
     for block in stock.blocks:
         nn.init.normal_(block.attn.rel_pos_h, std=0.3)
     ours = use_exact_attention(copy.deepcopy(stock))

@@ -8,14 +8,19 @@ from conftest import SIZE, TRAINED, tiny_sam
 from torch import nn
 from torch.nn import functional as F
 
+from desam_nnunet.encoders.sam_vit import IMAGE
 from desam_nnunet.networks.dbsam.dual_branch import BilateralExchange, ChannelAttention, Fusion, Stem
 from desam_nnunet.networks.dbsam.network import DBSAM, build_dbsam
+from desam_nnunet.networks.frame import Outline
+from desam_nnunet.sam.prompts import Prompts, dense_positions, prompt_tokens
 from desam_nnunet.sam.tiles import TileToImage
 
 
-def build(*, classes: int = 1, background: bool = True, checkpointing: bool = False) -> DBSAM:
-    return build_dbsam(sam=tiny_sam(), to_image=TileToImage(SIZE, "percentile"), num_channels=1, num_classes=classes,
-                       background=background, checkpointing=checkpointing)
+def build(*, classes: int = 1, background: bool = True, checkpointing: bool = False, boxes: int | None = None
+          ) -> DBSAM:
+    to_image = TileToImage(IMAGE, SIZE, "percentile")
+    outline = Outline(tiny_sam(), to_image, 1, classes + background, background, None)
+    return build_dbsam(outline, checkpointing=checkpointing, boxes=boxes)
 
 
 @pytest.mark.parametrize("level", [1, 2, 3, 4])
@@ -85,7 +90,6 @@ def test_all_that_trains_gets_a_gradient_and_the_encoder_none() -> None:
     for name, parameter in network.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
     assert all(parameter.grad is None for parameter in network.encoder.parameters())
-    assert not any(".vit." in name for name in network.state_dict())
     assert {name.split(".")[0] for name in network.state_dict()} == TRAINED["DBSAMTrainer"] | {"prompt_encoder"}
 
 
@@ -95,6 +99,23 @@ def test_a_box_changes_the_mask() -> None:
         whole = network(tiles)
         torch.testing.assert_close(network(tiles, torch.tensor([[0.0, 0.0, SIZE, SIZE]])), whole)
         assert not torch.equal(network(tiles, torch.tensor([[10.0, 10.0, 60.0, 60.0]])), whole)
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_with_boxes_there_is_one_mask_and_four_tokens_start_as_sams_decoder(tokens: int) -> None:
+    network, tiles, box = build(classes=3, boxes=tokens), torch.randn(1, 1, 96, 96), torch.tensor([[9.0, 9, 70, 70]])
+    assert network(tiles, box).shape == (1, 1, 96, 96)
+    with pytest.raises(ValueError, match="was trained with boxes from the reference"):
+        network(tiles)
+    network(tiles, box).square().sum().backward()
+    for name, parameter in network.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+    sam, neck = tiny_sam(), torch.randn(1, 128, SIZE // 16, SIZE // 16)
+    sparse, dense = prompt_tokens(sam.prompt_encoder, Prompts(boxes=box))
+    with torch.no_grad():
+        theirs, _ = sam.mask_decoder.predict_masks(neck, dense_positions(sam.prompt_encoder), sparse, dense)
+        same = torch.allclose(network.decode(neck, Prompts(boxes=box)), theirs[:, :1], rtol=0, atol=1e-4)
+    assert same == (tokens == 4)
 
 
 def test_checkpointing_changes_no_gradient() -> None:

@@ -6,20 +6,21 @@ import pytest
 import torch
 from conftest import tiny_sam
 
-from desam_nnunet.encoders.base import FrozenEncoder
-from desam_nnunet.encoders.registry import VARIANTS, build_sam
-from desam_nnunet.encoders.weights import load_sam
+from desam_nnunet.encoders.base import Encoder
+from desam_nnunet.encoders.registry import ENCODERS
+from desam_nnunet.encoders.sam_vit import build_sam
+from desam_nnunet.encoders.weights import load_encoder
 
 
 @pytest.fixture(scope="module")
-def encoder() -> FrozenEncoder:
+def encoder() -> Encoder:
     return tiny_sam().encoder
 
 
 @torch.no_grad()
-def test_neck_is_sams_forward_and_levels_are_its_blocks(encoder: FrozenEncoder) -> None:
-    stock = build_sam(VARIANTS["vit_tiny"], 128).image_encoder
-    stock.load_state_dict(encoder.vit.state_dict())
+def test_neck_is_sams_forward_and_levels_are_its_blocks(encoder: Encoder) -> None:
+    stock = build_sam(ENCODERS["vit_tiny"].architecture, 128).image_encoder
+    stock.load_state_dict(encoder.network.state_dict())
     images = torch.randn(2, 3, 128, 128)
     outputs = []
     for index in (1, 3, 5):
@@ -41,12 +42,12 @@ def test_precision_suits_the_device(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: natively)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": natively}, raising=False)
-    assert load_sam("vit_tiny", 128).encoder.precision(torch.device(device)) == expected
+    assert load_encoder("vit_tiny", 128).encoder.precision(torch.device(device)) == expected
 
 
 def test_bfloat16_changes_little_and_hands_on_float32() -> None:
     """About three decimal digits remain."""
-    exact, rough = (load_sam("vit_tiny", 128).encoder for _ in range(2))
+    exact, rough = (load_encoder("vit_tiny", 128).encoder for _ in range(2))
     exact.dtype, rough.dtype = torch.float32, torch.bfloat16
     images = torch.randn(1, 3, 128, 128)
     for one, other in zip((*exact(images).levels, exact(images).neck), (*rough(images).levels, rough(images).neck),
@@ -56,7 +57,7 @@ def test_bfloat16_changes_little_and_hands_on_float32() -> None:
         assert 1e-5 < error < 2e-2
 
 
-def test_never_trains(encoder: FrozenEncoder) -> None:
+def test_never_trains(encoder: Encoder) -> None:
     encoder.train()
     assert not any(module.training for module in encoder.modules())
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
@@ -66,14 +67,14 @@ def test_never_trains(encoder: FrozenEncoder) -> None:
 
 @pytest.mark.parametrize("size", [64, 192, 256, 320])
 def test_other_input_sizes(size: int) -> None:
-    features = load_sam("vit_tiny", size).encoder(torch.randn(1, 3, size, size))
+    features = load_encoder("vit_tiny", size).encoder(torch.randn(1, 3, size, size))
     assert features.neck.shape == (1, 128, size // 16, size // 16)
     assert features.levels[0].shape == (1, 192, size // 16, size // 16)
 
 
-def test_checksum_sees_a_changed_bit(encoder: FrozenEncoder) -> None:
+def test_checksum_sees_a_changed_bit(encoder: Encoder) -> None:
     before = encoder.checksum()
-    bias = encoder.vit.neck[1].bias
+    bias = encoder.network.neck[1].bias
     value = bias.data[0].clone()
     bias.data[0] = torch.nextafter(value, value + 1)
     assert encoder.checksum() != before

@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 from segment_anything.modeling import PromptEncoder
 from torch import Tensor
 
-from desam_nnunet.encoders.base import Features
-from desam_nnunet.encoders.registry import build_transformer
+from desam_nnunet.encoders.base import Features, FeatureSpec, Level
+from desam_nnunet.encoders.sam_vit import IMAGE, build_transformer
 from desam_nnunet.networks.desam.network import DeSAM
 from desam_nnunet.networks.desam.pdmm import PDMM
 from desam_nnunet.networks.desam.prim import PRIM
+from desam_nnunet.networks.desam.prompters import GridPrompter, Prompter, WholeBoxPrompter
 from desam_nnunet.published.desam_keys import is_official, rename_official
 from desam_nnunet.sam.prompts import Prompts, dense_positions, prompt_tokens, whole_box
 from desam_nnunet.sam.tiles import Geometry, TileToImage
@@ -23,6 +24,7 @@ LOGITS = 1e-5  # absolute, float32, as the golden files state
 TOKENS = 1e-6
 GOLDEN = Path(__file__).parent / "golden" / "desam_decoder_small.safetensors"
 SIZE, GRID, DIM, ENCODER_DIM = 128, 8, 64, 48
+SPEC = FeatureSpec((Level(ENCODER_DIM, SIZE // GRID),) * 3, Level(DIM, SIZE // GRID), IMAGE)
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +42,14 @@ def features(golden: dict[str, Tensor]) -> Features:
     return Features(tuple(golden[f"input.feature_{level}"] for level in range(3)), golden["input.neck"])
 
 
-def published(official: dict[str, Tensor], grid: int | None) -> DeSAM:
+def published(official: dict[str, Tensor], prompter: Prompter) -> DeSAM:
     network = DeSAM(
         encoder=None,
         prompt_encoder=PromptEncoder(DIM, (GRID, GRID), (SIZE, SIZE), mask_in_chans=16),
         prim=PRIM(transformer=build_transformer(DIM, mlp_dim=128), num_classes=1, iou_hidden=DIM),
-        pdmm=PDMM(encoder_dim=ENCODER_DIM, prompt_dim=DIM, num_classes=1),
-        to_image=TileToImage(SIZE, "unit"),
-        grid=grid,
+        pdmm=PDMM(spec=SPEC, prompt_dim=DIM, num_classes=1),
+        prompter=prompter,
+        to_image=TileToImage(IMAGE, SIZE, "unit"),
     )
     network.load_state_dict(rename_official(official))
     return network.eval()
@@ -69,7 +71,7 @@ def test_unknown_official_key_is_refused(official: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def test_point_prompt(golden: dict[str, Tensor], official: dict[str, Tensor], features: Features) -> None:
-    network = published(official, grid=9)
+    network = published(official, GridPrompter(9))
     prompts = Prompts(points=golden["points.coords"])
     close(prompt_tokens(network.prompt_encoder, prompts)[0], golden["points.sparse"], TOKENS)
     masks, iou = network(features, prompts)
@@ -79,7 +81,7 @@ def test_point_prompt(golden: dict[str, Tensor], official: dict[str, Tensor], fe
 
 @torch.no_grad()
 def test_whole_box(golden: dict[str, Tensor], official: dict[str, Tensor], features: Features) -> None:
-    network = published(official, grid=None)
+    network = published(official, WholeBoxPrompter())
     prompts = whole_box(Geometry((SIZE, SIZE), SIZE), 2, torch.device("cpu"))
     sparse, dense = prompt_tokens(network.prompt_encoder, prompts)
     close(sparse, golden["wholebox.sparse"], TOKENS)

@@ -13,8 +13,8 @@ from segment_anything.modeling import ImageEncoderViT, PromptEncoder
 from torch import Tensor, nn
 
 from desam_nnunet.encoders.attention import use_exact_attention
-from desam_nnunet.encoders.base import FrozenEncoder
-from desam_nnunet.encoders.registry import build_transformer
+from desam_nnunet.encoders.base import FeatureSpec, Level
+from desam_nnunet.encoders.sam_vit import IMAGE, PATCH, SamViTEncoder, build_transformer
 from desam_nnunet.networks.samed.network import SAMed
 from desam_nnunet.published.samed_keys import (
     adapts_decoder,
@@ -23,6 +23,7 @@ from desam_nnunet.published.samed_keys import (
     rename_official_samed,
 )
 from desam_nnunet.sam.tiles import TileToImage
+from desam_nnunet.training.samed import SAMedTrainer
 
 LOGITS = 1e-5  # absolute, float32, as the golden files state
 FILES = ("samed_small", "samed_s_small")
@@ -62,11 +63,12 @@ def published(golden: Golden, *, exact: bool) -> SAMed:
     for module, name in ((vit, "image_encoder."), (transformer, "mask_decoder.transformer.")):
         module.load_state_dict({key.removeprefix(name): value for key, value in golden.sam.items()
                                 if key.startswith(name)})
+    spec = FeatureSpec((Level(sizes["encoder_dim"], PATCH),) * (len(blocks) - 1), Level(dim, PATCH), IMAGE)
     network = SAMed(
-        encoder=FrozenEncoder(use_exact_attention(vit) if exact else vit, blocks[:-1], "golden"),
+        encoder=SamViTEncoder(use_exact_attention(vit) if exact else vit, spec, "golden", blocks[:-1]),
         prompt_encoder=PromptEncoder(dim, (side, side), (sizes["image_size"],) * 2, mask_in_chans=16),
-        transformer=transformer, to_image=TileToImage(sizes["image_size"], "unit", normalise=False), num_channels=3,
-        outputs=sizes["num_classes"] + 1, rank=sizes["rank"], adapt_decoder=adapts_decoder(golden.checkpoint))
+        transformer=transformer, to_image=TileToImage(SAMedTrainer.image_of(IMAGE), sizes["image_size"], "unit"),
+        num_channels=3, outputs=sizes["num_classes"] + 1, rank=sizes["rank"], adapt_decoder=adapts_decoder(golden.checkpoint))
     network.encoder.dtype = torch.float32  # also where the CPU has bfloat16
     network.load_state_dict(rename_official_samed(golden.checkpoint))
     return network.eval()
@@ -77,14 +79,14 @@ def published(golden: Golden, *, exact: bool) -> SAMed:
 def test_logits_are_the_published_ones(golden: Golden, exact: bool, gradients: bool) -> None:
     network = published(golden, exact=exact)
     with torch.set_grad_enabled(gradients):
-        logits = network.decode(network.neck(golden.image))
+        logits = network.decode(network.encoder.neck(golden.image))
     torch.testing.assert_close(logits, golden.logits, rtol=0, atol=LOGITS)
 
 
 def test_masks_are_the_published_ones(golden: Golden) -> None:
     network = published(golden, exact=True)
     with torch.no_grad():
-        masks = network.tile_logits(network.decode(network.neck(golden.image)), network.geometry(golden.image))
+        masks = network.tile_logits(network.decode(network.encoder.neck(golden.image)), network.geometry(golden.image))
     torch.testing.assert_close(masks, golden.masks, rtol=0, atol=LOGITS)
 
 
@@ -92,7 +94,7 @@ def test_the_checkpoint_matters(golden: Golden) -> None:
     network = published(golden, exact=True)
     with torch.no_grad():
         network.updates[0]["v"].up.weight.zero_()
-        changed = network.decode(network.neck(golden.image))
+        changed = network.decode(network.encoder.neck(golden.image))
     assert (changed - golden.logits).abs().max() > 100 * LOGITS
 
 

@@ -15,7 +15,7 @@ from conftest import Workspace, nnunet, tiny_sections
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import Tensor
 
-from desam_nnunet.commands.main import main
+from desam_nnunet.commands.__main__ import main
 from desam_nnunet.encoders.registry import VARIANTS, build_sam
 from desam_nnunet.encoders.weights import load_sam
 from desam_nnunet.networks.desam.network import build_desam

@@ -9,12 +9,13 @@ import pytest
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
-from test_network import make
+from test_network import BOX, make
 from torch import Tensor
 
 from desam_nnunet.encoders.base import Features
 from desam_nnunet.encoders.memory import FeatureMemory, content_key
 from desam_nnunet.networks.desam.network import DeSAM
+from desam_nnunet.networks.desam.prompters import GridPrompter, Prompter
 from desam_nnunet.system.machine import _groups, free_memory, memory_limit
 
 TILE_BYTES = 10 * 4
@@ -87,7 +88,7 @@ def test_a_single_fold_keeps_nothing_from_the_second_volume_on() -> None:
 
 
 def test_a_device_that_runs_out_of_memory_is_given_back_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    network = make(grid=None)
+    network = make(prompter=BOX)
     tiles = torch.randn(2, 1, 1, 64, 64)
     encode = network.encode
 
@@ -149,9 +150,9 @@ def predictor_of(network: DeSAM, folds: int) -> nnUNetPredictor:
     return predictor
 
 
-@pytest.mark.parametrize("options", [{"grid": None}, {"grid": 2, "iou_threshold": -1e9}])
-def test_an_ensemble_of_five_encodes_each_tile_once(options: dict[str, Any]) -> None:
-    network = make(**options)
+@pytest.mark.parametrize("prompter", [BOX, GridPrompter(2, -1e9)])
+def test_an_ensemble_of_five_encodes_each_tile_once(prompter: Prompter) -> None:
+    network = make(prompter=prompter)
     counted = Counted(network)
     predictor = predictor_of(network, folds=5)
     tiles = 2 * 3 * 2  # slices, places, mirrors
@@ -168,7 +169,7 @@ def test_an_ensemble_of_five_encodes_each_tile_once(options: dict[str, Any]) -> 
 
 
 def test_nothing_is_kept_in_training_or_with_gradients() -> None:
-    network = make(grid=None)
+    network = make(prompter=BOX)
     tile = torch.randn(1, 1, 64, 64)
     network(tile)  # with gradients
     network.train()
@@ -180,7 +181,7 @@ def test_nothing_is_kept_in_training_or_with_gradients() -> None:
 
 @torch.no_grad()
 def test_training_and_moving_forget_but_staying_does_not() -> None:
-    network = make(grid=None)
+    network = make(prompter=BOX)
     tile = torch.randn(1, 1, 64, 64)
     network(tile)
     assert len(network.to(torch.device("cpu")).memory) == 1

@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_sam
+from conftest import SIZE, tiny_sam
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from desam_nnunet.encoders.registry import VARIANTS, build_sam, build_transformer
+from desam_nnunet.encoders.base import Level
+from desam_nnunet.encoders.registry import ENCODERS
+from desam_nnunet.encoders.sam_vit import IMAGE, build_sam, build_transformer
 from desam_nnunet.networks.desam.network import DeSAM, build_desam
 from desam_nnunet.networks.desam.pdmm import PDMM
 from desam_nnunet.networks.desam.prim import PRIM
-from desam_nnunet.networks.frame import ABSENT_LOGIT
+from desam_nnunet.networks.desam.prompters import GridPrompter, Prompter, WholeBoxPrompter
+from desam_nnunet.networks.frame import ABSENT_LOGIT, Outline
 from desam_nnunet.sam.prompts import Prompts, point_grid
 from desam_nnunet.sam.tiles import TileToImage, logits_to_tile
 
+GRID, BOX = GridPrompter(3), WholeBoxPrompter()
+ANYTHING = GridPrompter(3, threshold=-1e9)  # every class is present
 
-def make(num_classes: int = 1, **options: Any) -> DeSAM:
-    defaults = {"num_channels": 1, "background": True, "grid": 3, "iou_threshold": 0.5}
-    to_image = TileToImage(128, "percentile")
-    return build_desam(sam=tiny_sam(), to_image=to_image, num_classes=num_classes, **(defaults | options)).eval()
+
+def make(num_classes: int = 1, prompter: Prompter = GRID, *, channels: int = 1, background: bool = True,
+         **options: Any) -> DeSAM:
+    to_image = TileToImage(IMAGE, SIZE, "percentile")
+    outline = Outline(tiny_sam(), to_image, channels, num_classes + background, background, None)
+    return build_desam(outline, prompter, **options).eval()
 
 
 class HandMadeScores(nn.Module):
@@ -82,9 +91,9 @@ def test_equal_points_share_a_run() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("grid", [3, None])
-def test_logits_stay_within_what_nnunet_can_add_up(grid: int | None) -> None:
-    network = make(grid=grid, iou_threshold=-1e9)
+@pytest.mark.parametrize("prompter", [ANYTHING, BOX])
+def test_logits_stay_within_what_nnunet_can_add_up(prompter: Prompter) -> None:
+    network = make(prompter=prompter)
     network.pdmm.seg_layers.weight *= 1e6
     logits = network(torch.randn(1, 1, 64, 64))
     assert logits.abs().max() == 100
@@ -103,15 +112,15 @@ def test_grid_in_chunks_is_the_grid_at_once(monkeypatch: pytest.MonkeyPatch) -> 
     network = make(2)
     tile = torch.randn(1, 1, 64, 64)
     features, geometry = network.encode(tile), network.geometry(tile)
-    at_once = network.grid_scores(features, geometry)
+    at_once = network.scores(features, geometry)
     monkeypatch.setattr("desam_nnunet.networks.desam.network._TOKENS_AT_ONCE", 2 * 64)
-    torch.testing.assert_close(network.grid_scores(features, geometry), at_once, rtol=0, atol=1e-5)
+    torch.testing.assert_close(network.scores(features, geometry), at_once, rtol=0, atol=1e-5)
     assert at_once.shape == (9, 2)
 
 
 @torch.no_grad()
 def test_a_batch_is_its_tiles_one_by_one() -> None:
-    for network in (make(iou_threshold=0.0), make(grid=None)):
+    for network in (make(prompter=GridPrompter(3, 0.0)), make(prompter=BOX)):
         tiles = torch.randn(3, 1, 64, 64)
         one_by_one = torch.cat([network(tile[None]) for tile in tiles])
         torch.testing.assert_close(network(tiles), one_by_one, rtol=0, atol=1e-4)
@@ -119,10 +128,10 @@ def test_a_batch_is_its_tiles_one_by_one() -> None:
 
 @torch.no_grad()
 def test_more_channels_are_encoded_in_groups_and_averaged() -> None:
-    network = make(num_channels=5)
+    network = make(channels=5)
     tile = torch.randn(1, 5, 64, 64)
     features = network.encode(tile)
-    groups = [make(num_channels=n).encode(part) for n, part in ((3, tile[:, :3]), (2, tile[:, 3:]))]
+    groups = [make(channels=n).encode(part) for n, part in ((3, tile[:, :3]), (2, tile[:, 3:]))]
     torch.testing.assert_close(features.neck, (groups[0].neck + groups[1].neck) / 2, rtol=0, atol=1e-5)
     torch.testing.assert_close(features.levels[1], (groups[0].levels[1] + groups[1].levels[1]) / 2, rtol=0, atol=1e-5)
 
@@ -144,14 +153,14 @@ def test_the_encoder_is_in_no_state_and_no_parameters() -> None:
     network = make()
     encoder = {id(parameter) for parameter in network.encoder.parameters()}
     assert not encoder & {id(parameter) for parameter in network.parameters()}
-    assert not any("vit" in key or "encoder.blocks" in key for key in network.state_dict())
+    assert {key.split(".")[0] for key in network.state_dict()} == {"prim", "pdmm", "prompt_encoder"}
     trained = {name.split(".")[0] for name, parameter in network.named_parameters() if parameter.requires_grad}
     assert trained == {"prim", "pdmm"}
 
 
 def test_the_encoder_moves_along_and_stays_in_eval_mode() -> None:
     network = make().to(torch.float64).train()
-    assert network.encoder.vit.pos_embed.dtype == torch.float64  # as a device would
+    assert network.encoder.network.pos_embed.dtype == torch.float64  # as a device would
     assert not network.encoder.training
     assert network.prim.training
 
@@ -160,18 +169,60 @@ def test_there_is_no_initialize_for_nnunet_to_apply() -> None:
     assert not hasattr(make(), "initialize")
 
 
-@pytest.mark.parametrize("grid", [3, None])
-def test_every_trained_parameter_gets_a_gradient(grid: int | None) -> None:
+@pytest.mark.parametrize("mask_stride", [4, 2, 1])
+@pytest.mark.parametrize("prompter", [GRID, BOX])
+def test_every_trained_parameter_gets_a_gradient(prompter: Prompter, mask_stride: int) -> None:
     """DDP without find_unused_parameters asks for it."""
-    network = make(2, grid=grid)
+    network = make(2, prompter, mask_stride=mask_stride)
     tiles = torch.randn(2, 1, 64, 64)
     point, box = torch.full((2, 1, 2), 9.0), torch.tensor([[0.0, 0, 64, 64]] * 2)
-    prompts = Prompts(points=point) if grid else Prompts(boxes=box)
+    prompts = Prompts(points=point) if prompter.reads_scores else Prompts(boxes=box)
     masks, scores = network(network.encode(tiles), prompts)
     (masks.square().mean() + (0 if scores is None else scores.square().mean())).backward()
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     assert all(parameter.grad is not None for parameter in trained)
-    assert (scores is None) == (grid is None)
+    assert (scores is None) != prompter.reads_scores
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prompter", [ANYTHING, BOX])
+@pytest.mark.parametrize("mask_stride", [4, 2, 1])
+def test_masks_are_as_fine_as_asked_for(prompter: Prompter, mask_stride: int) -> None:
+    network, tile = make(2, prompter, mask_stride=mask_stride), torch.randn(1, 1, 48, 64)
+    geometry = network.geometry(tile)
+    assert geometry.mask == (96 // mask_stride, SIZE // mask_stride)
+    features, prompts = network.encode(tile), Prompts(points=torch.full((1, 1, 2), 9.0))
+    masks, _ = network(features, prompts)
+    assert masks.shape == (1, 2, SIZE // mask_stride, SIZE // mask_stride)
+    logits = network(tile)
+    assert logits.shape == (1, 3, 48, 64)
+    assert not logits[:, 1:].eq(ABSENT_LOGIT).all()
+    assert len(network.pdmm.contexts) == {4: 3, 2: 4, 1: 5}[mask_stride]
+
+
+def test_masks_coarser_than_the_encoders_last_map_are_refused() -> None:
+    spec = replace(ENCODERS["vit_tiny"].architecture.spec(SIZE), neck=Level(128, 2))
+    with pytest.raises(ValueError, match="desam.mask_stride is 4, but the encoder's last map has a stride of 2"):
+        PDMM(spec=spec, prompt_dim=128, num_classes=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mask_stride", [4, 1])
+@pytest.mark.parametrize("prompter", [ANYTHING, BOX])
+def test_through_the_input_masks_are_enlarged_before_they_come_to_the_tile(
+    prompter: Prompter, mask_stride: int
+) -> None:
+    """As published: masks to the encoder's input, its padding cut, and that to the tile."""
+    network, tile = make(1, prompter, through_input=True, mask_stride=mask_stride), torch.randn(1, 1, 48, 64)
+    logits, geometry = network(tile), network.geometry(tile)
+    prompts = prompter.prompts(geometry, tile.device)
+    if prompter.reads_scores:
+        prompts = prompts.one(network.scores(network.encode(tile), geometry)[:, 0].argmax())
+    masks, _ = network(network.encode(tile), prompts)
+    enlarged = F.interpolate(masks, size=(SIZE, SIZE), mode="bilinear")[..., :96, :]
+    torch.testing.assert_close(logits[:, 1:], F.interpolate(enlarged, size=(48, 64), mode="bilinear"))
+    network.through_input = False
+    assert torch.equal(network(tile), logits) == (mask_stride == 1)
 
 
 def test_published_numbers_of_parameters() -> None:
@@ -183,14 +234,14 @@ def test_published_numbers_of_parameters() -> None:
     unused = 128 * 128 + 2 * 64 * 64 + 128  # shortcuts and deep supervision's output, which we leave out
     with torch.device("meta"):
         prim = PRIM(transformer=build_transformer(256), num_classes=1, iou_hidden=256)
-        for dim, size, total in ((768, 7.5, 10.9), (1280, 9.8, 13.2)):
-            pdmm = PDMM(encoder_dim=dim, prompt_dim=256, num_classes=1)
+        for name, size, total in (("vit_b", 7.5, 10.9), ("vit_h", 9.8, 13.2)):
+            pdmm = PDMM(spec=ENCODERS[name].architecture.spec(1024), prompt_dim=256, num_classes=1)
             assert (count(pdmm) + unused) / 1e6 == pytest.approx(size, abs=0.05)
             assert (count(prim) + count(pdmm) + unused) / 1e6 == pytest.approx(total, abs=0.05)
 
 
 def test_prim_starts_from_sams_decoder() -> None:
-    sam = build_sam(VARIANTS["vit_tiny"])
+    sam = build_sam(ENCODERS["vit_tiny"].architecture)
     prim = PRIM(transformer=build_transformer(128), num_classes=3, iou_hidden=128)
     prim.load_from_sam(sam.mask_decoder)
     sparse, image, positions = torch.randn(2, 2, 128), torch.randn(2, 128, 8, 8), torch.randn(1, 128, 8, 8)

@@ -8,19 +8,22 @@ import pytest
 import torch
 from conftest import SIZE, Workspace, make_trainer, tiny_sam
 
-from desam_nnunet.encoders.attention import use_exact_attention
-from desam_nnunet.encoders.base import FrozenEncoder
-from desam_nnunet.encoders.registry import VARIANTS, build_sam
-from desam_nnunet.encoders.weights import LoadedSam
+from desam_nnunet.encoders.base import LoadedEncoder
+from desam_nnunet.encoders.registry import ENCODERS
+from desam_nnunet.encoders.sam_vit import IMAGE
+from desam_nnunet.networks.frame import Outline
+from desam_nnunet.networks.samed.lora import AdaptedLinear, LowRank
 from desam_nnunet.networks.samed.network import SAMed, build_samed
 from desam_nnunet.published.samed_keys import official_samed_names
 from desam_nnunet.sam.tiles import TileToImage
+from desam_nnunet.training.samed import SAMedTrainer
 
 
-def build(*, outputs: int = 2, channels: int = 1, **settings: Any) -> SAMed:
+def build(loaded: LoadedEncoder | None = None, *, size: int = SIZE, outputs: int = 2, channels: int = 1,
+          **settings: Any) -> SAMed:
     given = {"rank": 4, "targets": "qv", "adapt_decoder": False, "checkpointing": False} | settings
-    to_image = TileToImage(SIZE, "percentile", normalise=False)
-    return build_samed(sam=tiny_sam(), to_image=to_image, num_channels=channels, outputs=outputs, **given)
+    to_image = TileToImage(SAMedTrainer.image_of(IMAGE), size, "percentile")
+    return build_samed(Outline(loaded or tiny_sam(), to_image, channels, outputs, True, None), **given)
 
 
 def shake(network: SAMed) -> SAMed:
@@ -36,7 +39,7 @@ def test_starts_as_sam_exactly() -> None:
     images = network.images(tiles).flatten(0, 1)
     base = tiny_sam().encoder(images).neck
     with torch.no_grad():
-        assert torch.equal(network.neck(images), base)
+        assert torch.equal(network.encoder.neck(images), base)
         assert all(layer._merged is None for layer in network._adapted)
         assert torch.equal(network.encode(tiles), base)
         assert all(layer._merged is not None for layer in network._adapted)
@@ -122,27 +125,24 @@ def test_channels_are_encoded_in_groups() -> None:
     assert images.min() >= 0
     assert images.max() <= 1
     with torch.no_grad():
-        torch.testing.assert_close(network.encode(tiles)[0], network.neck(images).mean(0))
+        torch.testing.assert_close(network.encode(tiles)[0], network.encoder.neck(images).mean(0))
 
 
 @pytest.mark.parametrize(("adapt_decoder", "megabytes"), [(False, 25), (True, 12)])
 def test_a_checkpoint_of_vit_b_with_eight_organs_is_small(adapt_decoder: bool, megabytes: float) -> None:
-    variant = VARIANTS["vit_b"]
     with torch.device("meta"):
-        sam = build_sam(variant, 512)
-        encoder = FrozenEncoder(use_exact_attention(sam.image_encoder), variant.global_blocks[:-1], "")
-        network = build_samed(
-            sam=LoadedSam(variant, encoder, sam.prompt_encoder, sam.mask_decoder, random=True),
-            to_image=TileToImage(512, "unit", normalise=False), num_channels=1, outputs=9, rank=4, targets="qv",
-            adapt_decoder=adapt_decoder, checkpointing=False)
+        network = build(ENCODERS["vit_b"].architecture.blank(512), size=512, outputs=9, adapt_decoder=adapt_decoder)
     saved = sum(value.nbytes for value in network.state_dict().values())
     assert 1e6 < saved < megabytes * 1e6
 
 
-def test_published_schedule(workspace: Workspace) -> None:
+@pytest.mark.parametrize("late", [True, False])
+def test_published_schedule(workspace: Workspace, late: bool) -> None:
+    """Published code sets the rate after each step, so that each iteration but the first has that of the one before.
+    """
     plans = workspace.plans()
     plans["configurations"]["2d"]["sam"] |= {"epochs": 10, "iterations_per_epoch": 100}
-    plans["configurations"]["2d"]["samed"] = {"warmup": 200}
+    plans["configurations"]["2d"]["samed"] = {"warmup": 200} | ({} if late else {"lr_after_step": False})
     trainer = make_trainer("SAMedTrainer", workspace, plans=plans)
     trainer.initialize()
     (group,) = trainer.optimizer.param_groups
@@ -155,8 +155,24 @@ def test_published_schedule(workspace: Workspace) -> None:
         for _ in range(100):
             rates.append(group["lr"])
             trainer.lr_scheduler.advance()
+    if late:
+        assert rates.pop(0) == rates[0]
     assert rates[:200] == pytest.approx([0.005 * (k + 1) / 200 for k in range(200)])
-    assert rates[200:] == pytest.approx([0.005 * (1 - k / 1000) ** 0.9 for k in range(800)])
+    assert rates[200:] == pytest.approx([0.005 * (1 - k / 1000) ** 0.9 for k in range(len(rates) - 200)])
+
+
+@pytest.mark.parametrize("rows", [slice(2, 5), torch.tensor([4, 0, 7]), None])
+def test_an_update_reaches_its_rows_alone(rows: slice | torch.Tensor | None) -> None:
+    base, x = torch.nn.Linear(6, 8), torch.randn(2, 3, 6)
+    update = LowRank(6, 8 if rows is None else 3, rank=2)
+    torch.nn.init.normal_(update.up.weight)
+    layer = AdaptedLinear(base, [(update, rows)])
+    expected = base(x).detach()
+    expected[..., slice(None) if rows is None else rows] += update(x).detach()
+    torch.testing.assert_close(layer(x).detach(), expected)
+    layer.merge()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)
 
 
 def test_the_cache_is_not_for_adapted_encoders(workspace: Workspace) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from desam_nnunet.encoders.registry import build_transformer
+from desam_nnunet.encoders.sam_vit import build_transformer
 from desam_nnunet.sam.two_way import add_tokens_to_image, freeze_key_biases, run_layers, tokens_from_image
 
 DIM, PROMPTS, TOKENS, SIDE = 32, 5, 7, 6
