@@ -1,45 +1,63 @@
-"""Builds a store in processes that are killed at random moments. Run by test_cache_build.py.
+"""Kills its own process at a chosen point of what it does to files: where it dies does not depend on how fast it is.
 
-Arguments: data set, plans, number of kills, and the folder in which tiles appear. A moment is a number of tiles that
-a process has written and a little time more: where it dies does not depend on how fast the machine is. The parent only
-imports and forks: a process that has computed can't be forked safely.
+    python killing.py NUMBER PATTERN COMMAND ARGUMENTS...
+
+runs one of the tested environment's commands up to its `NUMBER`-th point.
 """
 
+from __future__ import annotations
+
+import itertools
 import os
-import random
+import re
+import resource
 import signal
 import sys
-import time
-from pathlib import Path
+from importlib.metadata import entry_points
+from typing import Any
 
-import torch
+FIRST_BYTES = 100  # written of a file that is cut: each file of a store has more
+_CHANGES = {"open", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink", "os.truncate"}
 
-from desam_nnunet.cache.manage import build_dataset
 
-_MOST = 4  # tiles that one process writes before it is killed
+def die_at(number: int, pattern: str) -> None:
+    """Lets this process die at the `number`-th point from now on.
+
+    A point is the moment before a file or folder is made, opened to be written, renamed or removed, if `pattern` is
+    found in the event and its paths, such as ``os.rename /from /to``. Where a file is opened to be written there are
+    two more: when it is made and empty, and when its first bytes are written.
+    """
+    points = itertools.count(1)
+
+    def watch(event: str, given: tuple[Any, ...]) -> None:
+        if event not in _CHANGES or (event == "open" and not given[2] & (os.O_WRONLY | os.O_RDWR)):
+            return
+        if not re.search(pattern, " ".join([event, *(str(word) for word in given[:2])])):
+            return
+        if next(points) == number:
+            signal.raise_signal(signal.SIGKILL)
+        if event == "open":
+            for size in (0, FIRST_BYTES):
+                if next(points) == number:
+                    _die_after(size)
+
+    sys.addaudithook(watch)
+
+
+def _die_after(size: int) -> None:
+    """Lets this process die once a file that it writes has `size` bytes: the system cuts the writing there."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def main() -> None:
-    dataset, plans, kills, folder = sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])
-    chance = random.Random(0)
-    for _ in range(kills):
-        before, wanted = tiles(folder), chance.randint(0, _MOST)
-        child = os.fork()
-        if child == 0:
-            torch.set_num_threads(1)
-            build_dataset(dataset, plans, "2d", "DeSAMTrainer", torch.device("cpu"), 1, 0)
-            os._exit(1)  # it came to its end: there was too little to build
-        while tiles(folder) < before + wanted:
-            if os.waitpid(child, os.WNOHANG) != (0, 0):
-                sys.exit("A process ended before it could be killed.")
-            time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.05))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-
-
-def tiles(folder: Path) -> int:
-    return sum(1 for _ in folder.glob("*/*.tile"))
+    number, pattern, command, *arguments = sys.argv[1:]
+    (entry,) = entry_points(group="console_scripts", name=command)
+    run = entry.load()
+    sys.argv = [command, *arguments]
+    die_at(int(number), pattern)
+    sys.exit(run())
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,7 @@ def test_a_batch_stays_valid_while_the_next_one_is_used(make: Callable[..., Cach
     for _ in range(10):
         before = last["features"].neck.clone()
         batch = next(loader)
+        wait(loader._coming)  # all that is read ahead has been written somewhere
         assert torch.equal(last["features"].neck, before)
         last = batch
     loader.close()

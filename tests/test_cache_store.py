@@ -211,11 +211,13 @@ def test_an_entry_whose_arrays_are_not_as_long_as_they_say_is_refused(tmp_path: 
         read_entry(path)
 
 
-def test_leftovers_of_killed_builds_are_removed_when_old(store: Store) -> None:
+def test_leftovers_of_killed_builds_are_removed_when_old(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("desam_nnunet.cache.store.time.time", lambda: 10_000.0)
     old, young = (store.folder / "case" / f".00001_0.tile.{name}.tmp" for name in ("old", "young"))
     for path in (old, young):
         path.write_bytes(b"half")
-    os.utime(old, (0, 0))
+    os.utime(old, (6399, 6399))
+    os.utime(young, (6401, 6401))
     store.create()
     assert not old.exists()
     assert young.exists()

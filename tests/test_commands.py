@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -135,22 +136,20 @@ def test_pretrained_weights_go_from_one_prompt_mode_to_the_other(trained: Worksp
 
 
 def test_killed_training_continues(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed when the second epoch's checkpoint is written and has not replaced the first one's."""
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # with nnU-Net's augmentation workers, as users have them
     workspace.write_plans("Killed", **tiny_sections(features="online", epochs=3, iterations_per_epoch=2))
     arguments = ["501", "2d", "0", "-tr", "DeSAMTrainer", "-p", "Killed", "-device", "cpu"]
-    latest = workspace.model("DeSAMTrainer", "Killed") / "fold_0" / "checkpoint_latest.pth"
-    program = Path(sys.executable).with_name("nnUNetv2_train")
+    command = [sys.executable, Path(__file__).with_name("killing.py"), "2", r"^os\.rename .*/checkpoint_latest\.pth$",
+               "nnUNetv2_train", *arguments]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen([program, *arguments], **quiet, start_new_session=True) as process:
-        deadline = time.monotonic() + 120
-        while not latest.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGKILL)  # its workers too
-    assert latest.exists(), "no checkpoint after the first epoch"
+    with subprocess.Popen(command, **quiet, start_new_session=True) as process:
+        assert process.wait() == -signal.SIGKILL
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # its workers too, if any is left
     output = nnunet("nnUNetv2_train", *arguments, "--c").stdout
-    assert "Epoch 0" not in output
-    assert "Epoch 2" in output
-    assert (latest.parent / "checkpoint_final.pth").is_file()
+    assert re.findall(r"Epoch (\d+)\s*\n", output) == ["1", "2"]
+    assert (workspace.model("DeSAMTrainer", "Killed") / "fold_0" / "checkpoint_final.pth").is_file()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -166,8 +165,9 @@ def test_the_report_has_what_it_must(ran: Ran) -> None:
     assert found["cases"] == 1
     costs = {row["trainer"]: row for row in content["costs"]}
     assert costs["DeSAMTrainer"]["checkpoint_mb"] > 1
-    assert all(row[key] > 0 for row in costs.values()
-               for key in ("parameters", "training_minutes", "seconds_per_volume", "training_peak_mb"))
+    for row in costs.values():
+        assert all(row[key] > 0 for key in ("parameters", "training_peak_mb"))
+        assert all(isinstance(row[key], float) for key in ("training_minutes", "seconds_per_volume"))
 
 
 @in_a_browser
@@ -178,7 +178,7 @@ def test_a_browser_shows_the_report(ran: Ran, tmp_path: Path) -> None:
     page = (ran.out / "report.html").as_uri()
     shot, paper = tmp_path / "page.png", tmp_path / "page.pdf"
     subprocess.run([*options, "--window-size=1200,9000", f"--screenshot={shot}", page], check=True,
-                   capture_output=True, timeout=120)
+                   capture_output=True)
     seen = pictures.imread(shot)[..., :3]
     assert seen.shape[:2] == (9000, 1200)
     for colour in ((0, 1, 0), (1, 0, 1)):  # contours of reference and prediction
@@ -187,7 +187,7 @@ def test_a_browser_shows_the_report(ran: Ran, tmp_path: Path) -> None:
     assert 0.02 < ink.mean() < 0.9
     assert not ink[:, -15:].any()  # the right margin stays free
     subprocess.run([*options, f"--print-to-pdf={paper}", "--no-pdf-header-footer", page], check=True,
-                   capture_output=True, timeout=120)
+                   capture_output=True)
     assert len(re.findall(rb"/Type\s*/Page\b", paper.read_bytes())) >= 3
 
 
@@ -370,38 +370,28 @@ def test_sigkill_between_all_steps_gives_the_same_figures(
     for name in ("report.html", "report.json", "scores.csv", "summary.csv"):
         (out / name).unlink()
     words = [str(out) if word == str(ran.out) else word for word in ran.words]
+    steps = steps_of(study_of(ran, monkeypatch), "cpu")
     kills = 0
-    while (code := killed_after_a_step(words)) is None:
+    while (code := killed_at_its_second_note(words)) == -signal.SIGKILL:
         kills += 1
     assert code == 0
-    assert kills >= 10
+    assert kills == len(steps) - 1
     for name in ("scores.csv", "summary.csv"):
         assert (out / name).read_bytes() == (ran.out / name).read_bytes()
 
 
-def killed_after_a_step(words: list[str]) -> int | None:
-    """Kills the command as it begins its second step; its exit code, if it comes to its end."""
-    command = [Path(sys.executable).with_name("desam"), *words]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        begun = 0
-        for line in process.stdout:
-            begun += line.startswith("[")
-            if begun == 2:
-                process.kill()
-                return None
-    return process.returncode
+def killed_at_its_second_note(words: list[str]) -> int:
+    """How the command ends that is killed when it has done two steps and noted one."""
+    script = Path(__file__).with_name("killing.py")
+    return subprocess.run([sys.executable, script, "2", r"^os\.rename .*/state/\w+\.json$", "desam", *words]).returncode
 
 
 def test_a_command_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
-    alive = tmp_path / "alive"
-    process = subprocess.Popen([sys.executable, Path(__file__).with_name("orphan.py"), alive])
-    while not alive.exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    deadline = time.monotonic() + 60
-    while time.time() - os.stat(alive).st_mtime < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    """And so does its worker: both hold the end of a pipe, which closes with the last of them."""
+    reader, writer = os.pipe()
+    command = [sys.executable, Path(__file__).with_name("orphan.py"), str(writer)]
+    with subprocess.Popen(command, pass_fds=[writer]) as process, open(reader, "rb") as stream:
+        os.close(writer)
+        assert stream.read(2) == b"..", "it ended by itself"
+        process.kill()
+        assert stream.read() == b""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import socket
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +23,30 @@ LABELS = LabelManager({"background": 0, "a": 1, "b": 2}, None)
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+def join(rank: int, meeting: Path) -> None:
+    """The group of two processes that meet at a file; each waits for the other however long it takes."""
+    dist.init_process_group("gloo", init_method=meeting.as_uri(), rank=rank, world_size=2, timeout=timedelta(days=1))
 
 
 def copy_state(trainer: Any) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in trainer.bare_network.state_dict().items()}
 
 
-def train_all(rank: int, port: int, workspace: Workspace, out: Path) -> None:
+def train_all(rank: int, workspace: Workspace, out: Path) -> None:
     """Every trainer; the processes' start costs more than the training."""
     torch.set_num_threads(1)
     trainers = {name: make_trainer(name, workspace) for name in TRAINED}
     for trainer in trainers.values():
         trainer.initialize()  # before the group is up: with one, nnU-Net takes a CUDA device for granted
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    join(rank, out / "meeting")
     for name, trainer in trainers.items():
         torch.save(train(rank, trainer), out / f"{name}{rank}.pth")
     dist.destroy_process_group()
 
 
-def dice_of_both(rank: int, port: int, out: Path) -> None:
+def dice_of_both(rank: int, out: Path) -> None:
     """The loss of a batch of four, two in each process, and its gradient as DDP averages it."""
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    join(rank, out / "meeting")
     logits, target = four_tiles()
     mine = slice(2 * rank, 2 * rank + 2)
     loss = DiceCELoss(LABELS, ce=0.0, dice=1.0, background=True, ddp=True)(logits[mine], target[mine])
@@ -64,7 +63,7 @@ def four_tiles() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_dice_is_of_the_whole_batch(tmp_path: Path) -> None:
-    mp.spawn(dice_of_both, (free_port(), tmp_path), nprocs=2)
+    mp.spawn(dice_of_both, (tmp_path,), nprocs=2)
     logits, target = four_tiles()
     loss = DiceCELoss(LABELS, ce=0.0, dice=1.0, background=True)(logits, target)
     (gradient,) = torch.autograd.grad(loss, logits)
@@ -93,7 +92,7 @@ def train(rank: int, trainer: Any) -> dict[str, dict[str, torch.Tensor]]:
 @pytest.fixture(scope="module")
 def states(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("states")
-    mp.spawn(train_all, (free_port(), workspace, out), nprocs=2)
+    mp.spawn(train_all, (workspace, out), nprocs=2)
     return out
 
 
@@ -112,13 +111,13 @@ def test_two_processes_stay_equal(states: Path, name: str) -> None:
     assert changed == TRAINED[name]
 
 
-def train_cached(rank: int, port: int, workspace: Workspace, out: Path) -> None:
+def train_cached(rank: int, workspace: Workspace, out: Path) -> None:
     """Builds the cache together, then takes one step on what each process draws for itself."""
     torch.set_num_threads(1)
     np.random.seed(0)
     trainer = make_trainer("DeSAMTrainer", workspace, plans=workspace.plans("SharedPlans"))
     trainer.initialize()
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    join(rank, out / "meeting")
     trainer.network = DistributedDataParallel(trainer.network)
     trainer.batch_size, trainer.oversample_foreground_percent = 1, float(rank)  # as nnU-Net splits a batch of two
     written: list[str] = []
@@ -138,7 +137,7 @@ def train_cached(rank: int, port: int, workspace: Workspace, out: Path) -> None:
 
 def test_two_processes_share_the_building_of_a_cache(workspace: Workspace, tmp_path: Path) -> None:
     workspace.write_plans("SharedPlans", **tiny_sections(image_size=96))
-    mp.spawn(train_cached, (free_port(), workspace, tmp_path), nprocs=2)
+    mp.spawn(train_cached, (workspace, tmp_path), nprocs=2)
     one, other = (torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in range(2))
     (store,) = (store for store in open_stores(workspace.preprocessed) if store.recipe.image_size == 96)
     assert sorted(one["cases"]) == sorted(other["cases"]) == store.cases()

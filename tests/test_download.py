@@ -46,6 +46,7 @@ def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     row = replace(VARIANTS["vit_b"], md5=hashlib.md5(CONTENT).hexdigest())
     monkeypatch.setitem(module.VARIANTS, "vit_b", row)
     monkeypatch.setattr(Server, "ranges", [])
+    monkeypatch.setattr(module, "_TIMEOUT", None)  # however slow this machine is
     with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/file.pth"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -323,6 +324,7 @@ def test_a_study_goes_on_with_its_own_settings_alone(data: Path, tmp_path: Path)
     (out / "study.json").write_text(content)
     assert opened(data, tmp_path / "folds", folds=["3", "0", "3"]).folds == ("0", "3")
     side_by_side(data / "B", 2, 1)
+    os.utime(data / "B" / "case0.nii.gz", (0, 0))
     with pytest.raises(ValueError, match="other data: case case0 of site B has changed since. Give another folder"):
         opened(data, out)
     (data / "A" / "case0_segmentation.nii.gz").unlink()

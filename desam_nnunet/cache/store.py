@@ -171,15 +171,18 @@ class Store:
         return write_entry(self._path(case, number, view), arrays, meta)
 
     def finish(self, case: str, content: str, tiles: Sequence[Tile]) -> None:
-        """Writes the record of a case whose tiles are all here, and removes tiles that it no longer has."""
+        """Removes tiles that a case no longer has and writes its record; its other tiles are all here.
+
+        In this order, because a case with a record is not looked at again.
+        """
         paths = [[self._path(case, number, view) for view in range(self.recipe.views)] for number in range(len(tiles))]
         labels = [[read_meta(path)["labels"] for path in views] for views in paths]
         sizes = {path.name: path.stat().st_size for views in paths for path in views}
         record = {"content": content, "tiles": tiles, "labels": labels, "sizes": sizes}
-        _write_json(self.folder / case / _CASE, {"crc": _crc_of(record), "record": record})
         for path in self.entries(case):
             if path.name not in sizes:
                 path.unlink(missing_ok=True)
+        _write_json(self.folder / case / _CASE, {"crc": _crc_of(record), "record": record})
 
     def read(
         self, case: str, number: int, view: int, content: str, into: Features | None = None
