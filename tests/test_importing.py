@@ -6,23 +6,27 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import Workspace, nnunet, tiny_sections
+from conftest import SIZE, Workspace, nnunet, tiny_sections
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import Tensor
 
 from desam_nnunet.commands.__main__ import main
-from desam_nnunet.encoders.registry import VARIANTS, build_sam
-from desam_nnunet.encoders.weights import load_sam
+from desam_nnunet.encoders.registry import ENCODERS, EncoderRow
+from desam_nnunet.encoders.sam_vit import IMAGE, SamViT, build_sam
+from desam_nnunet.encoders.weights import load_encoder
 from desam_nnunet.networks.desam.network import build_desam
+from desam_nnunet.networks.desam.pdmm import SRB
+from desam_nnunet.networks.desam.prompters import GridPrompter
+from desam_nnunet.networks.frame import Outline
 from desam_nnunet.sam.tiles import TileToImage
 
-# Our keys under the published names, the way back from official.py, written out by hand.
+# Our keys under the published names, the way back from desam_keys.py, written out by hand.
 PUBLISHED = (
     (r"^prim\.(transformer|iou_token|mask_tokens)\.", r"mask_decoder.\1."),
     (r"^prim\.iou_head\.layers\.(\d)\.", r"mask_decoder.iou_prediction_head.layers.\1."),
@@ -48,19 +52,30 @@ class Published(NamedTuple):
 @pytest.fixture(scope="module")
 def published(workspace: Workspace) -> Published:
     """A SAM file of the tiny shapes and a DeSAM trained on it, under the published names; random numbers."""
-    sam_file = workspace.root / "weights" / "sam_of_tiny_shapes.pth"
+    tiny = ENCODERS["vit_tiny"].architecture
+    assert isinstance(tiny, SamViT)
+    made = publish(tiny, workspace.root / "weights")
+    workspace.write_plans("Import", **tiny_sections(encoder=str(made.sam_file)))
+    return made
+
+
+def publish(size: SamViT, folder: Path) -> Published:
+    """Writes both files. As in published ones, blocks that keep their width hold a shortcut that nothing uses."""
+    sam_file, checkpoint = folder / "sam_of_tiny_shapes.pth", folder / "desam_published.pth"
     torch.manual_seed(3)
-    sam = build_sam(VARIANTS["vit_tiny"]).state_dict()
+    sam = build_sam(size).state_dict()
     torch.save(sam, sam_file)
-    network = build_desam(sam=load_sam(str(sam_file), 128), to_image=TileToImage(128, "percentile"), num_channels=1,
-                          num_classes=1, background=True, grid=3, iou_threshold=0.0)
+    to_image = TileToImage(IMAGE, SIZE, "percentile")
+    network = build_desam(Outline(load_encoder(str(sam_file), SIZE), to_image, 1, 2, True, None), GridPrompter(3, 0.0))
     torch.nn.init.constant_(network.prim.iou_head.seg_layers.bias, 5.0)  # every point passes: masks to look at
     state = {key: value.clone() for key, value in network.state_dict().items()}
     official = {key: value for key, value in sam.items() if not key.startswith("mask_decoder.iou")}
     official |= {rename(key): pad_iou(key, value) for key, value in state.items()}
-    checkpoint = workspace.root / "desam_published.pth"
+    for name, block in network.named_modules():
+        if isinstance(block, SRB) and block.shortcut is None:
+            width = block.conv2.out_channels
+            official[rename(f"{name}.shortcut.weight")] = torch.full((width, width, 1, 1), 7.0)
     torch.save(official, checkpoint)
-    workspace.write_plans("Import", **tiny_sections(encoder=str(sam_file)))
     return Published(sam_file, checkpoint, state)
 
 
@@ -98,6 +113,49 @@ def test_model_folder_predicts_at_once(
     assert predictor.allowed_mirroring_axes is None
     for key, value in predictor.network.state_dict().items():
         torch.testing.assert_close(value, published.state[key], rtol=0, atol=0)
+
+
+def section_of(model: Path) -> dict[str, Any]:
+    return json.loads((model / "plans.json").read_text())["configurations"]["2d"]["desam"]
+
+
+def test_predicts_as_published_unless_the_plans_say_otherwise(
+    workspace: Workspace, published: Published, tmp_path: Path
+) -> None:
+    """Points from the tile's edge, and masks through the input; grid and threshold where the plans leave them open."""
+    assert run_import(published.checkpoint, "-o", str(tmp_path / "model")) == 0
+    section = section_of(tmp_path / "model")
+    assert (section["grid_offset"], section["through_input"], section["mask_stride"]) == (0.0, True, 4)
+    assert (section["grid"], section["iou_threshold"]) == (3, 0.0)  # as these plans say
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(tmp_path / "model"), ("all",))
+    assert predictor.network.prompter == GridPrompter(3, 0.0, 0.0)
+    assert predictor.network.through_input
+    sections = tiny_sections(encoder=str(published.sam_file))
+    workspace.write_plans("Own", sam=sections["sam"], desam={"through_input": False, "grid_offset": -0.5})
+    assert run_import(published.checkpoint, "-p", "Own", "-o", str(tmp_path / "own")) == 0
+    section = section_of(tmp_path / "own")
+    assert (section["grid_offset"], section["through_input"]) == (-0.5, False)
+    assert (section["grid"], section["iou_threshold"]) == (9, 0.5)
+
+
+@pytest.mark.parametrize(("width", "level"), [(128, 0), (64, 1), (32, 2)])
+def test_an_encoder_as_wide_as_a_level_leaves_an_unused_shortcut(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, level: int
+) -> None:
+    """Published files have the shortcut ``conv3`` of every block, also of one that keeps its width."""
+    size = SamViT(width, 4, 4, (0, 1, 2, 3), window=8, prompt_dim=128, tables=256)
+    monkeypatch.setitem(ENCODERS, "narrow", EncoderRow("narrow", size, 256, "narrow.pth"))
+    made = publish(size, tmp_path)
+    unused = f"mask_decoder.pimm.conv_blocks_context.{level}.block_init.conv3.conv.weight"
+    assert torch.load(made.checkpoint, weights_only=True)[unused].shape == (width, width, 1, 1)
+    workspace.write_plans("Narrow", **tiny_sections(encoder=str(made.sam_file)))
+    assert run_import(made.checkpoint, "-p", "Narrow", "-o", str(tmp_path / "model")) == 0
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(tmp_path / "model"), ("all",))
+    state = predictor.network.state_dict()
+    assert state.keys() == made.state.keys()
+    assert all(torch.equal(state[key], value) for key, value in made.state.items())
 
 
 @pytest.mark.slow
