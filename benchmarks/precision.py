@@ -20,7 +20,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from desam_nnunet.cache.store import DTYPES as STORED
 from desam_nnunet.cache.store import pack, unpack
 from desam_nnunet.encoders.base import Features, FrozenEncoder
-from desam_nnunet.encoders.registry import VARIANTS
+from desam_nnunet.encoders.registry import ENCODERS
 from measure import Report
 from reference import build, stock_features
 
@@ -35,7 +35,7 @@ def run(device: torch.device, repeats: int) -> Report:
         "the three intermediate outputs and of the neck, and the same of stock segment_anything under the same "
         "autocast; share of the tile's pixels whose class changes. Stored: what the cache makes of float32."), device)
     with torch.inference_mode():
-        for variant, row in VARIANTS.items():
+        for variant, row in ENCODERS.items():
             if not row.file:
                 continue  # as large as another, and all weights here are random
             size = min(row.image_size, LARGEST)

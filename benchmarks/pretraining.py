@@ -6,7 +6,7 @@ from itertools import count
 
 import torch
 
-from desam_nnunet.encoders.registry import VARIANTS
+from desam_nnunet.encoders.registry import ENCODERS
 from desam_nnunet.pretraining.generator import Generated, generate
 from desam_nnunet.pretraining.network import Pretrained
 from desam_nnunet.pretraining.randomness import Randomness
@@ -18,7 +18,7 @@ BATCHES = 4  # images differ in what they cost
 
 
 def run(device: torch.device, repeats: int) -> Report:
-    variant = VARIANTS["vit_tiny"]
+    variant = ENCODERS["vit_tiny"]
     report = Report("pretraining", "Drawing images for pretraining", (
         f"vit_tiny at {variant.image_size}, {BATCHES} batches of new images. Reference: forward and backward of their "
         "losses, prompts' included, on images that are there. Ours: drawing the images. A training step does one after "

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from desam_nnunet.encoders.attention import use_exact_attention
 from desam_nnunet.encoders.base import Features, FrozenEncoder
 from desam_nnunet.encoders.random_weights import RANDOM_IDENTITY, random_state
-from desam_nnunet.encoders.registry import VARIANTS, build_sam
+from desam_nnunet.encoders.registry import ENCODERS, build_sam
 from desam_nnunet.encoders.weights import LoadedSam, resize_positions
 from desam_nnunet.networks.desam.network import DeSAM, build_desam
 from desam_nnunet.networks.frame import ABSENT_LOGIT
@@ -39,7 +39,7 @@ class Subject(NamedTuple):
 
 def build(variant: str, size: int, device: torch.device, *, grid: int | None = 9, classes: int = 1) -> Subject:
     torch.manual_seed(0)
-    row = VARIANTS[variant]
+    row = ENCODERS[variant]
     sam = build_sam(row, size)
     sam.load_state_dict(resize_positions(random_state(row), row, size))
     stock = sam.image_encoder.eval().requires_grad_(False)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from desam_nnunet.encoders.random_weights import random_state
-from desam_nnunet.encoders.registry import VARIANTS
+from desam_nnunet.encoders.registry import ENCODERS
 from desam_nnunet.encoders.weights import load_sam
 from desam_nnunet.system.machine import peak_memory
 from desam_nnunet.training.registry import TRAINERS
@@ -79,7 +79,7 @@ def run(device: torch.device, repeats: int) -> Report:
 
 def prepare(folder: Path) -> None:
     """Weights, and where nnU-Net looks for the kind of the preprocessed data when it makes a trainer."""
-    torch.save(random_state(VARIANTS["vit_b"]), folder / WEIGHTS)
+    torch.save(random_state(ENCODERS["vit_b"]), folder / WEIGHTS)
     data = folder / str(PLANS["dataset_name"]) / PLANS["configurations"]["2d"]["data_identifier"]
     data.mkdir(parents=True)
     (data / "case.b2nd").touch()

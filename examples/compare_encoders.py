@@ -28,7 +28,7 @@ import pandas as pd
 
 from desam_nnunet.cross_site.opening import check_trainers
 from desam_nnunet.cross_site.sites import read_sites
-from desam_nnunet.encoders.registry import VARIANTS
+from desam_nnunet.encoders.registry import ENCODERS
 from desam_nnunet.encoders.weights import find_weights, identify, read_weights, variant_of
 from desam_nnunet.evaluation.statistics import Summary, summarise
 from desam_nnunet.nnunet.checkpoints import read_checkpoint
@@ -122,7 +122,7 @@ def name_encoders(given: list[str]) -> dict[str, str]:
     for word in given:
         path = Path(word).resolve()
         name, encoder = (RANDOM, UNTRAINED) if word in (RANDOM, UNTRAINED) else (
-            (word, word) if word in VARIANTS else (path.parent.name, str(path)))
+            (word, word) if word in ENCODERS else (path.parent.name, str(path)))
         if name in named or (name == RANDOM and encoder != UNTRAINED):
             raise ValueError(f"{word} would be called {name}, as other weights are, because a file is called after its "
                              "folder: rename the folder.")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from killing import die_at
 
-from desam_nnunet.cache import manage
+from desam_nnunet.training import dataset_cache as manage
 
 
 def main() -> None:

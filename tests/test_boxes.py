@@ -15,7 +15,7 @@ from conftest import Workspace, make_trainer, nnunet, tiny_sections
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 
-from desam_nnunet.commands.main import main
+from desam_nnunet.commands.__main__ import main
 from desam_nnunet.evaluation.boxes import Case, segment_volume, window_around
 from desam_nnunet.networks.frame import ABSENT_LOGIT
 

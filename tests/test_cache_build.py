@@ -20,12 +20,13 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from test_cache_store import unprivileged
 
 from desam_nnunet.cache import build as building
-from desam_nnunet.cache.manage import build_dataset, delete_stores, describe_stores, verify_stores
+from desam_nnunet.cache.manage import delete_stores, describe_stores, verify_stores
 from desam_nnunet.cache.store import Store, open_stores
 from desam_nnunet.cache.tiles import content_of, crop, tiles_of
-from desam_nnunet.commands.main import main
+from desam_nnunet.commands.__main__ import main
 from desam_nnunet.encoders.precision import encoder_dtype
 from desam_nnunet.training.cached import cached_loaders
+from desam_nnunet.training.dataset_cache import build_dataset
 
 CPU = torch.device("cpu")
 PLANS = "CachedPlans"

@@ -11,11 +11,12 @@ from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from conftest import Workspace, make_trainer, tiny_sections
 
-from desam_nnunet.cache.manage import build_dataset, describe_stores
+from desam_nnunet.cache.manage import describe_stores
 from desam_nnunet.cache.store import Tile, open_stores
 from desam_nnunet.cache.tiles import crop
 from desam_nnunet.cache.views import Augmentation, not_started
 from desam_nnunet.training.cached import cached_loaders
+from desam_nnunet.training.dataset_cache import build_dataset
 from desam_nnunet.training.desam import DeSAMTrainer
 
 PLANS = "ViewsPlans"

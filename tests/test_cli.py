@@ -10,8 +10,8 @@ import torch
 from conftest import nnunet
 
 from desam_nnunet import __version__
-from desam_nnunet.commands.main import main
-from desam_nnunet.encoders.registry import VARIANTS, build_sam
+from desam_nnunet.commands.__main__ import main
+from desam_nnunet.encoders.registry import ENCODERS
 from desam_nnunet.encoders.weights import find_weights
 from desam_nnunet.training.registry import TRAINERS
 
@@ -49,13 +49,13 @@ def test_doctor_names_the_remedy(
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "nowhere"))
     monkeypatch.delenv("nnUNet_extTrainer")
     (tmp_path / "weights").mkdir()
-    (tmp_path / "weights" / VARIANTS["vit_b"].file).write_bytes(b"half")
+    (tmp_path / "weights" / ENCODERS["vit_b"].file).write_bytes(b"half")
     assert main(["doctor"]) == 1
     report = capsys.readouterr().out
     assert "-> export nnUNet_raw=" in report
     assert f"-> mkdir -p {tmp_path / 'nowhere'}" in report
     assert f"-> export nnUNet_extTrainer=$nnUNet_extTrainer:{ROOT / 'trainers'}" in report
-    assert f"{VARIANTS['vit_b'].file} is not the published file" in report
+    assert f"{ENCODERS['vit_b'].file} is not the published file" in report
     assert f"{len(TRAINERS) + 3} thing(s) marked !!" in report  # every trainer, one file, two folders
 
 
@@ -99,18 +99,18 @@ def test_weights_get_of_nothing_published(capsys: pytest.CaptureFixture[str]) ->
 
 def test_weights_verify(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "mine.pth"
-    torch.save(build_sam(VARIANTS["vit_tiny"]).state_dict(), path)
+    torch.save(ENCODERS["vit_tiny"].architecture.random_state(), path)
     assert main(["weights", "verify", str(path)]) == 0
     output = capsys.readouterr().out
     assert "vit_tiny, MD5 " in output
-    assert "not one of the published SAM files" in output
+    assert "not one of the published files" in output
     os.truncate(path, 1000)
     assert main(["weights", "verify", str(path)]) == 1
     assert "truncated or not a weights file" in capsys.readouterr().err
 
 
 def test_weights_verify_of_the_packaged_file(capsys: pytest.CaptureFixture[str]) -> None:
-    path, md5 = find_weights("vit_tiny"), VARIANTS["vit_tiny"].md5
+    path, md5 = find_weights("vit_tiny"), ENCODERS["vit_tiny"].md5
     assert main(["weights", "verify", str(path)]) == 0
     assert capsys.readouterr().out == f"{path}: vit_tiny, MD5 {md5}, vit_tiny of this package\n"
 

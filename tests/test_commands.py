@@ -17,7 +17,7 @@ import SimpleITK as sitk
 import torch
 from conftest import PLANS, TRAINERS, Workspace, nnunet, tiny_sections
 
-from desam_nnunet.encoders.registry import VARIANTS
+from desam_nnunet.encoders.registry import ENCODERS
 
 
 def masks(folder: Path) -> dict[str, np.ndarray]:
@@ -60,7 +60,7 @@ def test_training_fills_nnunets_folders(trained: Workspace) -> None:
 def test_model_folder_holds_every_resolved_setting(trained: Workspace) -> None:
     configuration = json.loads((trained.model("DeSAMTrainer") / "plans.json").read_text())["configurations"]["2d"]
     assert configuration["sam"] == {
-        "encoder": "vit_tiny", "identity": f"md5:{VARIANTS['vit_tiny'].md5}", "image_size": 128,
+        "encoder": "vit_tiny", "identity": f"md5:{ENCODERS['vit_tiny'].md5}", "image_size": 128,
         "intensity": "percentile", "regions": False, "features": "cached", "views": 1, "cache_dtype": "float16",
         "epochs": 1, "iterations_per_epoch": 3, "val_iterations_per_epoch": 1,
     }

@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from desam_nnunet.encoders.registry import VARIANTS
+from desam_nnunet.encoders.registry import ENCODERS
 from desam_nnunet.settings.resolve import parse_section, read_section, resolve_plans
 from desam_nnunet.settings.sections import SECTIONS, DesamSection, SamedSection, SamSection
 
@@ -37,7 +37,7 @@ def resolved(
 def test_defaults() -> None:
     configuration = resolved(make_plans(sam={"encoder": "vit_tiny"}))
     assert configuration["sam"] == {
-        "encoder": "vit_tiny", "identity": f"md5:{VARIANTS['vit_tiny'].md5}", "image_size": 256,
+        "encoder": "vit_tiny", "identity": f"md5:{ENCODERS['vit_tiny'].md5}", "image_size": 256,
         "intensity": "percentile", "regions": False, "features": "cached", "views": 1, "cache_dtype": "float16",
         "epochs": 50, "iterations_per_epoch": 250, "val_iterations_per_epoch": 50,
     }

@@ -23,7 +23,7 @@ from filelock import FileLock
 from matplotlib import image as pictures
 
 import phantom
-from desam_nnunet.commands.main import main
+from desam_nnunet.commands.__main__ import main
 from desam_nnunet.cross_site import runner
 from desam_nnunet.cross_site.conditions import is_to_be_cached, is_unprepared, is_unsegmented, is_untrained
 from desam_nnunet.cross_site.sites import Case

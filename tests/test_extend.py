@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,8 @@ import SimpleITK as sitk
 import torch
 from conftest import Workspace, nnunet, tiny_sections
 
+import phantom
+from desam_nnunet._startup import VARIABLE
 from desam_nnunet.nnunet.lookup import look_up
 
 EXTEND = Path(__file__).parents[1] / "examples" / "extend"
@@ -18,19 +19,17 @@ EXAMPLES = sorted(EXTEND.rglob("*.py"))
 
 
 @pytest.fixture(autouse=True)
-def doors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def doors(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a user opens them: a folder of trainers, and one that Python imports from."""
-    listed = os.environ.get("nnUNet_extTrainer", "")
-    monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join(filter(None, [str(EXTEND / "trainers"), listed])))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(EXTEND), os.environ.get("PYTHONPATH", "")])))
+    for variable, folder in ((VARIABLE, EXTEND / "trainers"), ("PYTHONPATH", EXTEND)):
+        monkeypatch.setenv(variable, os.pathsep.join(filter(None, [str(folder), os.environ.get(variable, "")])))
     monkeypatch.syspath_prepend(str(EXTEND))
-    return
 
 
 def train_and_predict(workspace: Workspace, trainer: str, plans: str, out: Path) -> list[Path]:
     nnunet("nnUNetv2_train", 501, "2d", 0, "-tr", trainer, "-p", plans, "-device", "cpu")
-    nnunet("nnUNetv2_predict", "-i", workspace.unseen, "-o", out, "-d", 501, "-c", "2d", "-f", 0, "-tr", trainer,
-           "-p", plans, "-device", "cpu", "-npp", 1, "-nps", 1)
+    nnunet("nnUNetv2_predict", "-i", workspace.unseen / "images", "-o", out, "-d", 501, "-c", "2d", "-f", 0, "-tr",
+           trainer, "-p", plans, "-device", "cpu", "-npp", 1, "-nps", 1)
     return sorted(out.glob("*.nii.gz"))
 
 
@@ -68,7 +67,7 @@ def test_a_method_of_ones_own_is_planned_cached_trained_and_predicted(workspace:
     weights = torch.load(model / "fold_0" / "checkpoint_final.pth", weights_only=False)["network_weights"]
     assert {key.split(".")[0] for key in weights} == {"pdmm"}
     assert all(sitk.ReadImage(str(file)).GetSize() == sitk.ReadImage(
-        str(workspace.unseen / file.name.replace(".nii", "_0000.nii"))).GetSize() for file in files)
+        str(workspace.unseen / "images" / file.name.replace(".nii", "_0000.nii"))).GetSize() for file in files)
 
 
 def test_a_key_that_the_methods_section_does_not_have_is_refused(workspace: Workspace) -> None:
@@ -80,9 +79,10 @@ def test_a_key_that_the_methods_section_does_not_have_is_refused(workspace: Work
 
 def test_the_doctor_and_a_study_know_a_trainer_of_ones_own(workspace: Workspace, tmp_path: Path) -> None:
     assert "PDMMAloneTrainer        method pdmm_alone" in nnunet("desam", "doctor").stdout
-    described = nnunet("desam", "cross-site", "-d", "A=501", "-o", tmp_path / "study", "-tr", "PDMMAloneTrainer",
+    phantom.write_unseen(tmp_path / "sites", sites=("SiteA", "SiteB"), cases=2)
+    described = nnunet("desam", "cross-site", tmp_path / "sites", "-o", tmp_path / "study", "-tr", "PDMMAloneTrainer",
                        "-device", "cpu", "--dry-run").stdout
-    assert "desam plan -d 501 --trainer PDMMAloneTrainer" in described
+    assert "--trainer PDMMAloneTrainer" in described
 
 
 def test_another_prompt_rule_asks_a_trained_model_in_another_way(trained: Workspace) -> None:

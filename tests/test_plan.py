@@ -17,15 +17,15 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from desam_nnunet.commands.main import main
-from desam_nnunet.encoders.registry import VARIANTS
+from desam_nnunet.commands.__main__ import main
+from desam_nnunet.encoders.registry import ENCODERS
 from desam_nnunet.planning.choices import Choice
 from desam_nnunet.planning.facts import Facts, read_facts
 from desam_nnunet.planning.fit import Machine
 from desam_nnunet.planning.footprint import footprint
 from desam_nnunet.planning.plan import choose
 from desam_nnunet.planning.presets import preset_names
-from desam_nnunet.planning.request import Wishes
+from desam_nnunet.planning.request import Request
 from desam_nnunet.planning.speed import operations
 from desam_nnunet.training.base import SamTrainer
 from desam_nnunet.training.dbsam import DBSAMTrainer
@@ -44,7 +44,7 @@ def machine(memory: float = 80, disk: float = 1000, device: str = "cpu") -> Mach
 def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files of all variants, empty: the planner looks at names alone."""
     monkeypatch.setenv("DESAM_WEIGHTS", str(tmp_path))
-    for variant in VARIANTS.values():
+    for variant in ENCODERS.values():
         (tmp_path / (variant.file or "none")).touch()
 
 
@@ -189,9 +189,9 @@ PLANS_OF_AN_UNET: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", preset_names())
 def test_presets_are_valid_sections_and_go_before_the_planner(name: str) -> None:
-    wishes = Wishes(preset=name)
-    configuration, lines = choose(CARDIAC, wishes, machine())
-    for key, value in wishes.fragment["sam"].items():
+    request = Request(preset=name)
+    configuration, lines = choose(CARDIAC, request, machine())
+    for key, value in request.fragment["sam"].items():
         assert configuration["sam"][key] == value
     assert any(line.reason.startswith(f"preset {name}") for line in lines)
 
@@ -201,13 +201,13 @@ def test_there_are_four_presets() -> None:
 
 
 def test_flags_and_what_is_there_go_before_a_preset() -> None:
-    configuration, lines = choose(CT, Wishes(preset="paper"), machine(disk=1))
+    configuration, lines = choose(CT, Request(preset="paper"), machine(disk=1))
     assert configuration["sam"]["features"] == "online"
-    configuration, lines = choose(CT, Wishes(preset="paper"), machine(memory=6))
+    configuration, lines = choose(CT, Request(preset="paper"), machine(memory=6))
     (batch,) = (line for line in lines if line.key == "batch_size")
     assert configuration["batch_size"] < 8
     assert batch.reason == "what fits into the memory; preset paper asks for 8"
-    assert choose(CT, Wishes(preset="paper", encoder="vit_b"), machine())[0]["sam"]["encoder"] == "vit_b"
+    assert choose(CT, Request(preset="paper", encoder="vit_b"), machine())[0]["sam"]["encoder"] == "vit_b"
 
 
 @pytest.mark.parametrize(("facts", "memory", "disk", "encoder", "patch", "image_size", "features"), [
@@ -221,7 +221,7 @@ def test_a_gpu_gets_the_largest_encoder_that_memory_and_disk_hold(
     weights: None, facts: Facts, memory: float, disk: float, encoder: str, patch: list[int], image_size: int,
     features: str,
 ) -> None:
-    configuration, _ = choose(facts, Wishes(), machine(memory, disk, "cuda"))
+    configuration, _ = choose(facts, Request(), machine(memory, disk, "cuda"))
     sam = configuration["sam"]
     assert (sam["encoder"], configuration["patch_size"], sam["image_size"], sam["features"]) == (
         encoder, patch, image_size, features)
@@ -231,7 +231,7 @@ def test_a_gpu_gets_the_largest_encoder_that_memory_and_disk_hold(
 def test_few_tiles_do_not_mean_a_small_encoder(weights: None) -> None:
     """Their batch is small for want of tiles, not of memory."""
     few = Facts(((10, 128, 128),) * 4, (32, 32), 1, 3, ("ZScoreNormalization",))
-    configuration, _ = choose(few, Wishes(), machine(6, 100, "cuda"))
+    configuration, _ = choose(few, Request(), machine(6, 100, "cuda"))
     assert (configuration["batch_size"], configuration["sam"]["encoder"]) == (2, "vit_h")
 
 
@@ -242,7 +242,7 @@ def test_few_tiles_do_not_mean_a_small_encoder(weights: None) -> None:
 def test_blocks_are_computed_again_before_the_input_shrinks(
     weights: None, trainer: type[SamTrainer], memory: float, image_size: int, checkpointing: bool
 ) -> None:
-    configuration, lines = choose(CT, Wishes(trainer=trainer), machine(memory, 1000, "cuda"))
+    configuration, lines = choose(CT, Request(trainer=trainer), machine(memory, 1000, "cuda"))
     sam, own = configuration["sam"], configuration[trainer.method]
     assert (sam["encoder"], sam["image_size"], sam["features"]) == ("vit_b", image_size, "online")
     assert own.get("checkpointing", False) == checkpointing
@@ -252,14 +252,14 @@ def test_blocks_are_computed_again_before_the_input_shrinks(
 
 def test_a_smaller_input_gets_a_smaller_patch(weights: None) -> None:
     """Masks would else be coarser than 2.5 pixels of the tile."""
-    configuration, _ = choose(CT, Wishes(encoder="vit_h"), machine(3.3, 1000, "cuda"))
+    configuration, _ = choose(CT, Request(encoder="vit_h"), machine(3.3, 1000, "cuda"))
     assert configuration["sam"]["image_size"] < 1024
     assert max(configuration["patch_size"]) <= max(256, 2.5 * configuration["sam"]["image_size"] / 4)
 
 
 def test_five_channels_of_few_large_slices_on_a_cpu() -> None:
     facts = Facts(((2, 1024, 1024),) * 2, (256, 256), 5, 1, ("ZScoreNormalization",) * 5)
-    configuration, lines = choose(facts, Wishes(), machine(8, 100))
+    configuration, lines = choose(facts, Request(), machine(8, 100))
     assert configuration["patch_size"] == [512, 512]
     assert configuration["sam"]["encoder"] == "vit_b"
     assert "desam weights get vit_b" in next(line.reason for line in lines if line.key == "sam.encoder")
@@ -267,11 +267,11 @@ def test_five_channels_of_few_large_slices_on_a_cpu() -> None:
 
 def test_operations_of_vit_b() -> None:
     """0.97 TFLOP, as the benchmark counts them from the layers."""
-    assert operations(VARIANTS["vit_b"], 1024) == pytest.approx(0.97e12, rel=0.06)
+    assert operations(ENCODERS["vit_b"], 1024) == pytest.approx(0.97e12, rel=0.06)
 
 
 def test_more_of_anything_takes_more_memory() -> None:
-    tiny = VARIANTS["vit_tiny"]
+    tiny = ENCODERS["vit_tiny"]
     small = footprint(tiny, 128, (96, 96), 1, half=False)
     for larger in (footprint(tiny, 256, (96, 96), 1, half=False), footprint(tiny, 128, (512, 512), 1, half=False),
                    footprint(tiny, 128, (96, 96), 30, half=False)):
@@ -300,6 +300,6 @@ def test_the_memory_model_is_within_a_fifth_of_the_measured_peak(
     script = Path(__file__).with_name("step_peak.py")
     words = [sys.executable, script, method, variant, size, batch, outputs, patch, *["checkpointing"] * checkpointing]
     measured = int(subprocess.run(list(map(str, words)), check=True, capture_output=True, text=True).stdout)
-    need = footprint(VARIANTS[variant], size, (patch, patch), outputs, half=False, method=method,
+    need = footprint(ENCODERS[variant], size, (patch, patch), outputs, half=False, method=method,
                      checkpointing=checkpointing)
     assert need.training(batch) - need.weights == pytest.approx(measured, rel=0.2)

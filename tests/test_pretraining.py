@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from desam_nnunet.commands.main import main
-from desam_nnunet.encoders.registry import PIXEL_MEAN, PIXEL_STD, VARIANTS
+from desam_nnunet.commands.__main__ import main
+from desam_nnunet.encoders.registry import PIXEL_MEAN, PIXEL_STD, ENCODERS
 from desam_nnunet.encoders.weights import load_sam
 from desam_nnunet.networks.desam.network import build_desam
 from desam_nnunet.pretraining import pictures, records, regions, run, shapes
@@ -29,7 +29,7 @@ from desam_nnunet.sam.prompts import Prompts
 from desam_nnunet.sam.tiles import TileToImage
 
 CPU = torch.device("cpu")
-TINY = VARIANTS["vit_tiny"]
+TINY = ENCODERS["vit_tiny"]
 SHORT = Recipe(images=12, batch_size=2, prompts=1)  # six steps
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
-from desam_nnunet.settings.sections import SECTIONS
+from desam_nnunet.settings.sections import SamSection
 from desam_nnunet.training.reference import reference
+from desam_nnunet.training.registry import TRAINERS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "keys.md"
 
@@ -16,7 +17,9 @@ def test_the_page_is_what_the_code_gives() -> None:
 
 
 def test_every_key_has_type_default_and_effect() -> None:
+    sections = {"sam": SamSection} | {trainer.method.name: trainer.method.section for trainer in TRAINERS.values()}
+    assert list(sections) == ["sam", "desam", "samed", "dbsam"]
     rows = [line.split(" | ") for line in reference().splitlines() if line.startswith("| `")]
     assert [row[0].strip("|` ") for row in rows] == [
-        f"{name}.{key.name}" for name, kind in SECTIONS.items() for key in fields(kind)]
+        f"{name}.{key.name}" for name, kind in sections.items() for key in fields(kind)]
     assert all(len(row) == 4 and all(cell.strip(" |") for cell in row) for row in rows)

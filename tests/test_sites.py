@@ -14,7 +14,7 @@ import pytest
 import SimpleITK as sitk
 
 from desam_nnunet.commands import cross_site as command
-from desam_nnunet.commands.main import main
+from desam_nnunet.commands.__main__ import main
 from desam_nnunet.cross_site.labels import labels_of
 from desam_nnunet.cross_site.opening import open_study
 from desam_nnunet.cross_site.sites import check_sites, read_sites

@@ -15,7 +15,7 @@ import torch
 from conftest import TRAINED, Workspace, make_trainer, nnunet, tiny_sections
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-from desam_nnunet.encoders.registry import VARIANTS, build_sam
+from desam_nnunet.encoders.registry import ENCODERS, build_sam
 from desam_nnunet.encoders.weights import load_sam
 from desam_nnunet.training.checks import check_same_settings, settings_of
 
@@ -249,7 +249,7 @@ def test_a_fold_with_other_settings_is_kept_out_of_the_model_folder(workspace: W
 
 def test_vit_b_checkpoint_is_small_and_holds_no_encoder(workspace: Workspace, tmp_path: Path) -> None:
     file = tmp_path / "vit_b_random.pth"
-    torch.save(build_sam(VARIANTS["vit_b"]).state_dict(), file)
+    torch.save(build_sam(ENCODERS["vit_b"]).state_dict(), file)
     plans = workspace.write_plans("ViTB", **tiny_sections(encoder=str(file)))
     trainer = make_trainer("DeSAMTrainer", workspace, plans=plans)
     trainer.initialize()

@@ -11,6 +11,8 @@ from dataclasses import fields
 from functools import partial
 from typing import Any, NamedTuple
 
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
 from desam_nnunet.cross_site.budget import KEYS
 from desam_nnunet.cross_site.conditions import (
     final_checkpoints,
@@ -27,7 +29,9 @@ from desam_nnunet.cross_site.score_maps import draw_scores
 from desam_nnunet.cross_site.study import Study, method_of
 from desam_nnunet.evaluation.scores import classes_of, score_cases, write_rows
 from desam_nnunet.nnunet.lookup import look_up
+from desam_nnunet.nnunet.model_folder import read_description
 from desam_nnunet.planning.facts import CONFIGURATION, SPLITS, STOCK_PLANS
+from desam_nnunet.settings.resolve import read_own
 from desam_nnunet.settings.sections import SamSection
 from desam_nnunet.system.files import replace_file
 from desam_nnunet.training.desam import DeSAMTrainer
@@ -169,9 +173,18 @@ def _score(study: Study, source: str, trainer: str, target: str) -> None:
 
 def _look(study: Study, source: str, trainer: str, target: str) -> None:
     draw_cases(study, source, trainer, target)
-    kind = look_up(trainer)
-    if issubclass(kind, DeSAMTrainer) and not kind.whole_box and source != target:
+    if source != target and _reads_scores(study, source, trainer):
         draw_scores(study, source, trainer, target)
+
+
+def _reads_scores(study: Study, source: str, trainer: str) -> bool:
+    """Whether the model's prompter chooses by PRIM's scores."""
+    kind = look_up(trainer)
+    if not issubclass(kind, DeSAMTrainer):
+        return False
+    plans, _ = read_description(study.model(source, trainer))
+    configuration = PlansManager(plans).get_configuration(CONFIGURATION).configuration
+    return kind.prompter(read_own(configuration, kind.method)).reads_scores
 
 
 def held_out(study: Study, source: str) -> set[str]:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from segment_anything.modeling import MaskDecoder, PromptEncoder
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from desam_nnunet.encoders.precision import encoder_dtype
@@ -289,8 +290,8 @@ class Architecture(ABC):
 
     def operations(self, image_size: int) -> int:
         """Of encoding one image, counted on a network without values; a product and its sum are two."""
-        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        with torch.device("meta"):
             encoder = self.blank(image_size).encoder
-            encoder.dtype = torch.float32
-            encoder(torch.empty(1, 3, image_size, image_size))
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
+            encoder.to_empty(device="cpu").run(torch.empty(1, 3, image_size, image_size))
         return counter.get_total_flops()

@@ -133,8 +133,8 @@ def _imported_row(encoder: str) -> EncoderRow:
     try:
         row = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"The encoder '{encoder}' can't be imported ({error}): install its package, or list its folder "
-                         "in PYTHONPATH.") from error
+        raise ValueError(f"The encoder '{encoder}' can't be imported ({error}): install its package, or list its "
+                         "folder in PYTHONPATH.") from error
     if not isinstance(row, EncoderRow):
         raise ValueError(f"The encoder '{encoder}' is a {type(row).__name__}, but must be an EncoderRow of "
                          "desam_nnunet.encoders.registry.")

@@ -120,6 +120,14 @@ class SamViT(Architecture):
         sam.load_state_dict(resize_positions(state, self, image_size), assign=True)
         return self._around(sam, image_size, identity)
 
+    def operations(self, image_size: int) -> int:
+        """Linear layers, and the two products of attention, global or within windows, as SAM defines them."""
+        tokens = (image_size // PATCH) ** 2
+        linear = self.depth * 24 * tokens * self.embed_dim**2
+        windows = self.depth - len(self.global_blocks)
+        seen = len(self.global_blocks) * tokens + windows * min(tokens, self.window**2)
+        return linear + 4 * tokens * seen * self.embed_dim
+
     def random_state(self) -> State:
         return drawn({key: tuple(shape) for key, shape in self.shapes().items()})
 
