@@ -29,7 +29,7 @@ import pandas as pd
 from desam_nnunet.cross_site.opening import check_trainers
 from desam_nnunet.cross_site.sites import read_sites
 from desam_nnunet.encoders.registry import ENCODERS
-from desam_nnunet.encoders.weights import find_weights, identify, read_weights, variant_of
+from desam_nnunet.encoders.weights import find_weights, identify, read_weights, row_of_state
 from desam_nnunet.evaluation.statistics import Summary, summarise
 from desam_nnunet.nnunet.checkpoints import read_checkpoint
 from desam_nnunet.system.files import replace_file
@@ -103,8 +103,8 @@ def parse() -> argparse.Namespace:
         options.encoders = name_encoders(options.encoders)
         for encoder in options.encoders.values():
             path = find_weights(encoder)
-            if path and (variant := variant_of(read_weights(path), path)).name != TINY:
-                raise ValueError(f"{path} holds weights of {variant.name}, but only those of {TINY}'s size take the "
+            if path and (row := row_of_state(read_weights(path), path)).name != TINY:
+                raise ValueError(f"{path} holds weights of {row.name}, but only those of {TINY}'s size take the "
                                  "time that is measured.")
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -86,15 +86,22 @@ def test_the_installed_command() -> None:
 
 def test_weights_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["weights", "list"]) == 0
-    assert "--  weights vit_h           not here" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "--  weights vit_h           not here" in output
+    for name, row in ENCODERS.items():
+        assert f"weights {name} " in output
+        assert row.is_random or f"{row.architecture.family}, {row.licence}, trained on {row.trained_on}" in output
 
 
 def test_weights_get_of_nothing_published(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["weights", "get", "vit_tiny_random"]) == 1
     assert capsys.readouterr().err == (
-        "desam: No weights are published for 'vit_tiny_random': choose from vit_b, vit_l, vit_h.\n")
+        "desam: No weights are published for 'vit_tiny_random': choose from vit_b, vit_l, vit_h, mobile_sam, or "
+        "timm/<a model of timm's>.\n")
     assert main(["weights", "get", "vit_tiny"]) == 1
-    assert capsys.readouterr().err == "desam: 'vit_tiny' needs no download: its weights come with this package.\n"
+    assert capsys.readouterr().err == (
+        "desam: 'vit_tiny' needs no download: its weights come with the package desam-nnunet; where they are missing, "
+        "install desam-nnunet again.\n")
 
 
 def test_weights_verify(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

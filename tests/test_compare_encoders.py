@@ -17,9 +17,8 @@ import torch
 from safetensors.torch import save_file
 
 import phantom
-from desam_nnunet.encoders.random_weights import random_state
 from desam_nnunet.encoders.registry import ENCODERS
-from desam_nnunet.encoders.weights import expected_shapes, identify
+from desam_nnunet.encoders.weights import identify
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "compare_encoders.py"
 
@@ -48,7 +47,7 @@ def data(tmp_path: Path) -> Path:
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
     (tmp_path / "given").mkdir()
-    state = {key: 1.01 * value for key, value in random_state(ENCODERS["vit_tiny"]).items()}
+    state = {key: 1.01 * value for key, value in ENCODERS["vit_tiny"].architecture.random_state().items()}
     save_file(state, tmp_path / "given" / "weights.safetensors")
     return tmp_path / "given" / "weights.safetensors"
 
@@ -79,7 +78,7 @@ def test_weights_are_compared_with_random_ones_and_with_nnunet(
     again = compare(*words)
     assert again.returncode == 0
     assert (tmp_path / "work" / "encoders.md").read_text() == text
-    save_file(random_state(ENCODERS["vit_tiny"]), weights)  # another file in the old one's place
+    save_file(ENCODERS["vit_tiny"].architecture.random_state(), weights)  # another file in the old one's place
     other = compare(*words)
     assert other.returncode == 1
     assert re.search(r"DeSAMTrainerWholeBox_given was made with identity md5:\w+, not md5:\w+: give another WORK",
@@ -132,7 +131,7 @@ def test_a_folder_without_the_sites_is_refused(weights: Path, tmp_path: Path) ->
 
 def test_weights_of_another_size_are_refused(data: Path, tmp_path: Path) -> None:
     zero = torch.zeros(())
-    state = {key: zero.expand(shape) for key, shape in expected_shapes(ENCODERS["vit_b"]).items()}
+    state = {key: zero.expand(shape) for key, shape in ENCODERS["vit_b"].architecture.shapes().items()}
     torch.save(state, tmp_path / "large.pth")  # one zero
     result = compare(data, tmp_path / "work", tmp_path / "large.pth")
     assert result.returncode == 2

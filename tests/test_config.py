@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from typing import Any, get_type_hints
 
 import pytest
 
 from desam_nnunet.encoders.registry import ENCODERS
-from desam_nnunet.settings.resolve import parse_section, read_section, resolve_plans
-from desam_nnunet.settings.sections import SECTIONS, DesamSection, SamedSection, SamSection
+from desam_nnunet.networks.dbsam.section import DBSAM
+from desam_nnunet.networks.desam.section import DESAM, DesamSection
+from desam_nnunet.networks.samed.section import SAMED
+from desam_nnunet.settings.resolve import parse_section, read_own, read_sam, resolve_plans
+from desam_nnunet.settings.sections import AS_BEFORE, Method, SamSection
+from desam_nnunet.training.checks import check_same_settings, settings_of
+from desam_nnunet.training.registry import TRAINERS
 
 DATASET = {"labels": {"background": 0, "organ": 1}, "channel_names": {"0": "MR"}, "file_ending": ".nii.gz"}
 REGIONS = DATASET | {"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_class_order": [1, 2]}
@@ -28,9 +34,10 @@ def make_plans(scheme: str = "ZScoreNormalization", **sections: Any) -> dict[str
 
 
 def resolved(
-    plans: dict[str, Any], name: str = "2d", dataset: dict[str, Any] = DATASET, method: str = "desam"
+    plans: dict[str, Any], name: str = "2d", dataset: dict[str, Any] = DATASET, method: Method = DESAM,
+    trained: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    resolve_plans(plans, name, dataset, method)
+    resolve_plans(plans, name, dataset, method, trained=trained)
     return plans["configurations"][name]
 
 
@@ -41,7 +48,8 @@ def test_defaults() -> None:
         "intensity": "percentile", "regions": False, "features": "cached", "views": 1, "cache_dtype": "float16",
         "epochs": 50, "iterations_per_epoch": 250, "val_iterations_per_epoch": 50,
     }
-    assert configuration["desam"] == {"grid": 9, "iou_threshold": 0.5, "lr": 1e-4}
+    assert configuration["desam"] == {"grid": 9, "iou_threshold": 0.5, "lr": 1e-4, "mask_stride": 4,
+                                      "grid_offset": 0.0, "through_input": False}
     assert configuration["batch_size"] == 49
 
 
@@ -49,7 +57,7 @@ def test_resolving_twice_changes_nothing() -> None:
     plans = make_plans(sam={"encoder": "vit_tiny"})
     once = dict(resolved(plans))
     assert resolved(plans) == once
-    assert read_section(once, SamSection).encoder == "vit_tiny"
+    assert read_sam(once).encoder == "vit_tiny"
 
 
 def test_stock_plans_get_the_published_batch_size(weights_of_vit_b: None) -> None:
@@ -67,15 +75,16 @@ def weights_of_vit_b(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_each_method_resolves_its_own_section_and_no_other() -> None:
     plans = make_plans(sam={"encoder": "vit_tiny"}, desam={"grid": 0}, samed={"rank": 8})
-    configuration = resolved(plans, method="samed")
-    assert configuration["samed"] == {"warmup": 250, "rank": 8, "targets": "qv", "lr": 0.005, "checkpointing": False}
+    configuration = resolved(plans, method=SAMED)
+    assert configuration["samed"] == {"warmup": 250, "rank": 8, "targets": "qv", "lr": 0.005, "checkpointing": False,
+                                      "lr_after_step": True}
     assert configuration["desam"] == {"grid": 0}
     assert "dbsam" not in configuration
 
 
 def test_what_changes_the_encoders_features_stores_none() -> None:
     given = {"encoder": "vit_tiny", "features": "cached", "views": 4}
-    for method in ("samed", "dbsam"):
+    for method in (SAMED, DBSAM):
         sam = resolved(make_plans(sam=given), method=method)["sam"]
         assert (sam["features"], sam["views"]) == ("online", 1)
     assert resolved(make_plans(sam=given))["sam"]["features"] == "cached"
@@ -83,11 +92,11 @@ def test_what_changes_the_encoders_features_stores_none() -> None:
 
 def test_samed_reads_images_of_half_the_size_and_warms_up_for_a_tenth_of_a_short_training(weights_of_vit_b: None
                                                                                           ) -> None:
-    configuration = resolved(make_plans(sam={"epochs": 4, "iterations_per_epoch": 50}), method="samed")
+    configuration = resolved(make_plans(sam={"epochs": 4, "iterations_per_epoch": 50}), method=SAMED)
     assert configuration["sam"]["image_size"] == 512
-    assert read_section(configuration, SamedSection).warmup == 20
-    assert resolved(make_plans(), method="dbsam")["sam"]["image_size"] == 1024
-    assert resolved(make_plans(sam={"image_size": 1024}), method="samed")["sam"]["image_size"] == 1024
+    assert read_own(configuration, SAMED).warmup == 20
+    assert resolved(make_plans(), method=DBSAM)["sam"]["image_size"] == 1024
+    assert resolved(make_plans(sam={"image_size": 1024}), method=SAMED)["sam"]["image_size"] == 1024
 
 
 def test_sections_are_inherited() -> None:
@@ -114,7 +123,7 @@ def test_regions_follow_the_data_set() -> None:
         ({"sam": {"intensity": "window"}}, "needs CTNormalization in every channel"),
         ({"sam": {"features": "disk"}}, "sam.features is 'disk', but must be online or cached"),
         ({"sam": {"regions": True}}, "the data set's labels say False"),
-        ({"sam": {"encoder": "vit_x"}}, "Unknown encoder 'vit_x': give one of vit_b, vit_l, vit_h, vit_tiny"),
+        ({"sam": {"encoder": "vit_x"}}, "Unknown encoder 'vit_x': give one of vit_b, vit_l, vit_h, mobile_sam, lite_medsam, vit_tiny"),
         ({"sam": {"identity": "md5:0"}}, "found here is md5:.* were trained or made with md5:0"),
         ({"sam": 7}, "section 'sam' is 7, but must be an object"),
         ({"desam": {"grid": 0}}, "desam.grid is 0, but must be between 1 and 64"),
@@ -139,9 +148,13 @@ WRONG_VALUES: dict[str, list[Any]] = {
     "sam.cache_dtype": ["float32", ""], "sam.views": [0, -1], "sam.epochs": [0, -1],
     "sam.iterations_per_epoch": [0, -1], "sam.val_iterations_per_epoch": [0, -1],
     "desam.grid": [0, 65, -1], "desam.iou_threshold": [-0.1, 1.1, float("nan")], "desam.lr": [0, -1e-4, float("nan")],
+    "desam.mask_stride": [0, 3, 8], "desam.grid_offset": [-8.1, 9, float("nan")], "desam.through_input": [],
     "samed.warmup": [-1], "samed.rank": [0, 65], "samed.targets": ["", "x", "qq", "qkvo"], "samed.lr": [0, -1.0],
-    "samed.checkpointing": [], "dbsam.lr": [0, -1.0], "dbsam.checkpointing": [],
+    "samed.checkpointing": [], "samed.lr_after_step": [], "dbsam.lr": [0, -1.0], "dbsam.checkpointing": [],
+    "dbsam.mask_tokens": [0, 2, 5],
 }
+METHODS = {trainer.method.name: trainer.method for trainer in TRAINERS.values()}
+SECTIONS: dict[str, type] = {"sam": SamSection} | {name: method.section for name, method in METHODS.items()}
 KEYS = [(section, key, kind) for section, fields in SECTIONS.items() for key, kind in get_type_hints(fields).items()]
 
 
@@ -154,7 +167,7 @@ def test_a_wrong_type_is_named_with_what_is_allowed(section: str, key: str, kind
     for value in WRONG_TYPES[kind]:
         given = {"sam": {"encoder": "vit_tiny"}}
         given.setdefault(section, {})[key] = value
-        method = "desam" if section == "sam" else section
+        method = METHODS.get(section, DESAM)
         with pytest.raises(ValueError, match=rf"key {section}\.{key} is {re.escape(repr(value))}, but must be of "
                                              rf"type {kind.__name__}\. Valid keys: .*{key} \({kind.__name__}\)"):
             resolved(make_plans(**given), method=method)
@@ -166,7 +179,7 @@ def test_a_wrong_value_is_named_with_what_is_allowed(section: str, key: str, val
     given = {"sam": {"encoder": "vit_tiny"}}
     given.setdefault(section, {})[key] = value
     with pytest.raises((ValueError, FileNotFoundError)) as raised:
-        resolved(make_plans(**given), method="desam" if section == "sam" else section)
+        resolved(make_plans(**given), method=METHODS.get(section, DESAM))
     assert str(value) in str(raised.value)
     assert re.search("must be|say False: leave it out|give one of|put the file into|found here is", str(raised.value))
 
@@ -178,8 +191,111 @@ def test_3d_names_the_2d_configurations() -> None:
 
 def test_unresolved_plans_are_not_read() -> None:
     with pytest.raises(ValueError, match="'sam' lacks encoder, identity, .*not resolved by training"):
-        read_section(make_plans()["configurations"]["2d"], SamSection)
+        read_sam(make_plans()["configurations"]["2d"])
 
 
 def test_a_whole_number_is_a_float() -> None:
-    assert parse_section(DesamSection, {"lr": 1}).lr == 1
+    assert parse_section("desam", DesamSection, {"lr": 1}).lr == 1
+
+
+# Keys that are younger than models are: the method, the key, its default today, and what its absence in a model means.
+YOUNGER = [
+    (DESAM, "mask_stride", 4, 4), (DESAM, "grid_offset", 0.0, -0.5), (DESAM, "through_input", False, False),
+    (SAMED, "lr_after_step", True, False), (DBSAM, "mask_tokens", 4, 1),
+]
+
+
+def test_no_younger_key_is_left_out_above() -> None:
+    marked = [(method, row.name) for method in METHODS.values() for row in fields(method.section)
+              if AS_BEFORE in row.metadata]
+    assert marked == [(method, key) for method, key, *_ in YOUNGER]
+
+
+def model_of(method: Method, **own: Any) -> dict[str, Any]:
+    """The plans of a model from before the younger keys."""
+    plans = make_plans(sam={"encoder": "vit_tiny"}, **{method.name: own})
+    configuration = resolved(plans, method=method)
+    for other, key, *_ in YOUNGER:
+        if other is method:
+            del configuration[method.name][key]
+    return plans
+
+
+@pytest.mark.parametrize(("method", "key", "now", "before"), YOUNGER)
+def test_a_younger_key_that_is_missing_means_todays_default_in_new_plans(
+    method: Method, key: str, now: Any, before: Any
+) -> None:
+    assert resolved(make_plans(sam={"encoder": "vit_tiny"}), method=method)[method.name][key] == now
+
+
+@pytest.mark.parametrize(("method", "key", "now", "before"), YOUNGER)
+def test_a_younger_key_that_a_model_lacks_means_what_happened_before(
+    method: Method, key: str, now: Any, before: Any
+) -> None:
+    model = model_of(method)
+    assert getattr(read_own(model["configurations"]["2d"], method), key) == before
+    again = resolved(make_plans(sam={"encoder": "vit_tiny"}), method=method, trained=model)
+    assert again[method.name][key] == before
+
+
+@pytest.mark.parametrize(("method", "key", "now", "before"), YOUNGER)
+def test_plans_that_go_on_with_a_model_take_its_younger_keys_alone(
+    method: Method, key: str, now: Any, before: Any
+) -> None:
+    model = model_of(method, lr=0.5)
+    model["configurations"]["2d"][method.name][key] = now
+    again = resolved(make_plans(sam={"encoder": "vit_tiny"}), method=method, trained=model)
+    assert again[method.name][key] == now
+    assert again[method.name]["lr"] == method.section.lr
+    given = make_plans(sam={"encoder": "vit_tiny"}, **{method.name: {key: before}})
+    assert resolved(given, method=method, trained=model)[method.name][key] == before
+
+
+@pytest.mark.parametrize(("method", "key", "now", "before"), YOUNGER)
+def test_settings_count_a_missing_younger_key_as_what_happened_before(
+    method: Method, key: str, now: Any, before: Any
+) -> None:
+    then = settings_of(model_of(method), "2d", DATASET, method)
+    assert then[f"{method.name}.{key}"] == before
+    same, other = (settings_of(resolved_with(method, key, value), "2d", DATASET, method) for value in (before, now))
+    check_same_settings(same | {name: then[name] for name in then if name != f"{method.name}.{key}"}, then, "it")
+    if now != before:
+        with pytest.raises(ValueError, match=rf"{method.name}\.{key} was {before} and is {now} now"):
+            check_same_settings(other, then, "it")
+
+
+def resolved_with(method: Method, key: str, value: Any) -> dict[str, Any]:
+    plans = make_plans(sam={"encoder": "vit_tiny"}, **{method.name: {key: value}})
+    resolved(plans, method=method)
+    return plans
+
+
+PLAIN = "vit_b, vit_l, vit_h, vit_tiny, vit_tiny_random"
+PROJECTIONS = "vit_b, vit_l, vit_h, mobile_sam, lite_medsam, vit_tiny, vit_tiny_random"
+
+
+@pytest.mark.parametrize(("method", "encoder", "needed", "able"), [
+    (DBSAM, "lite_medsam", "plain ViT", PLAIN), (DBSAM, "timm_random/convnext_tiny", "plain ViT", PLAIN),
+    (SAMED, "timm_random/convnext_tiny", "projections", PROJECTIONS),
+])
+def test_an_encoder_that_a_method_can_not_work_on_is_refused_and_others_are_named(
+    method: Method, encoder: str, needed: str, able: str
+) -> None:
+    with pytest.raises(ValueError, match=f"The method {method.name} works inside the encoder and needs {needed} of it, "
+                                         f"which '{encoder}' does not have: set sam.encoder to one of {able}\\.$"):
+        resolved(make_plans(sam={"encoder": encoder}), method=method)
+
+
+def test_methods_on_features_alone_take_every_encoder() -> None:
+    for encoder in ("lite_medsam", "timm_random/convnext_tiny"):
+        assert resolved(make_plans(sam={"encoder": encoder}))["sam"]["encoder"] == encoder
+
+
+@pytest.mark.parametrize(("encoder", "size"), [("timm_random/convnext_tiny", 224), ("lite_medsam", 256)])
+def test_the_input_size_is_the_encoders_own(encoder: str, size: int) -> None:
+    assert resolved(make_plans(sam={"encoder": encoder}))["sam"]["image_size"] == size
+
+
+def test_the_input_size_is_a_multiple_of_the_encoders_largest_stride() -> None:
+    with pytest.raises(ValueError, match="sam.image_size is 240, but must be a multiple of 32, at least 64"):
+        resolved(make_plans(sam={"encoder": "timm_random/convnext_tiny", "image_size": 240}))
