@@ -68,7 +68,8 @@ def published(golden: Golden, *, exact: bool) -> SAMed:
         encoder=SamViTEncoder(use_exact_attention(vit) if exact else vit, spec, "golden", blocks[:-1]),
         prompt_encoder=PromptEncoder(dim, (side, side), (sizes["image_size"],) * 2, mask_in_chans=16),
         transformer=transformer, to_image=TileToImage(SAMedTrainer.image_of(IMAGE), sizes["image_size"], "unit"),
-        num_channels=3, outputs=sizes["num_classes"] + 1, rank=sizes["rank"], adapt_decoder=adapts_decoder(golden.checkpoint))
+        num_channels=3, outputs=sizes["num_classes"] + 1, rank=sizes["rank"],
+        adapt_decoder=adapts_decoder(golden.checkpoint))
     network.encoder.dtype = torch.float32  # also where the CPU has bfloat16
     network.load_state_dict(rename_official_samed(golden.checkpoint))
     return network.eval()
