@@ -29,6 +29,7 @@ bench: $(TEST_INSTALL)
 lint: $(LINT_INSTALL)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
+	$(PYTHON) -c 'from importlinter.cli import lint_imports_command as lint; lint()'
 
 # The start-up files are copied at installation, so a change to them needs another one.
 # `venv` is repeated because it mends an environment whose creation was interrupted.

@@ -11,6 +11,8 @@ from pathlib import Path
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
+from desam_nnunet._startup import VARIABLE
+
 
 def look_up(name: str) -> type[nnUNetTrainer]:
     """nnU-Net's look-up, which talks, in silence.
@@ -24,7 +26,7 @@ def look_up(name: str) -> type[nnUNetTrainer]:
 
 def classes_in_folders() -> list[str]:
     """The names of all classes that files in the folders of ``nnUNet_extTrainer`` define; nothing is imported."""
-    folders = [Path(folder) for folder in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if folder]
+    folders = [Path(folder) for folder in os.environ.get(VARIABLE, "").split(os.pathsep) if folder]
     names: list[str] = []
     for file in sorted(file for folder in folders for file in folder.rglob("*.py")):
         with contextlib.suppress(OSError, SyntaxError, ValueError):  # the look-up says what is wrong with it
