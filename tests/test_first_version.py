@@ -14,16 +14,21 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import FOLDERS, nnunet
+from conftest import FOLDERS
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-from desam_nnunet.cache.store import open_stores
+from desam_nnunet.cache.build import Share, plan_build
+from desam_nnunet.cache.store import Store, open_stores
+from desam_nnunet.nnunet.model_folder import read_description
+from desam_nnunet.training.cached import recipe_of
 from desam_nnunet.training.registry import TRAINERS
 
 FILES = Path(__file__).with_name("first_version")
 DATASET = "Dataset501_Discs"
 CHECKPOINT = "checkpoint_final.pth"
 CPU = torch.device("cpu")
+BEFORE = {"desam": {"mask_stride": 4, "grid_offset": -0.5, "through_input": False}, "samed": {"lr_after_step": False},
+          "dbsam": {"mask_tokens": 1}}  # what younger keys mean in these models
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +90,38 @@ def test_logits_and_labels_are_as_they_were(name: str, root: Path, monkeypatch: 
     before = sitk.GetArrayFromImage(sitk.ReadImage(str(model / "predicted" / "case9.nii.gz")))
     assert (labels == before).all()
     assert set(np.unique(before)) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_training_goes_on_with_what_was_meant_before_keys_existed(name: str, root: Path) -> None:
+    model = model_of(name, root)
+    plans, dataset_json = read_description(model)
+    trainer = TRAINERS[name](plans | {"continue_training": True}, "2d", 0, dataset_json, CPU)
+    trainer.initialize()
+    in_float32(trainer.bare_network)
+    trainer.load_checkpoint(str(model / "fold_0" / CHECKPOINT))
+    assert trainer.current_epoch == 3
+    assert {key: getattr(trainer.own, key) for key in BEFORE[trainer.method.name]} == BEFORE[trainer.method.name]
+    stores = {path: path.stat().st_mtime_ns for path in root.glob("nnUNet_preprocessed/*/desam_cache/*/case0/*")}
+    trainer.on_train_start()
+    state = trainer.optimizer.state_dict()["state"]
+    steps = {int(row["step"]) for row in state.values()}
+    losses = trainer.train_step(next(trainer.dataloader_train))
+    assert np.isfinite(losses["loss"])
+    state = trainer.optimizer.state_dict()["state"]
+    assert {int(row["step"]) for row in state.values()} == {step + 1 for step in steps}
+    trainer.on_train_end()
+    assert stores == {path: path.stat().st_mtime_ns for path in stores}
+
+
+def test_the_store_is_found_whole(root: Path) -> None:
+    model = model_of("DeSAMTrainer", root)
+    plans, dataset_json = read_description(model)
+    trainer = TRAINERS["DeSAMTrainer"](plans | {"continue_training": True}, "2d", 0, dataset_json, CPU)
+    trainer.initialize()
+    network = in_float32(trainer.bare_network)
+    recipe = recipe_of(trainer.configuration_manager, trainer.sam, network, CPU, None)
+    assert recipe in [store.recipe for store in open_stores(Path(trainer.preprocessed_dataset_folder_base))]
+    store = Store(Path(trainer.preprocessed_dataset_folder_base), recipe)
+    dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder)
+    assert plan_build(store, dataset, network, Share()).todo == {}
