@@ -1,5 +1,7 @@
 """The peak memory of two training steps in float32, in a process of its own: prints bytes above the network's own.
 
+Run it with MALLOC_MMAP_THRESHOLD_ in the environment, so that glibc gives memory back that tensors have given back.
+
     python step_peak.py TRAINER ENCODER IMAGE_SIZE BATCH OUTPUTS PATCH [checkpointing]
 """
 
@@ -13,9 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from desam_nnunet.encoders.base import Architecture
 from desam_nnunet.encoders.registry import named
-from desam_nnunet.encoders.tiny_vit import TinyViT
 from desam_nnunet.planning.footprint import Size, _batch, _rehearsing
 from desam_nnunet.system.machine import peak_memory
 from desam_nnunet.training.base import Batch, SamTrainer
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 def main() -> None:
     trainer, encoder = sys.argv[1:3]
     image_size, batch_size, outputs, patch = map(int, sys.argv[3:7])
-    size = Size(TRAINERS[trainer], architecture_of(encoder), image_size, (patch, patch), outputs,
+    size = Size(TRAINERS[trainer], named(encoder).architecture, image_size, (patch, patch), outputs,
                 "checkpointing" in sys.argv, images=1)
     trainer = started(size)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
@@ -35,11 +35,6 @@ def main() -> None:
     for _ in range(2):
         SamTrainer.train_step(trainer, random_batch(size, trainer, batch_size))  # but for the learning rate
     print(peak_memory(CPU) - before)
-
-
-def architecture_of(encoder: str) -> Architecture:
-    """Of an encoder by name, whose weights need not be here; ``lite`` is LiteMedSAM's."""
-    return TinyViT(stem_stride=1) if encoder == "lite" else named(encoder).architecture
 
 
 def started(size: Size) -> Any:

@@ -20,7 +20,6 @@ import torch
 
 from desam_nnunet.cache.entry import DamagedEntryError, read_entry, read_meta, write_entry
 from desam_nnunet.cache.store import (
-    DTYPES,
     FOLDER,
     ChangedCaseError,
     Recipe,
@@ -32,6 +31,8 @@ from desam_nnunet.cache.store import (
     unpack,
 )
 from desam_nnunet.encoders.base import Features
+from desam_nnunet.encoders.registry import ENCODERS
+from desam_nnunet.settings.sections import DTYPES
 
 RECIPE = Recipe(data_identifier="plans_2d", encoder="vit_tiny", identity="random", image_size=128, intensity="unit",
                 window=(), patch_size=(6, 8), step=0.5, views=1, augmentation="", dtype="float16", precision="float32")
@@ -167,7 +168,7 @@ def test_bytes_of_a_vit_h_tile(tmp_path: Path, dtype: str, megabytes: int) -> No
     vit_h = Features(tuple(torch.randn(1280, 64, 64) for _ in range(3)), torch.randn(256, 64, 64))
     size = store.write("case", 0, 0, vit_h, np.random.randint(0, 3, (256, 256)), "content")
     assert size <= megabytes * 1e6
-    assert size == pytest.approx(entry_bytes(3 * 1280 + 256, 64, (256, 256), dtype), rel=0.01)
+    assert size == pytest.approx(entry_bytes(ENCODERS["vit_h"].architecture.spec(1024), 1024, (256, 256), dtype), rel=0.01)
 
 
 def test_what_is_missing_truncated_or_stale_is_made_again_and_nothing_else(store: Store) -> None:

@@ -64,7 +64,8 @@ def test_model_folder_holds_every_resolved_setting(trained: Workspace) -> None:
         "intensity": "percentile", "regions": False, "features": "cached", "views": 1, "cache_dtype": "float16",
         "epochs": 1, "iterations_per_epoch": 3, "val_iterations_per_epoch": 1,
     }
-    assert configuration["desam"] == {"grid": 3, "iou_threshold": 0.0, "lr": 1e-4}
+    assert configuration["desam"] == {
+        "grid": 3, "iou_threshold": 0.0, "lr": 1e-4, "mask_stride": 4, "grid_offset": 0.0, "through_input": False}
     assert configuration["architecture"]["network_class_name"].endswith("PlainConvUNet")
 
 

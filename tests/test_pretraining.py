@@ -14,9 +14,13 @@ import torch
 from safetensors import safe_open
 
 from desam_nnunet.commands.__main__ import main
-from desam_nnunet.encoders.registry import PIXEL_MEAN, PIXEL_STD, ENCODERS
-from desam_nnunet.encoders.weights import load_sam
+from desam_nnunet.encoders.registry import ENCODERS
+from desam_nnunet.encoders.sam_vit import IMAGE, PIXEL_MEAN, PIXEL_STD
+from desam_nnunet.encoders.weights import known_row, load_encoder
 from desam_nnunet.networks.desam.network import build_desam
+from desam_nnunet.networks.desam.prompters import GridPrompter
+from desam_nnunet.networks.desam.section import DesamSection
+from desam_nnunet.networks.frame import Outline
 from desam_nnunet.pretraining import pictures, records, regions, run, shapes
 from desam_nnunet.pretraining.generator import generate
 from desam_nnunet.pretraining.network import Answers, Pretrained
@@ -29,7 +33,7 @@ from desam_nnunet.sam.prompts import Prompts
 from desam_nnunet.sam.tiles import TileToImage
 
 CPU = torch.device("cpu")
-TINY = ENCODERS["vit_tiny"]
+TINY = ENCODERS["vit_tiny"].architecture
 SHORT = Recipe(images=12, batch_size=2, prompts=1)  # six steps
 
 
@@ -190,10 +194,11 @@ def test_descriptions_are_judged_by_each_output():
 
 def test_a_run_ends_in_a_sam_file(finished):
     folder, said = finished
-    sam = load_sam(str(folder / records.WEIGHTS), 256)
-    assert (sam.variant.name, sam.random) == ("vit_tiny", False)
-    desam = build_desam(sam=sam, to_image=TileToImage(256, "percentile"), num_channels=1, num_classes=1,
-                        background=True, grid=9, iou_threshold=0.5)
+    weights = str(folder / records.WEIGHTS)
+    sam = load_encoder(weights, 256)
+    assert (known_row(weights).name, sam.trained) == ("vit_tiny", True)
+    to_image = TileToImage(IMAGE, 256, "percentile")
+    desam = build_desam(Outline(sam, to_image, 1, 2, True, DesamSection()), GridPrompter())
     start, trained = desam.prim.transformer.state_dict(), sam.mask_decoder.transformer.state_dict()
     assert all(torch.equal(start[key], trained[key]) for key in trained)
     assert not torch.equal(trained["norm_final_attn.weight"], torch.ones(TINY.prompt_dim))
@@ -210,7 +215,7 @@ def test_a_run_ends_in_a_sam_file(finished):
 
 def test_the_frozen_encoder_says_what_was_trained(finished):
     folder, _ = finished
-    sam, network = load_sam(str(folder / records.WEIGHTS), 256), Pretrained(TINY)
+    sam, network = load_encoder(str(folder / records.WEIGHTS), 256), Pretrained(TINY)
     with safe_open(folder / records.WEIGHTS, "pt") as file:
         network.sam.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
     images = generate(1, 256, CPU, seed=4, batch=0).images
@@ -362,11 +367,12 @@ def test_a_run_on_a_gpu_is_put_down_and_taken_up(tmp_path):
     device = torch.device("cuda")
     assert run.pretrain(tmp_path, SHORT, device, lambda _: None, minutes=0) is None
     path = run.pretrain(tmp_path, SHORT, device, lambda _: None)
-    assert load_sam(str(path), 256).variant.name == "vit_tiny"
+    assert known_row(str(path)).name == "vit_tiny"
+    load_encoder(str(path), 256)
 
 
 def test_a_damaged_file_is_refused(finished, tmp_path):
     path = Path(tmp_path / "cut.safetensors")
     path.write_bytes((finished[0] / records.WEIGHTS).read_bytes()[:100_000])
     with pytest.raises(ValueError, match=r"cut.safetensors can't be read as weights .*truncated"):
-        load_sam(str(path), 256)
+        load_encoder(str(path), 256)

@@ -15,8 +15,9 @@ import torch
 from conftest import TRAINED, Workspace, make_trainer, nnunet, tiny_sections
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-from desam_nnunet.encoders.registry import ENCODERS, build_sam
-from desam_nnunet.encoders.weights import load_sam
+from desam_nnunet.encoders.registry import ENCODERS
+from desam_nnunet.encoders.weights import load_encoder
+from desam_nnunet.networks.desam.section import DESAM
 from desam_nnunet.training.checks import check_same_settings, settings_of
 
 
@@ -39,7 +40,7 @@ def fresh(workspace: Workspace) -> Any:
 def test_training_leaves_the_encoder_as_it_was(workspace: Workspace, name: str) -> None:
     trainer = make_trainer(name, workspace)
     trainer.initialize()
-    before = load_sam("vit_tiny", 128).encoder.checksum()
+    before = load_encoder("vit_tiny", 128).encoder.checksum()
     assert trainer.network.encoder.checksum() == before
     trainer.network.train()
     weights = {key: value.clone() for key, value in trainer.network.state_dict().items()}
@@ -201,7 +202,7 @@ def test_resuming_with_another_patch_is_refused_and_the_encoders_path_is_not_loo
     def settings(encoder: str, identity: str, patch: int, **dataset: Any) -> dict[str, Any]:
         configuration = {"architecture": {}, "patch_size": [patch] * 2,
                          "sam": {"encoder": encoder, "identity": identity}}
-        return settings_of({"configurations": {"2d": configuration}}, "2d", dataset, "desam")
+        return settings_of({"configurations": {"2d": configuration}}, "2d", dataset, DESAM)
 
     now = settings("/here/b.pth", "md5:1", 96)
     check_same_settings(now, settings("/there/b.pth", "md5:1", 96), "fold_0")
@@ -220,7 +221,7 @@ def test_other_intensities_of_ct_are_other_settings() -> None:
                          "sam": {"encoder": "vit_b", "identity": "md5:1"}}
         plans = {"configurations": {"2d": configuration},
                  "foreground_intensity_properties_per_channel": {"0": known | {"std": mean}, "1": known}}
-        return settings_of(plans, "2d", {}, "desam")
+        return settings_of(plans, "2d", {}, DESAM)
 
     check_same_settings(settings("ZScoreNormalization", 1.0), settings("ZScoreNormalization", 2.0), "fold_0")
     with pytest.raises(ValueError, match=r"other settings: channel 1's mean was 2.0 and is 1.0 now. Restore"):
@@ -249,11 +250,11 @@ def test_a_fold_with_other_settings_is_kept_out_of_the_model_folder(workspace: W
 
 def test_vit_b_checkpoint_is_small_and_holds_no_encoder(workspace: Workspace, tmp_path: Path) -> None:
     file = tmp_path / "vit_b_random.pth"
-    torch.save(build_sam(ENCODERS["vit_b"]).state_dict(), file)
+    torch.save(ENCODERS["vit_b"].architecture.random_state(), file)
     plans = workspace.write_plans("ViTB", **tiny_sections(encoder=str(file)))
     trainer = make_trainer("DeSAMTrainer", workspace, plans=plans)
     trainer.initialize()
-    before = load_sam(str(file), 128).encoder.checksum()
+    before = load_encoder(str(file), 128).encoder.checksum()
     assert trainer.network.encoder.checksum() == before
     trainer.train_step(make_batch(trainer))
     assert trainer.network.encoder.checksum() == before

@@ -1,7 +1,8 @@
 """How much memory a training step takes, from a rehearsal of the step with tensors that have shapes but no values.
 
-The trainer's own step, loss and backward pass included, runs without computing anything, while what it holds at once is
-counted: no method has to be known here.
+The trainer's own step, from the batch to the gradients, runs without computing anything, while what it holds at once is
+counted: no method has to be known here. Not counted is what the C library keeps of memory that tensors have given back,
+because the next ones don't fit into its holes: on a CPU a process may become twice as large.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -23,6 +24,7 @@ from torch.utils._pytree import tree_map_only
 from desam_nnunet.cache.views import not_started
 from desam_nnunet.encoders.base import Architecture, Features
 from desam_nnunet.networks.frame import Outline
+from desam_nnunet.planning.choices import MAX_BATCH_SIZE, MIN_BATCH_SIZE
 from desam_nnunet.sam.tiles import TileToImage
 from desam_nnunet.settings.sections import Method, SamSection
 from desam_nnunet.training.base import Batch, SamTrainer
@@ -39,21 +41,23 @@ class Footprint(NamedTuple):
     Attributes:
         weights: Of the network with its encoder.
         optimiser: Adam's two moments.
-        step: Held at once in a training step of no tiles: gradients.
+        update: Gradients and what Adam works in, which is as large where all parameters are changed at once.
+        step: Held at once in forward and backward pass of no tiles: gradients.
         per_tile: More, for each tile of the batch.
         encoding: While one image is encoded.
     """
 
     weights: float
     optimiser: float
+    update: float
     step: float
     per_tile: float
     encoding: float
 
     def training(self, batch_size: int) -> float:
         """Peak of a training step, or of encoding, whichever is larger."""
-        step = _CONSTANT + self.optimiser + self.step + batch_size * self.per_tile
-        return self.weights + max(step, self.encoding)
+        step = self.optimiser + max(self.step + batch_size * self.per_tile, self.update)
+        return _CONSTANT + self.weights + max(step, self.encoding)
 
 
 def footprint(
@@ -69,12 +73,13 @@ def footprint(
         images: For one tile, where it has many channels; they count where training goes through the encoder.
     """
     size = Size(trainer, architecture, image_size, patch_size, outputs, checkpointing, images)
-    one, two = rehearse(size, 1), rehearse(size, 2)
+    rehearsal = rehearse(size)
     share = _SPARE * (_HALF if half else 1.0)
-    per_tile = two.held - one.held
+    per_tile = (rehearsal.many - rehearsal.few) / (MAX_BATCH_SIZE - MIN_BATCH_SIZE)
     return Footprint(
-        weights=one.weights, optimiser=8.0 * one.trained, step=_SPARE * (one.held - per_tile),
-        per_tile=share * per_tile, encoding=share * one.encoding)
+        weights=rehearsal.weights, optimiser=8.0 * rehearsal.trained, update=8.0 * rehearsal.trained,
+        step=_SPARE * (rehearsal.few - MIN_BATCH_SIZE * per_tile), per_tile=share * per_tile,
+        encoding=share * rehearse_encoding(architecture, image_size))
 
 
 class Size(NamedTuple):
@@ -91,39 +96,65 @@ class Size(NamedTuple):
 
 class Rehearsal(NamedTuple):
     """Attributes:
-        held: Bytes at once in a step, beside weights and the optimiser's state.
-        encoding: While one image is encoded.
+        few, many: Bytes held at once in a step on the smallest and the largest batch, beside weights and optimiser.
         weights: Bytes of the network with its encoder.
         trained: How many numbers are trained.
     """
 
-    held: int
-    encoding: int
+    few: int
+    many: int
     weights: int
     trained: int
 
 
 @cache
-def rehearse(size: Size, batch_size: int) -> Rehearsal:
-    """One training step in float32, as on a CPU, whose attention keeps no attention matrix, like a GPU's."""
+def rehearse(size: Size) -> Rehearsal:
+    """Training steps in float32, as on a CPU, whose attention keeps no attention matrix, like a GPU's."""
     with torch.device("meta"):
         trainer = _rehearsing(size)
     network = trainer.bare_network
     with FakeTensorMode(allow_non_fake_inputs=True):
         network.to_empty(device="cpu")
         network.encoder.dtype = torch.float32
-        given = [value for module in (network, *network.held) for value in (*module.parameters(), *module.buffers())]
-        batch = _batch(size, network.encoder.spec.maps, batch_size)
-        with Held(given) as step:
-            loss, logits = trainer.compute_loss(*trainer._on_device(batch))
-            loss.backward()
-            del loss, logits
-        image = torch.empty(1, 3, size.image_size, size.image_size)
-        with Held(given) as encoding:
-            network.encoder(image)
+        given = _tensors(network, *network.held)
+        few, many = (_rehearse_step(trainer, size, given, batch) for batch in (MIN_BATCH_SIZE, MAX_BATCH_SIZE))
     weights = {id(value): value for value in given}.values()
     trained = sum(value.numel() for value in weights if value.requires_grad)
-    return Rehearsal(step.peak, encoding.peak, sum(value.nbytes for value in weights), trained)
+    return Rehearsal(few, many, sum(value.nbytes for value in weights), trained)
+
+
+def _rehearse_step(trainer: Any, size: Size, given: list[Tensor], batch_size: int) -> int:
+    """Bytes held at once, from the batch to the gradients. Args: given: What was there before."""
+    network = trainer.bare_network
+    with Held(given) as held:
+        batch = _batch(size, network.encoder.spec.maps, batch_size)
+        loss, _ = trainer.compute_loss(*trainer._on_device(batch))
+        loss.backward()
+    network.zero_grad()
+    return held.peak
+
+
+@cache
+def rehearse_encoding(architecture: Architecture, image_size: int) -> int:
+    """Bytes held at once while one image is encoded in float32, each block as a whole, as on a GPU.
+
+    It runs as if gradients were wanted, since else it would go in a CPU's small steps; what they need is let go.
+    """
+    with torch.device("meta"):
+        encoder = architecture.blank(image_size).encoder
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.autograd.graph.saved_tensors_hooks(_let_go, _let_go):
+        encoder.to_empty(device="cpu")
+        with Held(_tensors(encoder)) as held:
+            encoder.run(torch.empty(1, 3, image_size, image_size, requires_grad=True))
+    return held.peak
+
+
+def _tensors(*modules: nn.Module) -> list[Tensor]:
+    return [value for module in modules for value in (*module.parameters(), *module.buffers())]
+
+
+def _let_go(_: Any) -> None:
+    """Instead of keeping a tensor for the backward pass."""
 
 
 class Held(TorchDispatchMode):
