@@ -57,7 +57,7 @@ def check(subject: Subject, images: Tensor) -> float:
     """Largest error of our float32 outputs, as a share of each output's largest value."""
     encoder = subject.network.encoder
     encoder.dtype = torch.float32
-    ours, theirs = encoder(images), stock_features(subject.stock, encoder.level_blocks, images)
+    ours, theirs = encoder(images), stock_features(subject.stock, images)
     errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours.tensors, theirs.tensors, strict=True)]
     assert max(errors) < TOLERANCE, f"outputs differ by {max(errors):.1e} of their largest value"
     return max(errors)
@@ -69,7 +69,7 @@ def _time(report: Report, what: str, subject: Subject, stock_images: Tensor, ima
     encoder.dtype = dtype
 
     def reference() -> Features:
-        return stock_features(subject.stock, encoder.level_blocks, stock_images)
+        return stock_features(subject.stock, stock_images)
 
     reference()
     encoder(images)

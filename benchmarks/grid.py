@@ -64,4 +64,4 @@ def prepare(
 
 
 def ours(network: DeSAM, features: Features, tile: Tensor) -> Tensor:
-    return network.predict_from_grid(features, network.geometry(tile))
+    return network.predict(features, network.geometry(tile))

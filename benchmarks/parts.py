@@ -37,7 +37,7 @@ def run(device: torch.device, repeats: int) -> Report:
             "tile to SAM image": (lambda: network.to_image(tile), torch.float32),
             "key of the feature memory": (lambda: content_key(tile), torch.float32),
             f"encoder, {str(dtype)[6:]}": (lambda: network.encoder(images), dtype),
-            "PRIM, scores of 81 points": (lambda: network.grid_scores(features, geometry), torch.float32),
+            "PRIM, scores of 81 points": (lambda: network.scores(features, geometry), torch.float32),
             "PDMM, image-only path": (lambda: network.pdmm.context(features.levels), torch.float32),
             "PDMM, path of one prompt": (lambda: network.pdmm(embedding, contexts), torch.float32),
             "logits to the tile": (lambda: logits_to_tile(masks, geometry), torch.float32),

@@ -42,12 +42,12 @@ def _work(what: str, who: str, device: torch.device) -> Callable[[], object]:
         images = torch.randn(1, 3, 1024, 1024, device=device)
         if who == "ours":
             return lambda: network.encoder(images)
-        return lambda: stock_features(subject.stock, network.encoder.level_blocks, images)
+        return lambda: stock_features(subject.stock, images)
     features = Features(tuple(torch.randn(1, 768, 64, 64, device=device) for _ in range(3)),
                         torch.randn(1, 256, 64, 64, device=device))
     let_points_pass(network, features, tile)
     if who == "ours":
-        return lambda: network.predict_from_grid(features, network.geometry(tile))
+        return lambda: network.predict(features, network.geometry(tile))
     return lambda: published_grid(network, features, tile)
 
 

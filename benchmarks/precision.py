@@ -1,6 +1,6 @@
 """What the encoder's precision costs, and the type in which the cache stores: in features and in final masks.
 
-As part of the benchmarks, with random weights for every variant. By itself, on a trained model:
+As part of the benchmarks, with random weights for every size of SAM's. By itself, on a trained model:
 
     python benchmarks/precision.py MODEL_FOLDER IMAGES_FOLDER LABELS_FOLDER
 """
@@ -17,10 +17,11 @@ import SimpleITK as sitk
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-from desam_nnunet.cache.store import DTYPES as STORED
 from desam_nnunet.cache.store import pack, unpack
-from desam_nnunet.encoders.base import Features, FrozenEncoder
+from desam_nnunet.encoders.base import Encoder, Features
 from desam_nnunet.encoders.registry import ENCODERS
+from desam_nnunet.encoders.sam_vit import SamViT
+from desam_nnunet.settings.sections import DTYPES as STORED
 from measure import Report
 from reference import build, stock_features
 
@@ -35,11 +36,11 @@ def run(device: torch.device, repeats: int) -> Report:
         "the three intermediate outputs and of the neck, and the same of stock segment_anything under the same "
         "autocast; share of the tile's pixels whose class changes. Stored: what the cache makes of float32."), device)
     with torch.inference_mode():
-        for variant, row in ENCODERS.items():
-            if not row.file:
-                continue  # as large as another, and all weights here are random
+        for name, row in ENCODERS.items():
+            if row.is_random or not isinstance(row.architecture, SamViT):
+                continue  # as large as another, since all weights here are random, or not segment_anything's
             size = min(row.image_size, LARGEST)
-            stock, network, tile = build(variant, size, device, grid=None)
+            stock, network, tile = build(name, size, device, grid=None)
             encoder, images = network.encoder, network.to_image(tile)[:, 0]
             encoder.dtype = torch.float32
             exact, classes = encoder(images), network(tile).argmax(1)
@@ -47,21 +48,21 @@ def run(device: torch.device, repeats: int) -> Report:
                 encoder.dtype = dtype
                 mine, changed = _errors(encoder(images), exact), network(tile).argmax(1) != classes
                 with torch.autocast(device.type, dtype=dtype):
-                    theirs = _errors(stock_features(stock, encoder.level_blocks, images), exact)
-                report.fact(f"{variant}, {size}, {str(dtype)[6:]}", (
+                    theirs = _errors(stock_features(stock, images), exact)
+                report.fact(f"{name}, {size}, {str(dtype)[6:]}", (
                     f"levels and neck {_row(mine)} (stock {_row(theirs)}), "
                     f"{float(changed.float().mean()):.2%} of the pixels change"))
             encoder.dtype = torch.float32
-            for name in STORED:
-                with stored(encoder, name):
+            for kind in STORED:
+                with stored(encoder, kind):
                     mine, changed = _errors(encoder(images), exact), network(tile).argmax(1) != classes
-                report.fact(f"{variant}, {size}, stored as {name}", (
+                report.fact(f"{name}, {size}, stored as {kind}", (
                     f"levels and neck {_row(mine)}, {float(changed.float().mean()):.2%} of the pixels change"))
     return report
 
 
 @contextmanager
-def stored(encoder: FrozenEncoder, dtype: str) -> Iterator[None]:
+def stored(encoder: Encoder, dtype: str) -> Iterator[None]:
     """The encoder's output as it comes back from the cache."""
     def store(_module: object, _inputs: object, features: Features) -> Features:
         return features.map(lambda x: torch.stack([unpack("x", pack("x", one, dtype)).float() for one in x]))

@@ -6,7 +6,6 @@ from itertools import count
 
 import torch
 
-from desam_nnunet.encoders.registry import ENCODERS
 from desam_nnunet.pretraining.generator import Generated, generate
 from desam_nnunet.pretraining.network import Pretrained
 from desam_nnunet.pretraining.randomness import Randomness
@@ -18,19 +17,19 @@ BATCHES = 4  # images differ in what they cost
 
 
 def run(device: torch.device, repeats: int) -> Report:
-    variant = ENCODERS["vit_tiny"]
+    size = Recipe().size
     report = Report("pretraining", "Drawing images for pretraining", (
-        f"vit_tiny at {variant.image_size}, {BATCHES} batches of new images. Reference: forward and backward of their "
+        f"vit_tiny at {size.tables}, {BATCHES} batches of new images. Reference: forward and backward of their "
         "losses, prompts' included, on images that are there. Ours: drawing the images. A training step does one after "
         "the other."), device)
-    network = Pretrained(variant).to(device)
+    network = Pretrained(size).to(device)
     number = count()
     for recipe in (Recipe(batch_size=8, prompts=2), Recipe()):
         def draw(recipe: Recipe = recipe) -> None:
             for _ in range(BATCHES):
-                generate(recipe.batch_size, variant.image_size, device, recipe.seed, next(number))
+                generate(recipe.batch_size, size.tables, device, recipe.seed, next(number))
 
-        images = [generate(recipe.batch_size, variant.image_size, device, recipe.seed, next(number))
+        images = [generate(recipe.batch_size, size.tables, device, recipe.seed, next(number))
                   for _ in range(BATCHES)]
 
         def train(recipe: Recipe = recipe, images: list[Generated] = images) -> None:

@@ -16,12 +16,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from desam_nnunet.encoders.attention import use_exact_attention
-from desam_nnunet.encoders.base import Features, FrozenEncoder
-from desam_nnunet.encoders.random_weights import RANDOM_IDENTITY, random_state
-from desam_nnunet.encoders.registry import ENCODERS, build_sam
-from desam_nnunet.encoders.weights import LoadedSam, resize_positions
+from desam_nnunet.encoders.base import Features, LoadedEncoder
+from desam_nnunet.encoders.random_weights import RANDOM_IDENTITY
+from desam_nnunet.encoders.registry import named
+from desam_nnunet.encoders.sam_vit import SamViT, SamViTEncoder, build_sam, resize_positions
 from desam_nnunet.networks.desam.network import DeSAM, build_desam
-from desam_nnunet.networks.frame import ABSENT_LOGIT
+from desam_nnunet.networks.desam.prompters import GridPrompter, WholeBoxPrompter
+from desam_nnunet.networks.desam.section import DesamSection
+from desam_nnunet.networks.frame import ABSENT_LOGIT, Outline
 from desam_nnunet.sam.prompts import Prompts, dense_positions, point_grid, prompt_tokens, whole_box
 from desam_nnunet.sam.tiles import TileToImage, logits_to_tile
 
@@ -37,18 +39,21 @@ class Subject(NamedTuple):
     tile: Tensor
 
 
-def build(variant: str, size: int, device: torch.device, *, grid: int | None = 9, classes: int = 1) -> Subject:
+def build(name: str, size: int, device: torch.device, *, grid: int | None = 9, classes: int = 1) -> Subject:
+    """Args: name: Of one of SAM's own encoders."""
     torch.manual_seed(0)
-    row = ENCODERS[variant]
-    sam = build_sam(row, size)
-    sam.load_state_dict(resize_positions(random_state(row), row, size))
+    vit = named(name).architecture
+    assert isinstance(vit, SamViT)
+    sam = build_sam(vit, size)
+    sam.load_state_dict(resize_positions(vit.random_state(), vit, size))
     stock = sam.image_encoder.eval().requires_grad_(False)
-    encoder = FrozenEncoder(use_exact_attention(copy.deepcopy(stock)), row.global_blocks[:-1], RANDOM_IDENTITY)
-    network = build_desam(
-        sam=LoadedSam(row, encoder, sam.prompt_encoder.eval(), sam.mask_decoder, random=True),
-        to_image=TileToImage(size, "percentile"), num_channels=1, num_classes=classes, background=True, grid=grid,
-        iou_threshold=0.5,
-    )
+    encoder = SamViTEncoder(
+        use_exact_attention(copy.deepcopy(stock)), vit.spec(size), RANDOM_IDENTITY, vit.global_blocks[:-1])
+    loaded = LoadedEncoder(encoder, sam.prompt_encoder.eval(), sam.mask_decoder, trained=False)
+    to_image = TileToImage(encoder.spec.image, size, "percentile")
+    outline = Outline(loaded, to_image, num_channels=1, num_outputs=classes + 1, background=True,
+                      section=DesamSection())
+    network = build_desam(outline, WholeBoxPrompter() if grid is None else GridPrompter(grid))
     return Subject(stock.to(device), network.to(device).eval(), smooth_noise(1).to(device))
 
 
@@ -58,11 +63,13 @@ def smooth_noise(slices: int) -> Tensor:
     return torch.stack([F.interpolate(x, size=(TILE, TILE), mode="bicubic") for x in coarse]).sum(0)
 
 
-def stock_features(stock: ImageEncoderViT, level_blocks: tuple[int, ...], images: Tensor) -> Features:
-    """SAM's own forward, with the intermediate outputs that DeSAM reads."""
+def stock_features(stock: ImageEncoderViT, images: Tensor) -> Features:
+    """SAM's own forward, with the intermediate outputs that DeSAM reads: of blocks with global attention but the last.
+    """
     levels: list[Tensor] = []
-    hooks = [stock.blocks[index].register_forward_hook(lambda _m, _i, out: levels.append(out.permute(0, 3, 1, 2)))
-             for index in level_blocks]
+    attending = [block for block in stock.blocks if not block.window_size]
+    hooks = [block.register_forward_hook(lambda _m, _i, out: levels.append(out.permute(0, 3, 1, 2)))
+             for block in attending[:-1]]
     neck = stock(images)
     for hook in hooks:
         hook.remove()
@@ -84,17 +91,22 @@ def decode(network: DeSAM, features: Features, prompts: Prompts) -> tuple[Tensor
 
 def published_grid(network: DeSAM, features: Features, tile: Tensor) -> Tensor:
     """Logits (1, K + 1, H, W) of one tile: every prompt decoded, the best above the threshold kept."""
-    geometry = network.geometry(tile)
-    points = point_grid(geometry, network.grid or 0, tile.device).points
+    geometry, asked = network.geometry(tile), grid_of(network)
+    points = point_grid(geometry, asked.side, tile.device).points
     assert points is not None
     decoded = [decode(network, features, Prompts(points=chunk)) for chunk in points.split(PUBLISHED_BATCH)]
     masks, scores = (torch.cat(part) for part in zip(*decoded, strict=True))
     best_score, best_point = scores.max(0)
     channels = torch.arange(len(best_score), device=tile.device)
     logits = logits_to_tile(masks[best_point, channels][None].float(), geometry)
-    absent = best_score <= network.iou_threshold
+    absent = best_score <= asked.threshold
     logits = torch.where(absent[:, None, None], logits.new_tensor(ABSENT_LOGIT), logits)
     return torch.cat([torch.zeros_like(logits[:, :1]), logits], 1)
+
+
+def grid_of(network: DeSAM) -> GridPrompter:
+    assert isinstance(network.prompter, GridPrompter)
+    return network.prompter
 
 
 def published_box(network: DeSAM, features: Features, tile: Tensor) -> Tensor:
@@ -109,13 +121,14 @@ def let_points_pass(network: DeSAM, features: Features, tile: Tensor) -> int:
     Returns:
         How many points pass, the least over the classes.
     """
+    threshold = grid_of(network).threshold
     with torch.no_grad():
         last = network.prim.iou_head.seg_layers
-        scores = network.grid_scores(features, network.geometry(tile))  # N K
+        scores = network.scores(features, network.geometry(tile))  # N K
         last.weight /= scores.std(0)[:, None]
         last.bias /= scores.std(0)
-        scores = network.grid_scores(features, network.geometry(tile))
-        last.bias += network.iou_threshold - scores.median(0).values + 1e-3
-        scores = network.grid_scores(features, network.geometry(tile)).sort(0, descending=True).values
+        scores = network.scores(features, network.geometry(tile))
+        last.bias += threshold - scores.median(0).values + 1e-3
+        scores = network.scores(features, network.geometry(tile)).sort(0, descending=True).values
     assert bool((scores[0] - scores[1] > 1e-3).all()), "the best point does not lead clearly"
-    return int((scores > network.iou_threshold).sum(0).min())
+    return int((scores > threshold).sum(0).min())

@@ -22,9 +22,8 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
 from torch.nn import functional as F
 
-from desam_nnunet.encoders.random_weights import random_state
 from desam_nnunet.encoders.registry import ENCODERS
-from desam_nnunet.encoders.weights import load_sam
+from desam_nnunet.encoders.weights import load_encoder
 from desam_nnunet.system.machine import peak_memory
 from desam_nnunet.training.registry import TRAINERS
 from measure import Report, Row, compare
@@ -79,7 +78,7 @@ def run(device: torch.device, repeats: int) -> Report:
 
 def prepare(folder: Path) -> None:
     """Weights, and where nnU-Net looks for the kind of the preprocessed data when it makes a trainer."""
-    torch.save(random_state(ENCODERS["vit_b"]), folder / WEIGHTS)
+    torch.save(ENCODERS["vit_b"].architecture.random_state(), folder / WEIGHTS)
     data = folder / str(PLANS["dataset_name"]) / PLANS["configurations"]["2d"]["data_identifier"]
     data.mkdir(parents=True)
     (data / "case.b2nd").touch()
@@ -146,7 +145,7 @@ def merged(folder: Path, device: torch.device, repeats: int) -> Row:
     """SAMed's prediction against the same without any update: the updates are merged, and must cost nothing."""
     trainer = make_trainer("SAMedTrainer", folder, device)
     network, tile = trainer.bare_network.eval(), smooth_noise(1).to(device)
-    base = load_sam(str(folder / WEIGHTS), SIZE).encoder.to(device)
+    base = load_encoder(str(folder / WEIGHTS), SIZE).encoder.to(device)
     base.dtype = network.encoder.dtype
 
     def without() -> Tensor:

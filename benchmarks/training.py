@@ -26,7 +26,7 @@ def run(device: torch.device, repeats: int) -> Report:
         def theirs(subject: Subject = subject, points: Prompts = points) -> float:
             images = subject.network.to_image(subject.tile)[:, 0]
             with torch.no_grad():
-                features = stock_features(subject.stock, subject.network.encoder.level_blocks, images)
+                features = stock_features(subject.stock, images)
             return backward(subject.network, *decode(subject.network, features, points))
 
         def mine(network: DeSAM = network, tile: Tensor = subject.tile, points: Prompts = points) -> float:
