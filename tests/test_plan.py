@@ -68,22 +68,26 @@ def test_every_choice_is_in_the_plans_and_printed_with_its_reason(
     assert configuration["data_identifier"] == "nnUNetPlans_2d"
     assert configuration["architecture"] == workspace.plans("nnUNetPlans")["configurations"]["2d"]["architecture"]
     assert configuration["sam"]["encoder"] == "vit_tiny"
+    assert configuration["desam"] == {"mask_stride": 4, "grid_offset": 0.0, "through_input": False}
     out = capsys.readouterr().out
     for key in ("patch_size", "batch_size", "sam.image_size", "sam.features", "sam.views", "sam.epochs"):
         assert any(line.startswith(key) and len(line.split()) > 3 for line in out.splitlines())
     assert "nnUNetv2_train 501 2d 0 -tr DeSAMTrainer -p DeSAMPlans" in out
 
 
-@pytest.mark.parametrize(("trainer", "method", "name"), [
-    ("SAMedTrainerS", "samed", "SAMedPlans"), ("DBSAMTrainerBoxes", "dbsam", "DBSAMPlans"),
+@pytest.mark.parametrize(("trainer", "method", "name", "own"), [
+    ("SAMedTrainerS", "samed", "SAMedPlans", {"lr_after_step": True}),
+    ("DBSAMTrainerBoxes", "dbsam", "DBSAMPlans", {"mask_tokens": 4}),
 ])
 def test_other_methods_get_their_own_section_and_name(
-    workspace: Workspace, capsys: pytest.CaptureFixture[str], trainer: str, method: str, name: str
+    workspace: Workspace, capsys: pytest.CaptureFixture[str], trainer: str, method: str, name: str,
+    own: dict[str, Any],
 ) -> None:
+    """The section holds the keys that older models lack, so that these plans mean the same wherever they go."""
     assert main(["plan", "-d", "501", "--encoder", "vit_tiny", "-device", "cpu", "--trainer", trainer]) == 0
     out = capsys.readouterr().out
     configuration = workspace.plans(name)["configurations"]["2d"]
-    assert configuration[method] == {}
+    assert configuration[method] == own
     assert not {"desam", "samed", "dbsam"} - {method} & configuration.keys()
     assert configuration["sam"]["features"] == "online"
     assert f"nnUNetv2_train 501 2d 0 -tr {trainer} -p {name}" in out

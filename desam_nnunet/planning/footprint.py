@@ -29,7 +29,7 @@ from desam_nnunet.sam.tiles import TileToImage
 from desam_nnunet.settings.sections import Method, SamSection
 from desam_nnunet.training.base import Batch, SamTrainer
 
-_CONSTANT = 60e6  # bytes
+_CONSTANT = 30e6  # bytes that libraries take, whatever the network
 _SPARE = 1.05  # of what is counted: what libraries work in, and memory that is not given back at once
 _HALF = 0.72  # of float32, under autocast: DeSAM's published 7.8 of 10.9 GB
 _CHANNELS = 3  # of one image; a tile with more is encoded as several images
