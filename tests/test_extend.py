@@ -12,7 +12,13 @@ from conftest import Workspace, nnunet, tiny_sections
 
 import phantom
 from desam_nnunet._startup import VARIABLE
+from desam_nnunet.encoders.base import FeatureSpec, ImageSpec, Level
+from desam_nnunet.encoders.registry import ENCODERS, EncoderRow
+from desam_nnunet.encoders.weights import load_encoder
+from desam_nnunet.networks.frame import FrozenSamNetwork
 from desam_nnunet.nnunet.lookup import look_up
+from desam_nnunet.sam.tiles import TileToImage
+from desam_nnunet.training.cached import _reads
 
 EXTEND = Path(__file__).parents[1] / "examples" / "extend"
 EXAMPLES = sorted(EXTEND.rglob("*.py"))
@@ -94,3 +100,38 @@ def test_another_prompt_rule_asks_a_trained_model_in_another_way(trained: Worksp
     chosen = theirs(section).choose(scores)
     assert chosen.present.tolist() == [False, True]
     assert chosen.prompt[1] == 1
+
+
+def test_the_doctor_passes_by_what_is_no_trainer_and_no_usable_backbone(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bases.py").write_text(
+        "from desam_nnunet.training.frozen import FrozenSamTrainer\n\n\nclass MyBase(FrozenSamTrainer):\n    pass\n")
+    (tmp_path / "vit_small_patch14_dinov2.safetensors").write_bytes(b"not read")
+    monkeypatch.setenv(VARIABLE, os.pathsep.join([str(tmp_path), os.environ[VARIABLE]]))
+    monkeypatch.setenv("DESAM_WEIGHTS", str(tmp_path))
+    said = nnunet("desam", "doctor", check=False).stdout
+    assert "PDMMAloneTrainer" in said
+    assert "MyBase" not in said
+
+
+def test_what_else_changes_features_is_part_of_the_store() -> None:
+    """Two encoders that share their weights, or a method with images of its own, must not share a store."""
+    network = outline_of("vit_tiny")
+    assert _reads("vit_tiny", network) == ""
+    assert _reads("resnet_encoder:RESNET", network) != ""
+    network.to_image = TileToImage(ImageSpec(16), 64, "unit")
+    assert _reads("vit_tiny", network) != ""
+    mine = EncoderRow("mine:A", ENCODERS["vit_tiny_random"].architecture, 256)
+    assert mine.random_identity != ENCODERS["vit_tiny_random"].random_identity
+
+
+def outline_of(encoder: str) -> FrozenSamNetwork:
+    loaded = load_encoder(encoder, 64)
+    to_image = TileToImage(loaded.encoder.spec.image, 64, "unit")
+    return FrozenSamNetwork(encoder=loaded.encoder, to_image=to_image, num_channels=1, background=True)
+
+
+def test_an_encoder_with_a_stride_that_is_no_power_of_two_is_refused() -> None:
+    with pytest.raises(ValueError, match="a map at a stride of 14 pixels"):
+        FeatureSpec((Level(8, 14),) * 3, Level(8, 14), ImageSpec(14))

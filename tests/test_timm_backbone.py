@@ -95,3 +95,9 @@ def test_models_that_no_decoder_here_can_read_are_refused() -> None:
 def test_a_size_that_is_no_multiple_of_the_largest_stride_is_refused() -> None:
     with pytest.raises(ValueError, match="sam.image_size is 80, but must be a multiple of 32, at least 64"):
         load_encoder("timm_random/convnext_tiny", 80)
+
+
+def test_only_plain_vits_offer_their_projections() -> None:
+    """Of a pyramid, the stages behind the neck would be adapted for nothing."""
+    offers = {model: TimmBackbone(model).offers for model in MODELS}
+    assert [model for model in MODELS if "projections" in offers[model]] == ["vit_small_patch16_dinov3"]

@@ -48,6 +48,7 @@ class Recipe:
         augmentation: Names what the others are made with; empty where there are none.
         dtype: ``float16`` or ``int8``, on disk.
         precision: In which the encoder computed.
+        reads: Which maps were read of which images, where the identity of the weights does not say so.
     """
 
     data_identifier: str
@@ -63,11 +64,17 @@ class Recipe:
     dtype: str
     precision: str
     format: int = FORMAT
+    reads: str = ""
+
+    def fields(self) -> dict[str, Any]:
+        """As it is written; stores that are older than `reads` have none."""
+        fields = asdict(self)
+        return fields if self.reads else {key: value for key, value in fields.items() if key != "reads"}
 
     @property
     def key(self) -> str:
         """SHA-256 over all of it but the encoder's path, which its identity makes superfluous."""
-        fields = asdict(self) | {"encoder": ""}
+        fields = self.fields() | {"encoder": ""}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -117,7 +124,7 @@ class Store:
     def create(self) -> None:
         """Makes the folder, writes the recipe, and removes what killed builds left under temporary names."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write_json(self.folder / _RECIPE, asdict(self.recipe))
+        _write_json(self.folder / _RECIPE, self.recipe.fields())
         for path in self.folder.glob(f"*/.*{TEMPORARY}"):
             with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
                 if time.time() - path.stat().st_mtime > _ABANDONED:

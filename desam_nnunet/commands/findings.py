@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -86,8 +87,9 @@ def _others_trainers() -> Iterator[Finding]:
             trainer = look_up(name)
         except Exception:  # said already of our own, which the same file hides
             continue
-        if issubclass(trainer, SamTrainer) and name not in TRAINERS:
-            yield Finding(name, f"method {trainer.method.name}, of a folder in nnUNet_extTrainer")
+        method = getattr(trainer, "method", None)  # a base class has none
+        if issubclass(trainer, SamTrainer) and name not in TRAINERS and method is not None:
+            yield Finding(name, f"method {method.name}, of a folder in nnUNet_extTrainer")
 
 
 def _weights_folder(folder: Path) -> Finding:
@@ -103,8 +105,11 @@ def _weights_folder(folder: Path) -> Finding:
 def _rows() -> list[EncoderRow]:
     """Every encoder with a row of its own, and timm's whose files are here."""
     files = {path.stem for folder in search_folders() if folder.is_dir() for path in folder.glob("*.safetensors")}
-    names = [f"{TIMM}{name}" for name in sorted(files) if timm.is_model(name)]
-    return [*ENCODERS.values(), *map(named, names)]
+    rows = list(ENCODERS.values())
+    for name in sorted(files):
+        with contextlib.suppress(ValueError):  # of models that no decoder here can read
+            rows += [named(f"{TIMM}{name}")] if timm.is_model(name) else []
+    return rows
 
 
 def _weights(row: EncoderRow) -> Finding:
@@ -119,7 +124,8 @@ def _weights(row: EncoderRow) -> Finding:
     assert path is not None
     if not is_published(path, row):
         return Finding(what, f"{path} is not the published file", f"remove it; {row.remedy}", wrong=True)
-    return Finding(what, f"{path}, verified; {row.megabytes} MB, {facts}")
+    state = f"verified; {row.megabytes} MB" if row.md5 or row.sha256 else "not published with a hash"
+    return Finding(what, f"{path}, {state}, {facts}")
 
 
 def _device() -> Finding:

@@ -46,7 +46,7 @@ def _list(_: argparse.Namespace) -> int:
 def _get(options: argparse.Namespace) -> int:
     from desam_nnunet.encoders.download import download
 
-    print(f"{download(options.encoder)}, verified")
+    print(f"{download(options.encoder)} is here")
     return 0
 
 

@@ -25,7 +25,12 @@ MIN_IMAGE_SIZE = 64
 
 
 class Level(NamedTuple):
-    """A map of an encoder. Attributes: channels. stride: Pixels of the input along a side of one of its pixels."""
+    """A map of an encoder.
+
+    Attributes:
+        channels: How many.
+        stride: Pixels of the input along a side of one of its pixels, a power of two.
+    """
 
     channels: int
     stride: int
@@ -64,6 +69,12 @@ class FeatureSpec:
     levels: tuple[Level, ...]
     neck: Level
     image: ImageSpec
+
+    def __post_init__(self) -> None:
+        odd = [level.stride for level in self.maps if level.stride < 1 or level.stride & (level.stride - 1)]
+        if odd:
+            raise ValueError(f"An encoder has a map at a stride of {odd[0]} pixels, which doubling does not bring to "
+                             "the masks: strides must be powers of two.")
 
     @property
     def maps(self) -> tuple[Level, ...]:

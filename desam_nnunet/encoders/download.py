@@ -36,7 +36,7 @@ def download(name: str, *, url: str | None = None) -> Path:
     if row is not None and row.distribution:
         raise ValueError(f"'{name}' needs no download: its weights come with the package {row.distribution}; where "
                          f"they are missing, {row.remedy}.")
-    if row is None or row.is_random:
+    if row is None or not (row.url or isinstance(row.architecture, TimmBackbone)) or row.is_random:
         published = ", ".join(row.name for row in ENCODERS.values() if row.url)
         raise ValueError(f"No weights are published for '{name}': choose from {published}, or {TIMM}<a model of "
                          "timm's>.")

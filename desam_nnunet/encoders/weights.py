@@ -63,7 +63,7 @@ def find_weights(encoder: str, identity: str | None = None) -> Path | None:
             "a weights file."
         )
     places = [folder / path.name for folder in search_folders()]
-    if row is None:
+    if row is None or path.is_absolute():
         places.insert(0, path)
     elif row.distribution:
         places = _in_distribution(row) + places

@@ -153,7 +153,7 @@ def _tensors(*modules: nn.Module) -> list[Tensor]:
     return [value for module in modules for value in (*module.parameters(), *module.buffers())]
 
 
-def _let_go(_: Any) -> None:
+def _let_go(_: Any) -> Any:
     """Instead of keeping a tensor for the backward pass."""
 
 

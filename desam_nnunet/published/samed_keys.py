@@ -45,9 +45,11 @@ def official_samed_names(state: State) -> State:
     """The state of one of our networks by the published names.
 
     Raises:
-        ValueError: Low-rank updates of other projections than q and v have no published name.
+        ValueError: Low-rank updates of other projections than q and v, or a neck of our own, have no published name.
     """
     letters = {match[3] for match in map(_OURS.fullmatch, state) if match}
+    if foreign := [key for key in state if key.startswith("neck.")]:
+        raise ValueError(f"SAMed's format has no place for {foreign[0]}: it is for encoders that come with SAM.")
     if letters != set(_PAIR):
         raise ValueError(f"SAMed's format has updates of q and v, but these are of {', '.join(sorted(letters))}.")
     return {_published(key): value for key, value in state.items()}

@@ -30,7 +30,7 @@ class Geometry:
     Attributes:
         tile: Height and width of the tile in its own pixels.
         image_size: Side of the encoder's input.
-        mask_stride: Pixels of the input along a side of a mask's pixel; it divides 4.
+        mask_stride: Pixels of the input along a side of a mask's pixel, a power of two.
     """
 
     tile: tuple[int, int]
@@ -41,7 +41,8 @@ class Geometry:
     def scaled(self) -> tuple[int, int]:
         """Height and width of the tile inside the encoder's input; the rest is padding."""
         scale = self.image_size / max(self.tile)
-        height, width = (max(1, round(side * scale / MASK_STRIDE)) * MASK_STRIDE for side in self.tile)
+        step = max(MASK_STRIDE, self.mask_stride)
+        height, width = (max(1, round(side * scale / step)) * step for side in self.tile)
         return height, width
 
     @property

@@ -6,7 +6,6 @@ with polynomial decay, batch 8, 50 epochs.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from desam_nnunet.encoders.base import Features
@@ -34,17 +33,6 @@ class DeSAMTrainer(FrozenSamTrainer):
     def prompter(cls, section: DesamSection) -> Prompter:
         """What is asked at prediction."""
         return GridPrompter(section.grid, section.iou_threshold, section.grid_offset)
-
-    def _set_batch_size_and_oversample(self) -> None:
-        """nnU-Net's Dice of a whole batch gathers a row per tile, so that all processes must have as many."""
-        processes = torch.distributed.get_world_size() if self.is_ddp else 1
-        size = self.configuration_manager.batch_size
-        if size % processes:
-            raise ValueError(
-                f"A batch of {size} tiles can't be shared evenly by {processes} GPUs: set batch_size in the plans to a "
-                f"multiple of {processes}, or train with another -num_gpus."
-            )
-        super()._set_batch_size_and_oversample()
 
     def compute_loss(self, features: Features, target: Tensor) -> tuple[Tensor, Tensor]:
         network = self.bare_network

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from desam_nnunet.cache.loader import CachedLoader
@@ -21,6 +22,17 @@ class FrozenSamTrainer(SamTrainer):
         network = super().bare_network
         assert isinstance(network, FrozenSamNetwork)
         return network
+
+    def _set_batch_size_and_oversample(self) -> None:
+        """nnU-Net's Dice of a whole batch gathers a row per tile, so that all processes must have as many."""
+        processes = torch.distributed.get_world_size() if self.is_ddp else 1
+        size = self.configuration_manager.batch_size
+        if size % processes:
+            raise ValueError(
+                f"A batch of {size} tiles can't be shared evenly by {processes} GPUs: set batch_size in the plans to a "
+                f"multiple of {processes}, or train with another -num_gpus."
+            )
+        super()._set_batch_size_and_oversample()
 
     def inputs_of(self, batch: Batch) -> Features:
         """Features of a batch, encoded now unless they come from the cache."""

@@ -24,9 +24,9 @@ def find_trainer(name: str) -> type[SamTrainer]:
     """
     try:
         trainer = look_up(name)
-    except RuntimeError as error:
-        raise ValueError(f"nnU-Net finds no trainer '{name}': choose {', '.join(TRAINERS)}, or list its folder in "
-                         "nnUNet_extTrainer.") from error
+    except (RuntimeError, AssertionError, ImportError) as error:  # none, no trainer, or a file of others that fails
+        raise ValueError(f"nnU-Net finds no trainer '{name}' ({type(error).__name__}): choose {', '.join(TRAINERS)}, "
+                         "or list its folder in nnUNet_extTrainer.") from error
     if not issubclass(trainer, SamTrainer):
         raise ValueError(f"{name} trains no network on a foundation encoder: choose {', '.join(TRAINERS)}, or a "
                          "trainer that subclasses SamTrainer.")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from desam_nnunet.encoders.base import ImageSpec
+from desam_nnunet.encoders.sam_vit import IMAGE as SAM_IMAGE
 from desam_nnunet.networks.frame import Outline
 from desam_nnunet.networks.samed.network import SAMed, build_samed
 from desam_nnunet.networks.samed.section import SAMED, SamedSection
@@ -42,7 +43,7 @@ class SAMedTrainer(AdaptedSamTrainer):
     @classmethod
     def image_of(cls, spec: ImageSpec) -> ImageSpec:
         """Where SAM was trained on 0 to 255 less the mean of its pixels, SAMed is published with 0 to 1 as it is."""
-        return ImageSpec(spec.multiple, resize=spec.resize) if spec.highest == 255 else spec
+        return ImageSpec(spec.multiple) if spec == SAM_IMAGE else spec
 
     @property
     def warmup(self) -> int:

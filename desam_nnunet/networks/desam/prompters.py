@@ -49,7 +49,7 @@ class GridPrompter(Prompter):
         side: Points per side.
         threshold: Of the scores.
         offset: Added to the centres, in pixels of the encoder's input; 0 is published, see
-            :class:`~desam_nnunet.settings.sections.DesamSection`.
+            :class:`~desam_nnunet.networks.desam.section.DesamSection`.
     """
 
     side: int = 9

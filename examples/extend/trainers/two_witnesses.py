@@ -1,7 +1,6 @@
 """Another prompt rule: a class is in a tile only if two points of the grid say so, and the second best decides.
 
-A single point can err on a look-alike; two rarely do. Training is DeSAM's, so a trained DeSAMTrainer can be asked in
-this way too: copy its model folder under this trainer's name.
+A single point can err on a look-alike; two rarely do. Training is DeSAM's.
 """
 
 from __future__ import annotations
