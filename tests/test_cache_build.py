@@ -324,7 +324,7 @@ def test_stores_are_listed_and_deleted_by_name(workspace: Workspace, store: Stor
 @pytest.mark.parametrize(("arguments", "message"), [
     (("-device", "cpu", "-num_parts", "2", "-part_id", "2"), "-part_id 2 of -num_parts 2 does not exist"),
     (("-device", "cpu", "-p", "NoPlans"), "NoPlans.json does not exist: make these plans with desam plan"),
-    (("-device", "cpu", "-tr", "nnUNetTrainer"), "-tr nnUNetTrainer does not train on a frozen encoder's features"),
+    (("-device", "cpu", "-tr", "nnUNetTrainer"), "nnUNetTrainer trains no network on a foundation encoder"),
     (("-device", "mps"), "PyTorch finds no mps device here: add -device cpu"),
 ])
 def test_bad_input_is_one_sentence(

@@ -87,7 +87,7 @@ def test_the_doctor_and_a_study_know_a_trainer_of_ones_own(workspace: Workspace,
     assert "PDMMAloneTrainer        method pdmm_alone" in nnunet("desam", "doctor").stdout
     phantom.write_unseen(tmp_path / "sites", sites=("SiteA", "SiteB"), cases=2)
     described = nnunet("desam", "cross-site", tmp_path / "sites", "-o", tmp_path / "study", "-tr", "PDMMAloneTrainer",
-                       "-device", "cpu", "--dry-run").stdout
+                       "-f", "all", "-device", "cpu", "--dry-run").stdout
     assert "--trainer PDMMAloneTrainer" in described
 
 

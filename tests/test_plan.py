@@ -150,13 +150,13 @@ def test_an_unplanned_data_set_is_planned_by_nnunet_first(
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (("--trainer", "SAMTrainer"), r"no trainer 'SAMTrainer' here: choose DeSAMTrainer, .*DBSAMTrainerBoxes\."),
+    (("--trainer", "SAMTrainer"), r"finds no trainer 'SAMTrainer': choose DeSAMTrainer, .*DBSAMTrainerBoxes, or"),
     (("--trainer", "SAMedTrainer", "--preset", "paper"), "'paper' is for the method desam, but SAMedTrainer trains"),
     (("--preset", "nothing"), "There is no preset 'nothing'; there are: cpu, laptop, paper"),
     (("--encoder", "vit_x"), "Unknown encoder 'vit_x'"),
-    (("-gpu_memory_target", "0.1"), r"takes 0.\d GB, but 0.1 GB are there"),
+    (("-gpu_memory_target", "0.04"), r"takes 0.1 GB, but 0.0 GB are there"),
     (("-overwrite_plans_name", "nnUNetPlans"), "nnUNetPlans.json is not desam plan's to write: choose another name"),
-    (("-device", "mps", "-gpu_memory_target", "0.1"), r"takes 0.\d GB, but 0.1 GB are there"),
+    (("-device", "mps", "-gpu_memory_target", "0.04"), r"takes 0.1 GB, but 0.0 GB are there"),
     (("-device", "cuda"), "no cuda device here: say what it will have with -gpu_memory_target, or add -device cpu"),
 ])
 def test_bad_wishes_are_one_sentence(
@@ -245,7 +245,7 @@ def test_few_tiles_do_not_mean_a_small_encoder(weights: None) -> None:
 
 
 @pytest.mark.parametrize(("trainer", "memory", "image_size", "checkpointing"), [
-    (SAMedTrainer, 40, 512, False), (SAMedTrainer, 2.5, 512, True), (DBSAMTrainer, 80, 1024, False),
+    (SAMedTrainer, 40, 512, False), (SAMedTrainer, 2, 512, True), (DBSAMTrainer, 80, 1024, False),
     (DBSAMTrainer, 24, 1024, True),
 ])
 def test_blocks_are_computed_again_before_the_input_shrinks(
@@ -286,7 +286,7 @@ def test_more_of_anything_takes_more_memory() -> None:
     for larger in (need(256, (96, 96), 1), need(128, (512, 512), 1), need(128, (96, 96), 30)):
         assert larger.training(2) > small.training(2)
     assert small.training(3) > small.training(2)
-    assert need(128, (96, 96), 1, half=True).training(2) < small.training(2)
+    assert need(128, (96, 96), 1, half=True).training(8) < small.training(8)
 
 
 @pytest.mark.parametrize("trainer", [SAMedTrainer, DBSAMTrainer])
