@@ -150,7 +150,7 @@ def test_an_unplanned_data_set_is_planned_by_nnunet_first(
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (("--trainer", "SAMTrainer"), r"finds no trainer 'SAMTrainer': choose DeSAMTrainer, .*DBSAMTrainerBoxes, or"),
+    (("--trainer", "SAMTrainer"), r"finds no trainer 'SAMTrainer' .*choose DeSAMTrainer, .*DBSAMTrainerBoxes, or list"),
     (("--trainer", "SAMedTrainer", "--preset", "paper"), "'paper' is for the method desam, but SAMedTrainer trains"),
     (("--preset", "nothing"), "There is no preset 'nothing'; there are: cpu, laptop, paper"),
     (("--encoder", "vit_x"), "Unknown encoder 'vit_x'"),
