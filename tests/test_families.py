@@ -35,6 +35,7 @@ def predict(workspace: Workspace, plans: str, trainer: str, out: Path, folds: tu
     """As nnUNetv2_predict does it, of the two unseen volumes."""
     predictor = nnUNetPredictor(device=CPU, perform_everything_on_device=False, allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(workspace.model(trainer, plans)), folds, CHECKPOINT)
+    out.mkdir(exist_ok=True)
     predictor.predict_from_files_sequential(str(workspace.unseen / "images"), str(out), overwrite=True)
     return sorted(out.glob("*.nii.gz"))
 

@@ -78,7 +78,7 @@ def test_a_tile_is_learned(workspace: Workspace, name: str, steps: int) -> None:
 
 
 def test_validation_never_runs_the_grid(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fresh.network, "grid_scores", None)
+    monkeypatch.setattr(fresh.network, "scores", None)
     with torch.no_grad():
         fresh.validation_step(make_batch(fresh))
 
