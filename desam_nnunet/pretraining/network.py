@@ -21,10 +21,10 @@ _SHARPENED = 2.5
 
 
 class Answers(NamedTuple):
-    """Attributes: masks: (N, s, s) logits, s a quarter of the image's side. iou: (N,), what SAM thinks of them."""
+    """Masks for N prompts, a quarter of the image's side, and what SAM thinks of them."""
 
-    masks: Tensor
-    iou: Tensor
+    masks: Tensor  # N s s, logits
+    iou: Tensor  # N
 
 
 class Pretrained(nn.Module):
@@ -35,7 +35,7 @@ class Pretrained(nn.Module):
 
     Attributes:
         sam: All that is kept. Of its four masks the first is trained, the one that boxes and DeSAM use.
-        told: Reads the regions' descriptions from each of the encoder's outputs; thrown away in the end.
+        told: The heads that read the regions' descriptions from each of the encoder's outputs.
     """
 
     def __init__(self, size: SamViT, seed: int = 0) -> None:

@@ -21,22 +21,21 @@ _FOCUS = 2.0
 
 
 class Judged(NamedTuple):
-    """Attributes: loss: A scalar with gradient. iou: Mean over the prompts, without."""
+    """What a batch of answers is worth: a scalar with gradient, and the mean IoU over the prompts, without."""
 
     loss: Tensor
     iou: Tensor
 
 
 def judge_answers(answers: Answers, asked: Asked) -> Judged:
-    """Args: answers: To `asked`. Prompts that ask for nothing do not count."""
-    logits, wanted = answers.masks.float(), asked.masks.float()
-    valid = asked.valid.float()
-    entropy = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
-    found = logits.sigmoid()
-    missed = wanted + found - 2 * wanted * found  # 1 minus the probability of the truth
+    """Loss and IoU of the answers to `asked`. Prompts that ask for nothing do not count."""
+    logits, ref, valid = answers.masks.float(), asked.masks.float(), asked.valid.float()
+    entropy = F.binary_cross_entropy_with_logits(logits, ref, reduction="none")
+    pred = logits.sigmoid()
+    missed = ref + pred - 2 * ref * pred  # 1 minus the probability of the truth
     surprise = missed**_FOCUS * entropy
-    focal = sum((surprise * part).sum((1, 2)) / part.sum((1, 2)).clamp(min=1) for part in (wanted, 1 - wanted))
-    dice = 1 - (2 * (found * wanted).sum((1, 2)) + 1) / (found.sum((1, 2)) + wanted.sum((1, 2)) + 1)
+    focal = sum((surprise * part).sum((1, 2)) / part.sum((1, 2)).clamp(min=1) for part in (ref, 1 - ref))
+    dice = 1 - (2 * (pred * ref).sum((1, 2)) + 1) / (pred.sum((1, 2)) + ref.sum((1, 2)) + 1)
     with torch.no_grad():
         iou = intersection_over_union(logits > 0, asked.masks)
     loss = _FOCAL * focal + dice + (answers.iou.float() - iou).square()
@@ -44,21 +43,20 @@ def judge_answers(answers: Answers, asked: Asked) -> Judged:
     return Judged((loss * valid).sum() / count, (iou * valid).sum() / count)
 
 
-def judge_descriptions(told: list[Tensor], truth: Tensor) -> Tensor:
+def judge_descriptions(preds: list[Tensor], ref: Tensor) -> Tensor:
     """Mean over the encoder's outputs: cross-entropy of the border, smooth L1 of the rest.
 
     Args:
-        told: (B, 9, s, s) each, see :meth:`~desam_nnunet.pretraining.network.Pretrained.describe`.
-        truth: From :func:`~desam_nnunet.pretraining.regions.describe_regions`.
+        preds: (B, 9, s, s) each, see :meth:`~desam_nnunet.pretraining.network.Pretrained.describe`.
+        ref: From :func:`~desam_nnunet.pretraining.regions.describe_regions`.
     """
-    losses = [
-        F.binary_cross_entropy_with_logits(output[:, 0].float(), truth[:, 0])
-        + F.smooth_l1_loss(output[:, 1:].float(), truth[:, 1:], beta=0.1) * (truth.shape[1] - 1)
-        for output in told
-    ]
-    return torch.stack(losses).mean()
+    return torch.stack([
+        F.binary_cross_entropy_with_logits(pred[:, 0].float(), ref[:, 0])
+        + F.smooth_l1_loss(pred[:, 1:].float(), ref[:, 1:], beta=0.1) * (ref.shape[1] - 1)
+        for pred in preds
+    ]).mean()
 
 
-def intersection_over_union(found: Tensor, wanted: Tensor) -> Tensor:
+def intersection_over_union(pred: Tensor, ref: Tensor) -> Tensor:
     """(N,) of masks (N, s, s), bool."""
-    return (found & wanted).sum((1, 2)) / (found | wanted).sum((1, 2)).clamp(min=1)
+    return (pred & ref).sum((1, 2)) / (pred | ref).sum((1, 2)).clamp(min=1)

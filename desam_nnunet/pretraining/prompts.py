@@ -22,15 +22,12 @@ _LARGEST_JITTER = 20 / 1024
 
 
 class Asked(NamedTuple):
-    """Attributes:
-        prompts: (B·N, ...), image by image.
-        masks: (B·N, s, s) bool at the mask's resolution, a quarter of the image's.
-        valid: (B·N,), False where an image has nothing to ask for.
-    """
+    """N prompts of each image, and the masks that they ask for, a quarter of the image's side; some may not be valid,
+    where an image has nothing to ask for."""
 
     prompts: Prompts
-    masks: Tensor
-    valid: Tensor
+    masks: Tensor  # B·N s s, bool
+    valid: Tensor  # B·N
 
 
 def mask_labels(labels: Tensor) -> Tensor:
@@ -64,9 +61,8 @@ def ask_boxes(random: Randomness, coarse: Tensor, number: int) -> Asked:
 
 def _choose(random: Randomness, coarse: Tensor, number: int) -> tuple[Tensor, Tensor]:
     """Masks (B·N, s, s) of labels drawn from those that are large enough and not air; and whether there was one."""
-    counts = torch.zeros(len(coarse), LABELS, device=coarse.device)
     pixels = coarse.flatten(1)
-    counts.scatter_add_(1, pixels, torch.ones_like(pixels, dtype=torch.float32))
+    counts = pixels.new_zeros(len(coarse), LABELS).scatter_add_(1, pixels, torch.ones_like(pixels))
     possible = counts >= _SMALLEST
     possible[:, AIR] = False
     rank = torch.where(possible[:, None], random.uniform(0, 1, len(coarse), number, LABELS), -1.0)

@@ -14,7 +14,9 @@ MAX_SEED = 999  # each has a second stream, for prompts; above lie the images th
 
 @dataclass(frozen=True)
 class Recipe:
-    """Attributes:
+    """The settings of a run.
+
+    Attributes:
         encoder: One of SAM's sizes, from whose random weights the run starts.
         images: Generated in all; none is seen twice.
         batch_size: Images of a step.
