@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
+from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd, insert_crop_into_image
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
@@ -34,11 +34,9 @@ from desam_nnunet.sam.prompts import sample_boxes
 from desam_nnunet.system.files import replace_file
 
 TRAINER = "DBSAMTrainerBoxes"
+_Files = dict[str, tuple[list[str], str]]  # of every case: one for each channel, and the reference
 NOTE = ("Each class of each slice was segmented from a box around it in the REFERENCE segmentation, moved at random by "
         "up to 2 % of the input. These figures are not comparable with automatic segmentation.")
-
-
-_Files = dict[str, tuple[list[str], str]]
 
 
 class Case(NamedTuple):
@@ -142,17 +140,18 @@ class Window(NamedTuple):
     height: int
     width: int
 
+    @property
+    def bounds(self) -> list[list[int]]:
+        """First and last, exclusive, of rows and columns."""
+        return [[self.top, self.top + self.height], [self.left, self.left + self.width]]
+
     def crop(self, planes: np.ndarray) -> np.ndarray:
         """What it shows of planes (C, H, W); 0 where it exceeds them."""
-        bounds = [[self.top, self.top + self.height], [self.left, self.left + self.width]]
-        return crop_and_pad_nd(planes, bounds, 0)
+        return crop_and_pad_nd(planes, self.bounds, 0)
 
     def paste(self, values: Tensor, plane: Tensor) -> None:
         """Writes `values`, of the window's size, into a plane (H, W)."""
-        rows, columns = (slice(max(0, begin), min(begin + side, size)) for begin, side, size in zip(
-            self[:2], self[2:], plane.shape, strict=True))
-        plane[rows, columns] = values[rows.start - self.top:rows.stop - self.top,
-                                      columns.start - self.left:columns.stop - self.left]
+        insert_crop_into_image(plane, values, self.bounds)
 
 
 def window_around(mask: np.ndarray, patch_size: Sequence[int]) -> Window:
@@ -185,7 +184,6 @@ def score(labels: Path, out: Path, plans: PlansManager, dataset_json: dict[str, 
 
 
 def _with_reference(images: Path, labels: Path, ending: str) -> _Files:
-    """The files of every case: one for each channel, and the reference."""
     if not images.is_dir():
         raise FileNotFoundError(f"{images} does not exist: give the folder of images with -i.")
     rows = [row for row in create_lists_from_splitted_dataset_folder(str(images), ending) if row]  # empty: other names
