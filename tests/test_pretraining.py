@@ -23,12 +23,19 @@ from desam_nnunet.networks.desam.section import DesamSection
 from desam_nnunet.networks.frame import Outline
 from desam_nnunet.pretraining import generator, records, regions, run, shapes
 from desam_nnunet.pretraining.generator import generate
-from desam_nnunet.pretraining.network import Answers, Pretrained
-from desam_nnunet.pretraining.objective import intersection_over_union, judge_answers, judge_descriptions
-from desam_nnunet.pretraining.prompts import Asked, ask_boxes, ask_points, mask_labels
+from desam_nnunet.pretraining.network import Pretrained
+from desam_nnunet.pretraining.prompts import (
+    Answers,
+    Asked,
+    ask_boxes,
+    ask_points,
+    intersection_over_union,
+    judge_answers,
+    mask_labels,
+)
 from desam_nnunet.pretraining.randomness import BATCHES, Randomness
 from desam_nnunet.pretraining.recipe import MAX_SEED, Recipe
-from desam_nnunet.pretraining.regions import describe_regions
+from desam_nnunet.pretraining.regions import describe_regions, judge_descriptions
 from desam_nnunet.sam.prompts import Prompts
 from desam_nnunet.sam.tiles import TileToImage
 

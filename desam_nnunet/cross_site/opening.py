@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
@@ -76,19 +76,22 @@ def _description(
     """``dataset.json`` without its number of cases. Files are looked into where they are not those of before."""
     unchanged = before is not None and before["sites"] == plain_sites(study.sites)
     if study.existing:
-        description = _common_description(study.datasets)
+        description = _common_description(study)
         if not unchanged:
             classes, ignored = classes_of(description)
             check_values(check_sites(study.sites), {ignored}.union(*classes.values()), "dataset.json")
         return description
+    first = next(iter(study.sites.values()))[0]
+    number = len(first.images)
     if before is None or not unchanged:
-        return _describe(study.sites, labels, channels)
-    description = dict(before["dataset_json"])
-    if labels:
-        description["labels"] = given_labels(labels)
-    if channels:
-        description["channel_names"] = _numbered(channels)
-    return description
+        description = {"labels": labels_of(check_sites(study.sites), labels), "file_ending": ending_of(first.label)}
+        channels = channels or [f"image {index}" if number > 1 else "image" for index in range(number)]
+    else:
+        description = before["dataset_json"] | ({"labels": given_labels(labels)} if labels else {})
+    if channels and len(channels) != number:
+        raise ValueError(f"--channels names {len(channels)} channel(s), but {first.name} has {number} image file(s).")
+    names = {str(index): name for index, name in enumerate(channels)} or description["channel_names"]
+    return {"channel_names": names} | {key: description[key] for key in ("labels", "file_ending")}
 
 
 def check_trainers(names: Sequence[str]) -> None:
@@ -139,19 +142,15 @@ def _check(study: Study) -> None:
 
 
 def _joined(before: dict[str, Any], study: Study) -> Study:
-    """The study on disk with what this call adds.
-
-    Raises:
-        ValueError: It was made with other settings.
-    """
+    """The study on disk with what this call adds; other data and settings are refused."""
     now = plain(study)
     if changed := _changed_case(before["sites"], now["sites"]):
         raise ValueError(f"{study.out} holds a study with other data: {changed}. Give another folder with -o.")
     for name, value in now.items():
         if name not in _GROWING and before[name] != value:
-            raise ValueError(
-                f"{study.out} holds a study with other {name} ({_brief(before[name])}, now {_brief(value)}): give the "
-                "same, or another folder with -o.")
+            was, this = (shorten(json.dumps(each), 60, placeholder=" ...") for each in (before[name], value))
+            raise ValueError(f"{study.out} holds a study with other {name} ({was}, now {this}): give the same, or "
+                             "another folder with -o.")
     grown: dict[str, Any] = {name: _unique([*before[name], *now[name]]) for name in _GROWING}
     return replace(study, **grown)
 
@@ -197,7 +196,7 @@ def _from_datasets(datasets: Sequence[str]) -> tuple[Sites, dict[str, str]]:
             names[site] = maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset)
         except RuntimeError as error:
             raise FileNotFoundError(f"-d {text}: nnU-Net has no data set {dataset}.") from error
-        raw = _raw_folder() / names[site]
+        raw = Path(os.environ[FOLDERS[0]]).absolute() / names[site]  # links to its images lie elsewhere
         if not (raw / "dataset.json").is_file():
             raise FileNotFoundError(f"{raw / 'dataset.json'} does not exist: a study needs the raw images.")
         files = get_filenames_of_train_images_and_targets(str(raw))
@@ -206,15 +205,11 @@ def _from_datasets(datasets: Sequence[str]) -> tuple[Sites, dict[str, str]]:
     return sites, names
 
 
-def _raw_folder() -> Path:
-    return Path(os.environ[FOLDERS[0]]).absolute()  # links to its images lie elsewhere
-
-
-def _common_description(names: dict[str, str]) -> dict[str, Any]:
+def _common_description(study: Study) -> dict[str, Any]:
     """``dataset.json``, without what may differ between sites."""
     descriptions = {}
-    for site, dataset in names.items():
-        given = json.loads((_raw_folder() / dataset / "dataset.json").read_text())
+    for site, dataset in study.datasets.items():
+        given = json.loads((study.folder("nnUNet_raw") / dataset / "dataset.json").read_text())
         if "channel_names" not in given and "modality" in given:
             given["channel_names"] = given["modality"]  # its name in nnU-Net's first version
         descriptions[site] = {key: given[key] for key in (*_DESCRIBED, "regions_class_order") if key in given}
@@ -233,21 +228,6 @@ def _common_description(names: dict[str, str]) -> dict[str, Any]:
     return description
 
 
-def _describe(sites: Sites, labels: Sequence[str], channels: Sequence[str]) -> dict[str, Any]:
-    values = check_sites(sites)
-    first = next(iter(sites.values()))[0]
-    number = len(first.images)
-    names = list(channels) or [f"image {index}" if number > 1 else "image" for index in range(number)]
-    if len(names) != number:
-        raise ValueError(f"--channels names {len(names)} channel(s), but {first.name} has {number} image file(s).")
-    return {"channel_names": _numbered(names), "labels": labels_of(values, labels),
-            "file_ending": ending_of(first.label)}
-
-
-def _numbered(names: Sequence[str]) -> dict[str, str]:
-    return {str(index): name for index, name in enumerate(names)}
-
-
 def _known_sites(names: Sequence[str], sites: Sites, flag: str) -> tuple[str, ...]:
     for name in names:
         if name not in sites:
@@ -257,8 +237,3 @@ def _known_sites(names: Sequence[str], sites: Sites, flag: str) -> tuple[str, ..
 
 def _unique(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
-
-
-def _brief(value: Any) -> str:
-    text = re.sub(r"\s+", " ", json.dumps(value))
-    return text if len(text) <= 60 else f"{text[:57]}..."

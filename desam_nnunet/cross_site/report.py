@@ -20,7 +20,7 @@ from desam_nnunet.cross_site.sites import ALL
 from desam_nnunet.cross_site.study import SCORES, Study, method_of, plain
 from desam_nnunet.cross_site.tables import all_scores, comparisons, cost_of, encoding_minutes, machines_of, summaries
 from desam_nnunet.evaluation.metrics import METRICS, Metric
-from desam_nnunet.evaluation.scores import PROTOCOLS
+from desam_nnunet.evaluation.scores import PROTOCOLS, without_nan
 from desam_nnunet.nnunet.model_folder import read_description
 from desam_nnunet.planning.facts import CONFIGURATION
 from desam_nnunet.system.files import replace_file
@@ -42,7 +42,8 @@ def write_report(study: Study) -> Path:
     versions = {"desam-nnunet": __version__} | {name: version(name) for name in _PACKAGES}
     content = {"study": plain(study), "versions": versions, "settings": settings, "costs": costs,
                "machines": machines_of(study), "encoding_minutes": encoding,
-               "summaries": _records(summary), "comparisons": _records(pairs)}
+               "summaries": without_nan(summary.to_dict("records")),
+               "comparisons": without_nan(pairs.to_dict("records"))}
     replace_file(study.out / "report.json", [json.dumps(content, indent=1, default=str).encode()])
     for name, table in (("scores", scores), ("summary", summary)):
         replace_file(study.out / f"{name}.csv", [table.to_csv(index=False).encode()])
@@ -79,12 +80,6 @@ def _look_up(summary: pd.DataFrame, overall_class: str) -> Callable[..., dict[st
     keys = ["protocol", "source", "target", "trainer", "metric", "class"]
     rows = {tuple(row[key] for key in keys): row for row in summary.to_dict("records")}
     return lambda *key: rows.get(key if len(key) == len(keys) else (*key, overall_class))
-
-
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows, with None where a value is not a number."""
-    rows: list[Any] = table.to_dict("records")
-    return [{key: None if value != value else value for key, value in row.items()} for row in rows]
 
 
 def _settings(study: Study, source: str, trainer: str) -> dict[str, Any]:

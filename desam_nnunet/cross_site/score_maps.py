@@ -23,22 +23,15 @@ from desam_nnunet.networks.desam.network import DeSAM
 
 
 class ScoreMap(NamedTuple):
-    """PRIM's scores of the points that were asked in one tile, and what the prompter makes of them.
-
-    Attributes:
-        points: x and y in pixels of the tile.
-        present: Whether the prompter finds a class in the tile.
-        best: The point that decides.
-        slice: Of the volume before preprocessing, along the axis that nnU-Net cuts it along.
-    """
+    """PRIM's scores of the points that were asked in one tile, and what the prompter makes of them."""
 
     image: np.ndarray  # H W, preprocessed
     labels: np.ndarray  # H W, of the reference
-    points: np.ndarray  # N 2
+    points: np.ndarray  # N 2, x and y in pixels of the tile
     scores: np.ndarray  # N K
-    present: np.ndarray  # K
-    best: np.ndarray  # K
-    slice: int
+    present: np.ndarray  # K, whether a class is found in the tile
+    best: np.ndarray  # K, the point that decides
+    slice: int  # of the volume before preprocessing, along the axis that nnU-Net cuts it along
 
 
 def draw_scores(study: Study, source: str, trainer: str, target: str) -> None:
@@ -48,8 +41,7 @@ def draw_scores(study: Study, source: str, trainer: str, target: str) -> None:
     """
     with contextlib.redirect_stdout(io.StringIO()):  # the predictor talks
         predictor = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False, allow_tqdm=False)
-        predictor.initialize_from_trained_model_folder(
-            str(study.model(source, trainer)), [study.folds[0]], CHECKPOINT)
+        predictor.initialize_from_trained_model_folder(str(study.model(source, trainer)), study.folds[:1], CHECKPOINT)
     network = predictor.network.eval()
     assert isinstance(network, DeSAM)
     classes, _ = classes_of(study.dataset_json)
@@ -84,7 +76,7 @@ def score_maps(
     tile = max(tiles, key=lambda tile: int(np.isin(crop(seg, tile, patch_size, -1), organs).sum()))
     free = np.flatnonzero(area == 0)
     maps = []
-    for z in [organ, *free[len(free) // 2:][:1].tolist()]:
+    for z in [organ, *free[len(free) // 2:][:1].tolist()]:  # and the middle one of those without, if there are any
         here = tile._replace(slice=z)
         image = torch.from_numpy(crop(data, here, patch_size, 0))[None].float()
         maps.append(_score_map(network, image, crop(seg, here, patch_size, -1)[0], z + first))

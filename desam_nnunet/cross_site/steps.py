@@ -43,23 +43,14 @@ _MOST_WORKERS = 8
 
 
 class Step(NamedTuple):
-    """A piece of work that is noted on disk when it is done.
-
-    Attributes:
-        kind: ``links``, ``data``, ``prepare``, ``plan``, ``encode``, ``train``, ``predict``, ``score`` or ``look``.
-        names: Sites, trainer and fold that it is for.
-        part: Which of all pairs of source and trainer it belongs to; None for what all pairs need.
-        command: One of nnU-Net's or of ours, for a process of its own.
-        work: What to do in this process, before the command if there is one.
-        needed: Whether there is anything to do, once the steps before are done.
-    """
+    """A piece of work that is noted on disk when it is done."""
 
     kind: str
-    names: tuple[str, ...]
-    part: int | None
-    command: tuple[str, ...] = ()
-    work: Callable[[], None] = lambda: None
-    needed: Callable[[], bool] = lambda: True
+    names: tuple[str, ...]  # of sites, trainer and fold that it is for
+    part: int | None  # which pair of source and trainer it belongs to; None for what all pairs need
+    command: tuple[str, ...] = ()  # one of nnU-Net's or of ours, for a process of its own
+    work: Callable[[], None] = lambda: None  # in this process, before the command if there is one
+    needed: Callable[[], bool] = lambda: True  # asked once the steps before are done
 
     @property
     def name(self) -> str:
@@ -212,14 +203,15 @@ def _write_plans(study: Study, source: str) -> None:
     plans: dict[str, Any] = json.loads((folder / f"{STOCK_PLANS}.json").read_text())
     configuration = plans["configurations"][CONFIGURATION]
     configuration |= study.settings
-    if others := [trainer for trainer in study.trainers if method_of(trainer) is None]:
-        _check_patch(configuration, others[0])
+    for trainer in study.trainers:
+        if method_of(trainer) is None:
+            _check_patch(configuration, trainer)
     plans["plans_name"] = study.plans_of("")
     replace_file(folder / f"{plans['plans_name']}.json", [json.dumps(plans, indent=4).encode()])
 
 
 def _check_patch(configuration: dict[str, Any], trainer: str) -> None:
-    """Raises: ValueError: nnU-Net's network, which `trainer` trains, can't halve the patch as often as it does."""
+    """Refuses a patch that nnU-Net's network, which `trainer` trains, can't halve as often as it does."""
     strides = configuration["architecture"]["arch_kwargs"]["strides"]
     steps = [math.prod(axis) for axis in zip(*strides, strict=True)]
     patch = configuration["patch_size"]

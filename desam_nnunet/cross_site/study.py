@@ -34,33 +34,20 @@ def method_of(trainer: str) -> Method | None:
 
 @dataclass(frozen=True)
 class Study:
-    """Everything that decides a result, and nothing of the machine.
+    """Everything that decides a result, and nothing of the machine."""
 
-    Attributes:
-        out: The study's folder.
-        sites: Cases of every site, sources and targets alike.
-        datasets: nnU-Net's data set of every site.
-        dataset_json: nnU-Net's description, the same for all sites but for the number of cases.
-        existing: Whether the data sets lie in the user's own nnU-Net folders; else in `out`.
-        trainers, sources, targets: What is trained, where, and which sites are segmented.
-        folds: As typed after ``-f``.
-        plans: Name of plans for all trainers; empty for each method's own, or where there are settings.
-        settings: Keys of the plans' 2D configuration for all trainers.
-        tolerance: Of the surface Dice, in mm.
-    """
-
-    out: Path
-    sites: Sites
-    datasets: dict[str, str]
-    dataset_json: dict[str, Any]
-    existing: bool
+    out: Path  # the study's folder
+    sites: Sites  # sources and targets alike
+    datasets: dict[str, str]  # nnU-Net's, of every site
+    dataset_json: dict[str, Any]  # the same for all sites but for the number of cases
+    existing: bool  # whether the data sets lie in the user's own nnU-Net folders; else in `out`
     trainers: tuple[str, ...]
-    sources: tuple[str, ...]
-    targets: tuple[str, ...]
-    folds: tuple[str, ...] = ("0",)
-    plans: str = ""
-    settings: dict[str, Any] = field(default_factory=dict)
-    tolerance: float = 2.0
+    sources: tuple[str, ...]  # where they are trained
+    targets: tuple[str, ...]  # which are segmented
+    folds: tuple[str, ...] = ("0",)  # as typed after -f
+    plans: str = ""  # for all trainers; empty for each method's own, or where there are settings
+    settings: dict[str, Any] = field(default_factory=dict)  # keys of the plans' 2D configuration for all trainers
+    tolerance: float = 2.0  # of the surface Dice, in mm
 
     @property
     def trainers_by_method(self) -> dict[str, list[str]]:

@@ -81,23 +81,16 @@ def _groups(scores: pd.DataFrame) -> Iterator[tuple[dict[str, str], pd.DataFrame
 
 
 class Cost(NamedTuple):
-    """Of one trainer on one source, its folds together; None where it is not known.
-
-    Attributes:
-        parameters: In one fold's checkpoint; SAM's frozen encoder is in none.
-        checkpoint_mb: Of one fold, the optimiser's state included.
-        training_minutes: All epochs of all folds, from nnU-Net's log, which survives a resumed training.
-        training_peak_mb, prediction_peak_mb: Of the GPU where there was one, else of the process.
-        seconds_per_volume: At prediction, start and export included.
-    """
+    """Of one trainer on one source, its folds together; None where it is not known. Peaks are of the GPU where there
+    was one, else of the process."""
 
     source: str
     trainer: str
-    parameters: int
-    checkpoint_mb: float
-    training_minutes: float
+    parameters: int  # in one fold's checkpoint; SAM's frozen encoder is in none
+    checkpoint_mb: float  # of one fold, the optimiser's state included
+    training_minutes: float  # all epochs of all folds, from nnU-Net's log, which survives a resumed training
     training_peak_mb: float | None
-    seconds_per_volume: float | None
+    seconds_per_volume: float | None  # at prediction, start and export included
     prediction_peak_mb: float | None
 
 

@@ -94,8 +94,7 @@ def segment_cases(
     labels = plans.get_label_manager(dataset_json)
     for case in tqdm(cases, total=number, desc="With boxes", unit="case"):
         logits = segment_volume(network, case, labels, configuration.patch_size, device)
-        export_prediction_from_logits(logits, case.properties, configuration, plans, dataset_json,
-                                      str(out / case.name))
+        export_prediction_from_logits(logits, case.properties, configuration, plans, dataset_json, str(out / case.name))
 
 
 @torch.inference_mode()

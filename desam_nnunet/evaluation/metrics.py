@@ -17,22 +17,14 @@ import torch
 
 
 class Metric(NamedTuple):
-    """A column of every table.
+    """A column of every table."""
 
-    Attributes:
-        key: Its name in CSV and JSON.
-        name, unit: In the report.
-        digits: After the point, in the report.
-        better: ``high``, ``low``, or ``zero`` for signed differences.
-        meaning: One sentence for the report, empty masks included.
-    """
-
-    key: str
-    name: str
+    key: str  # in CSV and JSON
+    name: str  # this and the rest: in the report
     unit: str
-    digits: int
-    better: str
-    meaning: str
+    digits: int  # after the point
+    better: str  # high, low, or zero for signed differences
+    meaning: str  # one sentence, empty masks included
 
 
 METRICS = (

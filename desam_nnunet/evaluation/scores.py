@@ -26,16 +26,11 @@ _BORDER = 50 / 256  # of height and width, on every side
 
 
 class Protocol(NamedTuple):
-    """A way to score a volume.
-
-    Attributes:
-        meaning: For the report.
-        selects: Whether slices are selected, so that false findings on others are not defined, nor volumes without any.
-    """
+    """A way to score a volume."""
 
     name: str
-    meaning: str
-    selects: bool
+    meaning: str  # for the report
+    selects: bool  # slices: false findings on others are not defined then, nor volumes without any
 
     def restrict(self, prediction: np.ndarray, reference: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
         """What counts of prediction and reference, masks of one class that is cut into slices along `axis`."""
@@ -79,19 +74,43 @@ def classes_of(dataset_json: Mapping[str, Any]) -> tuple[Classes, int | None]:
     return classes, ignored
 
 
-def score_case(
-    prediction: Path | None, reference: Path, classes: Classes, ignored: int | None, tolerance: float
-) -> Iterator[Row]:
-    """A row for each class and protocol.
+def score_cases(
+    predictions: Mapping[str, Path], references: Mapping[str, Path], classes: Classes, ignored: int | None,
+    tolerance: float,
+) -> list[Row]:
+    """Rows of every case that has a reference, by case: one for each class and protocol.
 
     Args:
-        prediction: None, or a file that does not exist, counts as a failure: the worst value of every metric.
+        predictions: A case without one, or whose file does not exist, is a failure: the worst value of every metric.
         ignored: Voxels of this value in the reference count nowhere.
         tolerance: Of the surface Dice, in mm.
 
     Raises:
         ValueError: Prediction and reference do not have the same size and spacing.
     """
+    return [{"case": case} | row for case, reference in sorted(references.items())
+            for row in _score_case(predictions.get(case), reference, classes, ignored, tolerance)]
+
+
+def write_rows(path: Path, rows: list[Row]) -> None:
+    """As JSON; a metric that is not defined is null."""
+    replace_file(path, [json.dumps(without_nan(rows), indent=1).encode()])
+
+
+def without_nan(rows: list[Row]) -> list[Row]:
+    """Rows with None where a value is not a number."""
+    return [{key: None if value != value else value for key, value in row.items()} for row in rows]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """What :func:`write_rows` wrote."""
+    rows = json.loads(path.read_text())
+    return [{key: float("nan") if value is None else value for key, value in row.items()} for row in rows]
+
+
+def _score_case(
+    prediction: Path | None, reference: Path, classes: Classes, ignored: int | None, tolerance: float
+) -> Iterator[Row]:
     image = sitk.ReadImage(reference)
     spacing = image.GetSpacing()[::-1]
     axis = slice_axis(spacing)
@@ -111,31 +130,6 @@ def score_case(
             if protocol.selects:
                 metrics["false_ml"] = float("nan")
             yield {"class": name, "protocol": protocol.name, "outcome": _outcome(shown, remaining)} | metrics
-
-
-def score_cases(
-    predictions: Mapping[str, Path], references: Mapping[str, Path], classes: Classes, ignored: int | None,
-    tolerance: float,
-) -> list[Row]:
-    """Rows of every case that has a reference, by case.
-
-    Args:
-        predictions: File of each case; a case without one counts as a failure.
-    """
-    return [{"case": case} | row for case, reference in sorted(references.items())
-            for row in score_case(predictions.get(case), reference, classes, ignored, tolerance)]
-
-
-def write_rows(path: Path, rows: list[Row]) -> None:
-    """As JSON; a metric that is not defined is null."""
-    plain = [{key: None if value != value else value for key, value in row.items()} for row in rows]
-    replace_file(path, [json.dumps(plain, indent=1).encode()])
-
-
-def read_rows(path: Path) -> list[Row]:
-    """What :func:`write_rows` wrote."""
-    rows = json.loads(path.read_text())
-    return [{key: float("nan") if value is None else value for key, value in row.items()} for row in rows]
 
 
 def _array_like(path: Path, like: sitk.Image, reference: Path) -> np.ndarray:

@@ -31,18 +31,13 @@ class Summary(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Of two trainers on the same cases.
-
-    Attributes:
-        difference: Mean of `first` less `second`.
-        p: Of the paired Wilcoxon signed-rank test, two-sided, not corrected.
-    """
+    """Of two trainers on the same cases."""
 
     first: str
     second: str
     cases: int
-    difference: float
-    p: float
+    difference: float  # mean of first less second
+    p: float  # of the paired Wilcoxon signed-rank test, two-sided, not corrected
 
 
 def summarise(values: Sequence[float] | np.ndarray) -> Summary:

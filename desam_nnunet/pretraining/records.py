@@ -42,10 +42,7 @@ def write_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 def read_curve(folder: Path) -> list[dict[str, Any]]:
     path = folder / CURVE
-    if not path.is_file():
-        return []
-    with open(path, newline="") as stream:
-        return list(csv.DictReader(stream))
+    return list(csv.DictReader(io.StringIO(path.read_text()))) if path.is_file() else []
 
 
 def write_curve(folder: Path, rows: list[dict[str, Any]]) -> None:

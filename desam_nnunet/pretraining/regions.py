@@ -44,6 +44,20 @@ def describe_regions(images: Tensor, labels: Tensor) -> Tensor:
     return torch.cat([_border(coarse)[:, None], centre, quantity[:, 2:]], dim=1)
 
 
+def judge_descriptions(preds: list[Tensor], ref: Tensor) -> Tensor:
+    """Mean over the encoder's outputs: cross-entropy of the border, smooth L1 of the rest.
+
+    Args:
+        preds: (B, 9, s, s) each, see :meth:`~desam_nnunet.pretraining.network.Pretrained.describe`.
+        ref: From :func:`describe_regions`.
+    """
+    return torch.stack([
+        F.binary_cross_entropy_with_logits(pred[:, 0].float(), ref[:, 0])
+        + F.smooth_l1_loss(pred[:, 1:].float(), ref[:, 1:], beta=0.1) * (ref.shape[1] - 1)
+        for pred in preds
+    ]).mean()
+
+
 def _border(coarse: Tensor) -> Tensor:
     """(B, s, s), 1 where a neighbour, of four, has another label."""
     around = F.pad(coarse[:, None].float(), (1, 1, 1, 1), mode="replicate")[:, 0]

@@ -23,11 +23,10 @@ from desam_nnunet.encoders.precision import encoder_dtype
 from desam_nnunet.pretraining import records
 from desam_nnunet.pretraining.generator import VERSION, Generated, generate
 from desam_nnunet.pretraining.network import Pretrained
-from desam_nnunet.pretraining.objective import judge_answers, judge_descriptions
-from desam_nnunet.pretraining.prompts import ask_boxes, ask_points, mask_labels
+from desam_nnunet.pretraining.prompts import ask_boxes, ask_points, judge_answers, mask_labels
 from desam_nnunet.pretraining.randomness import Randomness
 from desam_nnunet.pretraining.recipe import MAX_SEED, Recipe
-from desam_nnunet.pretraining.regions import describe_regions
+from desam_nnunet.pretraining.regions import describe_regions, judge_descriptions
 from desam_nnunet.system.files import replace_file
 from desam_nnunet.system.machine import describe_machine
 
@@ -56,11 +55,8 @@ def pretrain(
 ) -> Path | None:
     """Runs `recipe` to its end, or goes on with it.
 
-    Args:
-        minutes: After so many the run is put down, to be taken up again.
-
     Returns:
-        The weights file; None where the time was over before.
+        The weights file; None where `minutes` were over before, and the run is to be taken up again.
 
     Raises:
         ValueError: The folder holds something else, or a run of another recipe.
