@@ -67,7 +67,7 @@ def case_metrics(
     Raises:
         ValueError: The shapes differ.
     """
-    false = np.ones_like(reference) if prediction is None else prediction
+    false = np.ones_like(reference) if prediction is None else prediction  # what counts on slices without the class
     if prediction is None:
         prediction = np.full_like(reference, not reference.any())
     if prediction.shape != reference.shape:
