@@ -25,7 +25,13 @@ from matplotlib import image as pictures
 import phantom
 from desam_nnunet.commands.__main__ import main
 from desam_nnunet.cross_site import runner
-from desam_nnunet.cross_site.conditions import is_to_be_cached, is_unprepared, is_unsegmented, is_untrained
+from desam_nnunet.cross_site.conditions import (
+    is_to_be_cached,
+    is_unprepared,
+    is_untrained,
+    put_damaged_aside,
+    remove_stale_predictions,
+)
 from desam_nnunet.cross_site.sites import Case
 from desam_nnunet.cross_site.steps import follows, steps_of
 from desam_nnunet.cross_site.study import Study
@@ -234,16 +240,19 @@ def test_what_a_kill_cut_off_is_done_again(ran: Ran, tmp_path: Path) -> None:
     fold = tmp_path / "fold_0"
     shutil.copytree(model / "fold_0", fold)
     final = fold / "checkpoint_final.pth"
-    assert is_unsegmented(folder, [final])
+    remove_stale_predictions(folder, [final])
     assert not cut.exists()
     assert whole.exists()
     other = tmp_path / "other" / "fold_0"
     shutil.copytree(model / "fold_0", other)
     (other / final.name).write_bytes(b"another")
-    assert is_unsegmented(folder, [other / final.name])
+    remove_stale_predictions(folder, [other / final.name])
     assert not whole.exists()  # another model's
     assert not is_untrained(fold)
     final.write_bytes(final.read_bytes()[:-20])
+    assert is_untrained(fold)
+    assert final.exists()  # who asks changes nothing
+    put_damaged_aside(fold)
     assert is_untrained(fold)
     assert not final.exists()
     assert (fold / "checkpoint_final.pth.damaged").exists()

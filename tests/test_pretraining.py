@@ -21,14 +21,21 @@ from desam_nnunet.networks.desam.network import build_desam
 from desam_nnunet.networks.desam.prompters import GridPrompter
 from desam_nnunet.networks.desam.section import DesamSection
 from desam_nnunet.networks.frame import Outline
-from desam_nnunet.pretraining import pictures, records, regions, run, shapes
+from desam_nnunet.pretraining import generator, records, regions, run, shapes
 from desam_nnunet.pretraining.generator import generate
-from desam_nnunet.pretraining.network import Answers, Pretrained
-from desam_nnunet.pretraining.objective import intersection_over_union, judge_answers, judge_descriptions
-from desam_nnunet.pretraining.prompts import Asked, ask_boxes, ask_points, mask_labels
+from desam_nnunet.pretraining.network import Pretrained
+from desam_nnunet.pretraining.prompts import (
+    Answers,
+    Asked,
+    ask_boxes,
+    ask_points,
+    intersection_over_union,
+    judge_answers,
+    mask_labels,
+)
 from desam_nnunet.pretraining.randomness import BATCHES, Randomness
 from desam_nnunet.pretraining.recipe import MAX_SEED, Recipe
-from desam_nnunet.pretraining.regions import describe_regions
+from desam_nnunet.pretraining.regions import describe_regions, judge_descriptions
 from desam_nnunet.sam.prompts import Prompts
 from desam_nnunet.sam.tiles import TileToImage
 
@@ -79,7 +86,7 @@ def test_no_label_has_an_intensity_of_its_own_but_twins_look_alike():
     half = shapes.OBJECTS // 2
     labels = torch.tensor([2, shapes.GROUNDS, shapes.GROUNDS + half]).repeat_interleave(64)
     labels = labels.view(1, 1, -1).expand(200, 192, -1)  # three stripes
-    picture = pictures._intensities(random(), labels).view(200, 192, 3, 64).mean((1, 3))
+    picture = generator._intensities(random(), labels).view(200, 192, 3, 64).mean((1, 3))
     assert (picture[:, 1] - picture[:, 2]).abs().mean() < 0.02
     for stripe in (0, 1):  # as spread as numbers between 0 and 1
         assert picture[:, stripe].std() == pytest.approx(12**-0.5, abs=0.05)

@@ -214,6 +214,20 @@ def test_resuming_with_another_patch_is_refused_and_the_encoders_path_is_not_loo
         check_same_settings(now, settings("/here/b.pth", "md5:1", 96, labels={"background": 0}), "fold_0")
 
 
+def test_the_same_weights_under_another_name_are_the_same_encoder_only_if_they_are_read_alike() -> None:
+    """timm's models may share a file, but each says which maps are read of which images."""
+    def check(now: str, then: str) -> None:
+        check_same_settings({"sam.encoder": now, "sam.identity": "md5:1"},
+                            {"sam.encoder": then, "sam.identity": "md5:1"}, "fold_0")
+
+    check("medsam.pth", "vit_b")
+    check("vit_tiny", "vit_tiny_random")
+    check("timm/test_vit", "timm/test_vit")
+    for then in ("timm/test_vit2", "vit_b", "copy.safetensors", "timm/gone", "no_such_module:ROW"):
+        with pytest.raises(ValueError, match=f"other settings: sam.encoder was '{then}' and is 'timm/test_vit' now"):
+            check("timm/test_vit", then)
+
+
 def test_other_intensities_of_ct_are_other_settings() -> None:
     def settings(scheme: str, mean: float) -> dict[str, Any]:
         known = {"mean": mean, "std": 1.0, "percentile_00_5": -5.0, "percentile_99_5": 9.0, "median": mean}

@@ -1,8 +1,4 @@
-"""nnU-Net's own trainers with as many iterations as the study's settings give to all.
-
-nnU-Net takes the number of iterations from attributes of the trainer; the trainers of this package take it from the
-plans.
-"""
+"""nnU-Net's own trainers with as many iterations as ours take from the study's settings."""
 
 from __future__ import annotations
 

@@ -25,7 +25,11 @@ _GROUP = "console_scripts"
 def main() -> None:
     parent, note, device_name, command, *arguments = sys.argv[1:]
     _end_with(int(parent))  # before anything that takes time
-    run = _entry(command).load()
+    if ":" in command:  # module:function
+        entry = EntryPoint(command, command, _GROUP)
+    else:
+        (entry,) = entry_points(group=_GROUP, name=command)
+    run = entry.load()
     sys.argv = [command, *arguments]
     begin = time.monotonic()
     code = run()
@@ -41,14 +45,6 @@ def main() -> None:
     device = torch.device(device_name)
     took = {"seconds": seconds, "peak_mb": peak_memory(device) / 1e6, "machine": describe_machine(device)}
     replace_file(Path(note), [json.dumps(took).encode()])
-
-
-def _entry(command: str) -> EntryPoint:
-    """A command by its name, or `module:function`."""
-    if ":" in command:
-        return EntryPoint(command, command, _GROUP)
-    (entry,) = entry_points(group=_GROUP, name=command)
-    return entry
 
 
 def _end_with(parent: int) -> None:

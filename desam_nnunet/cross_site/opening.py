@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
@@ -36,8 +36,8 @@ def open_study(
     """The study that was asked for: a new one, or the one that `out` holds, with trainers and sites added.
 
     Args:
-        data: Folder or manifest, see :func:`~desam_nnunet.cross_site.sites.read_sites`. datasets: Instead of it,
-            ``SITE=DATASET`` of data sets in nnU-Net's folders.
+        data: Folder or manifest, see :func:`~desam_nnunet.cross_site.sites.read_sites`.
+        datasets: Instead of it, ``SITE=DATASET`` of data sets in nnU-Net's folders.
         trainers, sources, targets: Empty for those of the study that `out` holds, or for the default: every site.
 
     Raises:
@@ -48,18 +48,21 @@ def open_study(
     if datasets and (labels or channels):
         raise ValueError("--labels and --channels are for data that are no nnU-Net data sets yet: -d has them from "
                          "dataset.json.")
-    check_trainers(_unique(trainers))
-    chosen = read_settings(settings, plans, _unique(trainers or DEFAULT_TRAINERS))
     before = _read(out)
-    sites, names = (read_sites(data), {}) if data is not None else _from_datasets(datasets)
-    names = names or {site: f"Dataset{number:03d}_{site}" for number, site in enumerate(sites, 1)}
-    known = before or {name: [] for name in _GROWING}
+    known = before or dict.fromkeys(_GROWING, ())
+    trainers = _unique(trainers or known["trainers"] or DEFAULT_TRAINERS)
+    check_trainers(trainers)
+    chosen = read_settings(settings, plans, trainers)
+    if data is not None:
+        sites = read_sites(data)
+        names = {site: f"Dataset{number:03d}_{site}" for number, site in enumerate(sites, 1)}
+    else:
+        sites, names = _from_datasets(datasets)
     study = Study(
-        out.resolve(), sites, names, {}, not data, _unique(trainers or known["trainers"] or DEFAULT_TRAINERS),
+        out.resolve(), sites, names, {}, data is None, trainers,
         _known_sites(sources or known["sources"], sites, "--sources"),
         _known_sites(targets or known["targets"], sites, "--targets"), tuple(sorted(set(map(str, folds)))), plans,
         chosen, tolerance)
-    check_trainers(study.trainers)  # with those of the study that goes on
     _check(study)
     if study.settings:
         check_settings(study)
@@ -73,24 +76,22 @@ def _description(
     """``dataset.json`` without its number of cases. Files are looked into where they are not those of before."""
     unchanged = before is not None and before["sites"] == plain_sites(study.sites)
     if study.existing:
-        description = _common_description(study.datasets)
+        description = _common_description(study)
         if not unchanged:
-            check_values(check_sites(study.sites), _declared(description), "dataset.json")
+            classes, ignored = classes_of(description)
+            check_values(check_sites(study.sites), {ignored}.union(*classes.values()), "dataset.json")
         return description
+    first = next(iter(study.sites.values()))[0]
+    number = len(first.images)
     if before is None or not unchanged:
-        return _describe(study.sites, labels, channels)
-    description = dict(before["dataset_json"])
-    if labels:
-        description["labels"] = given_labels(labels)
-    if channels:
-        description["channel_names"] = _numbered(channels)
-    return description
-
-
-def _declared(description: dict[str, Any]) -> set[int]:
-    """The label values that a description names, that of voxels to ignore included."""
-    classes, ignored = classes_of(description)
-    return {value for values in classes.values() for value in values} | ({ignored} if ignored is not None else set())
+        description = {"labels": labels_of(check_sites(study.sites), labels), "file_ending": ending_of(first.label)}
+        channels = channels or [f"image {index}" if number > 1 else "image" for index in range(number)]
+    else:
+        description = before["dataset_json"] | ({"labels": given_labels(labels)} if labels else {})
+    if channels and len(channels) != number:
+        raise ValueError(f"--channels names {len(channels)} channel(s), but {first.name} has {number} image file(s).")
+    names = {str(index): name for index, name in enumerate(channels)} or description["channel_names"]
+    return {"channel_names": names} | {key: description[key] for key in ("labels", "file_ending")}
 
 
 def check_trainers(names: Sequence[str]) -> None:
@@ -129,30 +130,27 @@ def _check(study: Study) -> None:
                 "on all of them, or leave it out of --sources.")
     if not any(target != source for source in study.sources for target in study.targets):
         raise ValueError("There is no other site to segment: a study needs a target that is not the source.")
-    if not study.existing and study.plans not in ("", STOCK_PLANS):
+    if study.plans in ("", STOCK_PLANS):
+        return
+    if not study.existing:
         raise ValueError(f"There are no plans '{study.plans}' of data sets that are yet to be made: use --settings, or "
                          "-d with data sets that are planned.")
-    if study.existing and study.plans:
-        for source in study.sources:
-            path = study.preprocessed(source) / f"{study.plans}.json"
-            if study.plans != STOCK_PLANS and not path.is_file():
-                raise FileNotFoundError(f"{path} does not exist: plan it for every source first.")
+    for source in study.sources:
+        path = study.preprocessed(source) / f"{study.plans}.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist: plan it for every source first.")
 
 
 def _joined(before: dict[str, Any], study: Study) -> Study:
-    """The study on disk with what this call adds.
-
-    Raises:
-        ValueError: It was made with other settings.
-    """
+    """The study on disk with what this call adds; other data and settings are refused."""
     now = plain(study)
     if changed := _changed_case(before["sites"], now["sites"]):
         raise ValueError(f"{study.out} holds a study with other data: {changed}. Give another folder with -o.")
     for name, value in now.items():
         if name not in _GROWING and before[name] != value:
-            raise ValueError(
-                f"{study.out} holds a study with other {name} ({_brief(before[name])}, now {_brief(value)}): give the "
-                "same, or another folder with -o.")
+            was, this = (shorten(json.dumps(each), 60, placeholder=" ...") for each in (before[name], value))
+            raise ValueError(f"{study.out} holds a study with other {name} ({was}, now {this}): give the same, or "
+                             "another folder with -o.")
     grown: dict[str, Any] = {name: _unique([*before[name], *now[name]]) for name in _GROWING}
     return replace(study, **grown)
 
@@ -198,54 +196,36 @@ def _from_datasets(datasets: Sequence[str]) -> tuple[Sites, dict[str, str]]:
             names[site] = maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset)
         except RuntimeError as error:
             raise FileNotFoundError(f"-d {text}: nnU-Net has no data set {dataset}.") from error
-        raw = _raw_folder() / names[site]
+        raw = Path(os.environ[FOLDERS[0]]).absolute() / names[site]  # links to its images lie elsewhere
         if not (raw / "dataset.json").is_file():
             raise FileNotFoundError(f"{raw / 'dataset.json'} does not exist: a study needs the raw images.")
         files = get_filenames_of_train_images_and_targets(str(raw))
-        sites[site] = sorted(Case(case, tuple(map(Path, entry["images"])),
-                                  Path(entry["label"])) for case, entry in files.items())
+        sites[site] = sorted(Case(case, tuple(map(Path, row["images"])), Path(row["label"]))
+                             for case, row in files.items())
     return sites, names
 
 
-def _raw_folder() -> Path:
-    return Path(os.environ[FOLDERS[0]]).absolute()  # links to its images lie elsewhere
-
-
-def _common_description(names: dict[str, str]) -> dict[str, Any]:
+def _common_description(study: Study) -> dict[str, Any]:
     """``dataset.json``, without what may differ between sites."""
-    found = {}
-    for site, dataset in names.items():
-        given = json.loads((_raw_folder() / dataset / "dataset.json").read_text())
+    descriptions = {}
+    for site, dataset in study.datasets.items():
+        given = json.loads((study.folder("nnUNet_raw") / dataset / "dataset.json").read_text())
         if "channel_names" not in given and "modality" in given:
             given["channel_names"] = given["modality"]  # its name in nnU-Net's first version
-        found[site] = {key: given[key] for key in (*_DESCRIBED, "regions_class_order") if key in given}
+        descriptions[site] = {key: given[key] for key in (*_DESCRIBED, "regions_class_order") if key in given}
         if lacking := [key for key in _DESCRIBED if key not in given]:
             raise ValueError(f"The data set of {site}, {dataset}, has no {lacking[0]} in dataset.json: add it.")
-    (first, description), *others = found.items()
+    (first, description), *others = descriptions.items()
     for site, theirs in others:
         for key in ("labels", "file_ending", "regions_class_order"):
             if theirs.get(key) != description.get(key):
                 raise ValueError(f"The data sets of {first} and {site} differ in {key} ({description.get(key)} and "
                                  f"{theirs.get(key)}): make them alike, or no model of one can be scored at the other.")
-        if len(theirs["channel_names"]) != len(description["channel_names"]):
-            raise ValueError(f"The data sets of {first} and {site} have {len(description['channel_names'])} and "
-                             f"{len(theirs['channel_names'])} channels, but need the same.")
+        here, there = (len(each["channel_names"]) for each in (description, theirs))
+        if here != there:
+            raise ValueError(f"The data sets of {first} and {site} have {here} and {there} channels, but need the "
+                             "same.")
     return description
-
-
-def _describe(sites: Sites, labels: Sequence[str], channels: Sequence[str]) -> dict[str, Any]:
-    values = check_sites(sites)
-    first = next(iter(sites.values()))[0]
-    number = len(first.images)
-    names = list(channels) or [f"image {index}" if number > 1 else "image" for index in range(number)]
-    if len(names) != number:
-        raise ValueError(f"--channels names {len(names)} channel(s), but {first.name} has {number} image file(s).")
-    return {"channel_names": _numbered(names), "labels": labels_of(values, labels),
-            "file_ending": ending_of(first.label)}
-
-
-def _numbered(names: Sequence[str]) -> dict[str, str]:
-    return {str(index): name for index, name in enumerate(names)}
 
 
 def _known_sites(names: Sequence[str], sites: Sites, flag: str) -> tuple[str, ...]:
@@ -257,8 +237,3 @@ def _known_sites(names: Sequence[str], sites: Sites, flag: str) -> tuple[str, ..
 
 def _unique(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
-
-
-def _brief(value: Any) -> str:
-    text = re.sub(r"\s+", " ", json.dumps(value))
-    return text if len(text) <= 60 else f"{text[:57]}..."

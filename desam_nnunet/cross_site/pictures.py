@@ -1,31 +1,74 @@
-"""Slices with contours: the best, the median and the worst case of a model at a site."""
+"""Pictures of a study: box plots, and slices with contours of the best, the median and the worst case of a model."""
 
 from __future__ import annotations
 
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import matplotlib
 import numpy as np
+import pandas as pd
 import SimpleITK as sitk
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from desam_nnunet.cross_site.study import Study
-from desam_nnunet.evaluation.protocols import slice_axis
-from desam_nnunet.evaluation.scores import Row, classes_of, read_rows
+from desam_nnunet.evaluation.metrics import Metric
+from desam_nnunet.evaluation.scores import Row, classes_of, read_rows, slice_axis
+from desam_nnunet.evaluation.statistics import per_case
 from desam_nnunet.system.files import replace_file
 
-TRUTH, PREDICTION = "lime", "magenta"
+_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#000000")  # Okabe and Ito
+REFERENCE, PREDICTION = "lime", "magenta"
 _INSIDE = (0.2, 0.5, 0.8)  # of the organ's extent
 _WINDOW = (0.5, 99.5)  # percentiles of the volume
+
+
+def box_plot(scores: pd.DataFrame, target: str, metric: Metric) -> str:
+    """A metric at one site as SVG: for each source one group, in it a box for each trainer, every case a dot.
+
+    Args:
+        scores: Of one protocol, all classes.
+    """
+    here = scores[scores["target"] == target]
+    sources, trainers = list(dict.fromkeys(here["source"])), list(dict.fromkeys(scores["trainer"]))
+    with matplotlib.rc_context({"svg.hashsalt": "desam", "svg.fonttype": "none", "font.size": 9}):
+        width = 1.6 + len(sources) * (0.55 * len(trainers) + 0.4)
+        figure = Figure(figsize=(max(4.0, width), 2.9), layout="constrained")
+        axis = figure.subplots()
+        for group, source in enumerate(sources):
+            table = per_case(here[here["source"] == source], metric.key)
+            for number, trainer in enumerate(trainers):
+                if trainer not in table:
+                    continue
+                place = group * (len(trainers) + 0.8) + number
+                colour = _COLOURS[number % len(_COLOURS)]
+                values = table[trainer].dropna()
+                axis.boxplot(values, positions=[place], widths=0.6, showfliers=False, patch_artist=True,
+                             boxprops={"facecolor": colour, "alpha": 0.35}, medianprops={"color": "black"})
+                places = [place + 0.12 * ((index % 3) - 1) for index in range(len(values))]
+                axis.scatter(places, values, s=9, color=colour, zorder=3, label=trainer if group == 0 else None)
+        centre = (len(trainers) - 1) / 2
+        words = [f"{source}\n(held-out cases)" if source == target else f"trained at {source}" for source in sources]
+        axis.set_xticks([group * (len(trainers) + 0.8) + centre for group in range(len(sources))], words)
+        axis.set_ylabel(metric.name + (f", {metric.unit}" if metric.unit else ""))
+        axis.set_ylim(*((-0.02, 1.02) if metric.better == "high" else (0, 1.05 * axis.get_ylim()[1])))
+        axis.set_title(f"Segmented: {target}", fontsize=10)
+        axis.grid(axis="y", alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
+        text = StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    svg = text.getvalue()
+    return svg[svg.index("<svg"):]
 
 
 class Volume(NamedTuple):
     """Image, reference and prediction, each (slices, rows, columns); `aspect` is a row's height by a column's width."""
 
     image: np.ndarray
-    truth: np.ndarray
+    reference: np.ndarray
     prediction: np.ndarray
     aspect: float
 
@@ -45,26 +88,22 @@ def draw_cases(study: Study, source: str, trainer: str, target: str) -> None:
         for axis, (z, what) in zip(axes, _slices(volume, list(classes.values()), ignored), strict=True):
             axis.imshow(volume.image[z], cmap="gray", vmin=low, vmax=high, aspect=volume.aspect)
             for values in classes.values():
-                outline(axis, np.isin(volume.truth[z], values), TRUTH, 1.8)
+                outline(axis, np.isin(volume.reference[z], values), REFERENCE, 1.8)
                 outline(axis, np.isin(volume.prediction[z], values), PREDICTION, 1.1)
+            axis.set(xticks=[], yticks=[])
             axis.set_title(f"slice {z}{what}", fontsize=7)
-            axis.set_xticks([])
-            axis.set_yticks([])
         axes[0].set_ylabel(f"{word}: {case}\nDice {dice:.3f}", fontsize=8)
-    save(figure, study.pictures(source, trainer, target))
+    save(figure, study.picture(source, trainer, target))
 
 
 def chosen_cases(rows: list[Row]) -> list[tuple[str, str, float]]:
     """Best, median and worst case by mean Dice over classes, all slices counted; of two best and worst, of one it."""
-    found: dict[str, list[float]] = {}
+    dices: dict[str, list[float]] = {}
     for row in rows:
         if row["protocol"] == "volume":
-            found.setdefault(row["case"], []).append(row["dice"])
-    ranked = sorted(((float(np.mean(dice)), case) for case, dice in found.items()), reverse=True)
-    places = {"only case" if len(ranked) == 1 else "best": 0, "worst": len(ranked) - 1, "median": len(ranked) // 2}
-    words: dict[int, str] = {}
-    for word, place in places.items():
-        words.setdefault(place, word)
+            dices.setdefault(row["case"], []).append(row["dice"])
+    ranked = sorted(((float(np.mean(dice)), case) for case, dice in dices.items()), reverse=True)
+    words = {len(ranked) // 2: "median", len(ranked) - 1: "worst", 0: "best" if len(ranked) > 1 else "only case"}
     return [(words[place], ranked[place][1], ranked[place][0]) for place in sorted(words)]
 
 
@@ -86,22 +125,20 @@ def _read(image: Path, label: Path, prediction: Path | None) -> Volume:
     reference = sitk.ReadImage(label)
     spacing = reference.GetSpacing()[::-1]
     axis = slice_axis(spacing)
-    truth = sitk.GetArrayFromImage(reference)
-    found: Any = np.zeros_like(truth)
+    images = [sitk.ReadImage(image), reference]
     if prediction is not None and prediction.is_file():
-        found = sitk.GetArrayFromImage(sitk.ReadImage(prediction))
-    seen, truth, found = (np.moveaxis(array, axis, 0)
-                          for array in (sitk.GetArrayFromImage(sitk.ReadImage(image)), truth, found))
+        images.append(sitk.ReadImage(prediction))
+    arrays = [np.moveaxis(sitk.GetArrayFromImage(each), axis, 0) for each in images]
     rows, columns = (spacing[other] for other in range(3) if other != axis)
-    return Volume(seen, truth, found, rows / columns)
+    return Volume(arrays[0], arrays[1], arrays[2] if len(arrays) > 2 else np.zeros_like(arrays[1]), rows / columns)
 
 
 def _slices(volume: Volume, classes: list[tuple[int, ...]], ignored: int | None) -> list[tuple[int, str]]:
     """Three through the organ, and the one with the largest error."""
-    wanted = np.isin(volume.truth, [value for values in classes for value in values])
-    with_organ = np.flatnonzero(wanted.any((1, 2)))
+    organ = np.isin(volume.reference, [value for values in classes for value in values])
+    with_organ = np.flatnonzero(organ.any((1, 2)))
     if len(with_organ) == 0:
-        with_organ = np.arange(len(wanted))
+        with_organ = np.arange(len(organ))
     inside = [int(with_organ[round(place * (len(with_organ) - 1))]) for place in _INSIDE]
-    errors = ((volume.truth != volume.prediction) & (volume.truth != ignored)).sum((1, 2))
+    errors = ((volume.reference != volume.prediction) & (volume.reference != ignored)).sum((1, 2))
     return [*((z, "") for z in inside), (int(errors.argmax()), ", most errors")]

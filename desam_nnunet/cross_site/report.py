@@ -15,13 +15,13 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
 from desam_nnunet import __version__
-from desam_nnunet.cross_site.charts import box_plot
-from desam_nnunet.cross_site.costs import cost_of, encoding_minutes, machines_of
+from desam_nnunet.cross_site.pictures import box_plot
 from desam_nnunet.cross_site.sites import ALL
-from desam_nnunet.cross_site.study import Study, method_of, plain
-from desam_nnunet.cross_site.tables import all_scores, comparisons, summaries
+from desam_nnunet.cross_site.study import SCORES, Study, method_of, plain
+from desam_nnunet.cross_site.tables import all_scores, comparisons, cost_of, encoding_minutes, machines_of, summaries
 from desam_nnunet.evaluation.metrics import METRICS, Metric
-from desam_nnunet.evaluation.protocols import PROTOCOLS
+from desam_nnunet.evaluation.scores import PROTOCOLS, without_nan
+from desam_nnunet.nnunet.model_folder import read_description
 from desam_nnunet.planning.facts import CONFIGURATION
 from desam_nnunet.system.files import replace_file
 
@@ -42,19 +42,17 @@ def write_report(study: Study) -> Path:
     versions = {"desam-nnunet": __version__} | {name: version(name) for name in _PACKAGES}
     content = {"study": plain(study), "versions": versions, "settings": settings, "costs": costs,
                "machines": machines_of(study), "encoding_minutes": encoding,
-               "summaries": _records(summary), "comparisons": _records(pairs)}
+               "summaries": without_nan(summary.to_dict("records")),
+               "comparisons": without_nan(pairs.to_dict("records"))}
     replace_file(study.out / "report.json", [json.dumps(content, indent=1, default=str).encode()])
     for name, table in (("scores", scores), ("summary", summary)):
         replace_file(study.out / f"{name}.csv", [table.to_csv(index=False).encode()])
-    page = _page(study, scores, summary, pairs, content)
     path = study.out / "report.html"
-    replace_file(path, [page.encode()])
+    replace_file(path, [_page(study, scores, summary, content).encode()])
     return path
 
 
-def _page(
-    study: Study, scores: pd.DataFrame, summary: pd.DataFrame, pairs: pd.DataFrame, content: dict[str, Any]
-) -> str:
+def _page(study: Study, scores: pd.DataFrame, summary: pd.DataFrame, content: dict[str, Any]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals.update(shade=_shade, number=_number, interval=_interval)
     source = files("desam_nnunet.cross_site").joinpath("report.html")
@@ -63,51 +61,30 @@ def _page(
     overall_class = ALL if len(classes) > 1 else classes[0]
     volume = scores[scores["protocol"] == "volume"]
     has_diagonal = "all" not in study.folds
-    return template.render(
-        study=study, metrics=METRICS, protocols=PROTOCOLS, classes=classes, overall_class=overall_class,
-        look=_Look(summary, overall_class), pairs=_chosen_pairs(pairs, overall_class), costs=content["costs"],
-        encoding=content["encoding_minutes"], settings=content["settings"], versions=content["versions"],
-        machines=content["machines"],
-        plots={target: [box_plot(volume, target, metric) for metric in METRICS if metric.key in _PLOTTED]
-               for target in dict.fromkeys(volume["target"])},
-        pictures=_drawn(study, study.pictures), maps=_drawn(study, study.score_picture),
-        random=_random_encoders(content["settings"]),
-        columns=[site for site in study.sites if site in study.targets or (has_diagonal and site in study.sources)],
-        cases={site: len(cases) for site, cases in study.sites.items()}, all_sites=ALL,
-        has_diagonal=has_diagonal, significant=_SIGNIFICANT)
+    # over all unseen sites, and at each of them
+    pairs = [pair for pair in content["comparisons"]
+             if (pair["class"], pair["source"]) == (overall_class, ALL) and pair["metric"] in _PLOTTED]
+    return template.render(content | {
+        "study": study, "metrics": METRICS, "protocols": PROTOCOLS, "classes": classes, "overall_class": overall_class,
+        "look": _look_up(summary, overall_class), "pairs": pairs,
+        "plots": {target: [box_plot(volume, target, metric) for metric in METRICS if metric.key in _PLOTTED]
+                  for target in dict.fromkeys(volume["target"])},
+        "pictures": _embedded(study), "maps": _embedded(study, SCORES), "random": _random_encoders(content["settings"]),
+        "columns": [site for site in study.sites if site in study.targets or (has_diagonal and site in study.sources)],
+        "cases": {site: len(cases) for site, cases in study.sites.items()}, "all_sites": ALL,
+        "has_diagonal": has_diagonal, "significant": _SIGNIFICANT})
 
 
-class _Look:
-    """Looks a summary up by what it is of; None where there is none."""
-
-    def __init__(self, summary: pd.DataFrame, overall_class: str) -> None:
-        keys = ["protocol", "class", "source", "target", "trainer", "metric"]
-        self._rows = {tuple(row[key] for key in keys): row for row in summary.to_dict("records")}
-        self._class = overall_class
-
-    def __call__(
-        self, protocol: str, source: str, target: str, trainer: str, metric: str, of_class: str | None = None
-    ) -> dict[str, Any] | None:
-        return self._rows.get((protocol, of_class or self._class, source, target, trainer, metric))
-
-
-def _chosen_pairs(pairs: pd.DataFrame, of_class: str) -> list[dict[str, Any]]:
-    """Comparisons over all unseen sites, and at each of them."""
-    if pairs.empty:
-        return []
-    chosen = pairs[(pairs["class"] == of_class) & (pairs["source"] == ALL) & pairs["metric"].isin(_PLOTTED)]
-    return _records(chosen)
-
-
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows, with None where a value is not a number."""
-    rows: list[Any] = table.to_dict("records")
-    return [{key: None if value != value else value for key, value in row.items()} for row in rows]
+def _look_up(summary: pd.DataFrame, overall_class: str) -> Callable[..., dict[str, Any] | None]:
+    """Finds a row of the summary by what it is of; None where there is none."""
+    keys = ["protocol", "source", "target", "trainer", "metric", "class"]
+    rows = {tuple(row[key] for key in keys): row for row in summary.to_dict("records")}
+    return lambda *key: rows.get(key if len(key) == len(keys) else (*key, overall_class))
 
 
 def _settings(study: Study, source: str, trainer: str) -> dict[str, Any]:
     """What the model folder says of itself, without nnU-Net's network."""
-    plans = json.loads((study.model(source, trainer) / "plans.json").read_text())
+    plans, _ = read_description(study.model(source, trainer))
     configuration = plans["configurations"][CONFIGURATION]
     method = method_of(trainer)
     keys = ("batch_size", "patch_size", "spacing", "normalization_schemes", *(("sam", method.name) if method else ()))
@@ -120,13 +97,10 @@ def _random_encoders(settings: dict[str, Any]) -> list[str]:
     return sorted({section["encoder"] for section in sections if section.get("identity", "").startswith("random:")})
 
 
-def _drawn(study: Study, place: Callable[[str, str, str], Path]) -> list[tuple[str, str, str, str]]:
-    """Every cell with its picture, where there is one."""
-    return [(*cell, _embedded(place(*cell))) for cell in study.cells() if place(*cell).is_file()]
-
-
-def _embedded(path: Path) -> str:
-    return f"data:image/webp;base64,{base64.b64encode(path.read_bytes()).decode()}"
+def _embedded(study: Study, ending: str = "") -> list[tuple[str, str, str, str]]:
+    """Every cell with its picture as a URL, where there is one."""
+    paths = [(cell, path) for cell in study.cells() if (path := study.picture(*cell, ending)).is_file()]
+    return [(*cell, f"data:image/webp;base64,{base64.b64encode(path.read_bytes()).decode()}") for cell, path in paths]
 
 
 def _number(value: float | None, metric: Metric) -> str:
@@ -135,9 +109,8 @@ def _number(value: float | None, metric: Metric) -> str:
 
 
 def _interval(row: dict[str, Any], metric: Metric) -> str:
-    if row["low"] != row["low"]:
-        return ""
-    return f"{_number(row['low'], metric)} to {_number(row['high'], metric)}"
+    low, high = (_number(row[key], metric) for key in ("low", "high"))
+    return "" if low == _NONE else f"{low} to {high}"
 
 
 def _shade(value: float | None, metric: Metric) -> str:

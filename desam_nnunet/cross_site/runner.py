@@ -9,8 +9,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +45,10 @@ def run_study(study: Study, device: str, parts: int = 1, part: int = 0) -> Path 
     mine = [step for step in steps if step.part is not None and step.part % parts == part]
     shared = [step for step in steps if step.part is None]
     if part == 0:
-        _run_all(study, steps, [*shared, *mine], device)
+        mine = [*shared, *mine]
     else:
         _wait_for(study, shared)
-        _run_all(study, steps, mine, device)
+    _run_all(study, steps, mine, device)
     left = [step for step in steps if not is_done(study, step)]
     if left:
         print(f"Done here. {len(left)} step(s) of other parts are left; the last part writes the report.")
@@ -75,10 +74,10 @@ def _run_all(study: Study, everything: list[Step], steps: list[Step], device: st
     for number, step in enumerate(steps, 1):
         note = study.note(step.name)
         note.parent.mkdir(exist_ok=True)
-        with _alone(note, step):
+        with _lock(note, step):
             if is_done(study, step):
                 continue
-            print(f"[{number}/{len(steps)}] {step.title}{_left(study, steps)}", flush=True)
+            print(f"[{number}/{len(steps)}] {step.title}{_time_left(study, steps)}", flush=True)
             for later in everything[names.index(step.name) + 1:]:
                 if follows(later, step):
                     study.note(later.name).unlink(missing_ok=True)
@@ -87,41 +86,35 @@ def _run_all(study: Study, everything: list[Step], steps: list[Step], device: st
             replace_file(note, [json.dumps({"with_start": time.monotonic() - begin} | took).encode()])
 
 
-@contextmanager
-def _alone(note: Path, step: Step) -> Iterator[None]:
+def _lock(note: Path, step: Step) -> AbstractContextManager:
     """One process at a time does a step. The system forgets the lock of a process that was killed."""
-    lock = FileLock(note.with_suffix(".lock"), timeout=0)
     try:
-        lock.acquire()
+        return FileLock(note.with_suffix(".lock")).acquire(timeout=0)
     except Timeout as error:
         raise RuntimeError(f"Another process is at the step '{step.title}' of this study: wait for it, or share the "
                            "work with -num_parts and -part_id.") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _run(study: Study, step: Step, device: str) -> dict[str, Any]:
     """What it took, as far as it is known."""
-    if step.needed is not None and not step.needed():
+    if not step.needed():
         print("    nothing to do", flush=True)
         return {"skipped": True}
-    if step.work is not None:
-        step.work()
+    step.work()
+    if not step.command:
         return {}
     log, note = (study.out / "logs" / f"{step.name}{ending}" for ending in (".log", ".json"))
     log.parent.mkdir(exist_ok=True)
     print(f"    {log}", flush=True)
-    out = _output_of(step)
-    before = _files(out)
+    before = _volumes(study, step)
     words = [sys.executable, "-m", "desam_nnunet.cross_site.measured", str(os.getpid()), str(note), device,
              *step.command]
+    folders = {name: str(study.folder(name)) for name in FOLDERS}
     with open(log, "ab") as stream:
         stream.write(f"$ {step.typed}\n".encode())
         stream.flush()
         process = subprocess.Popen(words, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                   env=study.environment(), start_new_session=True)
+                                   env=os.environ | folders, start_new_session=True)
         try:
             code = process.wait()
         except BaseException:
@@ -131,8 +124,7 @@ def _run(study: Study, step: Step, device: str) -> dict[str, Any]:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-_TAIL:])
         raise RuntimeError(f"The step '{step.title}' failed. The end of {log}:\n{tail}\nMend it and start again: what "
                            "is done stays done.")
-    took = json.loads(note.read_text())
-    return took | {"volumes": _files(out) - before} if out else took
+    return json.loads(note.read_text()) | {"volumes": _volumes(study, step) - before}
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -144,20 +136,16 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _output_of(step: Step) -> Path | None:
-    """The folder that a prediction fills."""
-    return Path(step.command[step.command.index("-o") + 1]) if step.kind == "predict" else None
+def _volumes(study: Study, step: Step) -> int:
+    """How many volumes a prediction has segmented."""
+    return sum(path.is_file() for path in study.predictions(*step.names).values()) if step.kind == "predict" else 0
 
 
-def _files(folder: Path | None) -> int:
-    return sum(1 for path in folder.iterdir() if path.suffix != ".json") if folder and folder.is_dir() else 0
-
-
-def _left(study: Study, steps: list[Step]) -> str:
+def _time_left(study: Study, steps: list[Step]) -> str:
     """How long the rest takes at least, from steps of the same kinds that are done."""
     known = defaultdict(list)
     for step in steps:
-        if is_done(study, step) and not (note := json.loads(study.note(step.name).read_text())).get("skipped"):
+        if is_done(study, step) and not (note := study.read_note(step.name)).get("skipped"):
             known[step.kind].append(note["with_start"])
     todo = [step.kind for step in steps if not is_done(study, step)]
     minutes = sum(sum(known[kind]) / len(known[kind]) for kind in todo if known[kind]) / 60
@@ -165,9 +153,7 @@ def _left(study: Study, steps: list[Step]) -> str:
 
 
 def _wait_for(study: Study, steps: list[Step]) -> None:
-    said = False
+    if not all(is_done(study, step) for step in steps):
+        print("Waiting for part 0, which prepares the data of all parts. Is it running?", flush=True)
     while not all(is_done(study, step) for step in steps):
-        if not said:
-            print("Waiting for part 0, which prepares the data of all parts. Is it running?", flush=True)
-            said = True
         time.sleep(_WAIT)

@@ -11,34 +11,27 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from desam_nnunet.cache.tiles import crop, tiles_of
-from desam_nnunet.cross_site.pictures import TRUTH, chosen_cases, outline, save
-from desam_nnunet.cross_site.study import CHECKPOINT, Study
+from desam_nnunet.cross_site.pictures import REFERENCE, chosen_cases, outline, save
+from desam_nnunet.cross_site.study import CHECKPOINT, SCORES, Study
 from desam_nnunet.evaluation.scores import classes_of, read_rows
 from desam_nnunet.networks.desam.network import DeSAM
 
 
 class ScoreMap(NamedTuple):
-    """Of one tile.
+    """PRIM's scores of the points that were asked in one tile, and what the prompter makes of them."""
 
-    Attributes:
-        image: (H, W), preprocessed. labels: The same, of the reference.
-        points: (N, 2), x and y in pixels of the tile, of what was asked.
-        scores: (N, K), PRIM's of them.
-        present: (K,), whether the prompter finds a class in the tile. best: (K,), the point that decides.
-        slice: Of the volume before preprocessing.
-    """
-
-    image: np.ndarray
-    labels: np.ndarray
-    points: np.ndarray
-    scores: np.ndarray
-    present: np.ndarray
-    best: np.ndarray
-    slice: int
+    image: np.ndarray  # H W, preprocessed
+    labels: np.ndarray  # H W, of the reference
+    points: np.ndarray  # N 2, x and y in pixels of the tile
+    scores: np.ndarray  # N K
+    present: np.ndarray  # K, whether a class is found in the tile
+    best: np.ndarray  # K, the point that decides
+    slice: int  # of the volume before preprocessing, along the axis that nnU-Net cuts it along
 
 
 def draw_scores(study: Study, source: str, trainer: str, target: str) -> None:
@@ -48,8 +41,7 @@ def draw_scores(study: Study, source: str, trainer: str, target: str) -> None:
     """
     with contextlib.redirect_stdout(io.StringIO()):  # the predictor talks
         predictor = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False, allow_tqdm=False)
-        predictor.initialize_from_trained_model_folder(
-            str(study.model(source, trainer)), [study.folds[0]], CHECKPOINT)
+        predictor.initialize_from_trained_model_folder(str(study.model(source, trainer)), study.folds[:1], CHECKPOINT)
     network = predictor.network.eval()
     assert isinstance(network, DeSAM)
     classes, _ = classes_of(study.dataset_json)
@@ -59,42 +51,40 @@ def draw_scores(study: Study, source: str, trainer: str, target: str) -> None:
     maps = score_maps(network, predictor, [str(path) for path in case.images], str(case.label), organs)
     figure = Figure(figsize=(3.6 * len(classes), 3.3 * len(maps)), layout="constrained")
     axes = figure.subplots(len(maps), len(classes), squeeze=False)
-    for row, found in zip(axes, maps, strict=True):
+    for row, shown in zip(axes, maps, strict=True):
         for index, (axis, (name, values)) in enumerate(zip(row, classes.items(), strict=True)):
-            outline(axis, np.isin(found.labels, values), TRUTH, 1.5)
-            _draw(axis, found, index, f"{case.name}, slice {found.slice}, {name}")
+            outline(axis, np.isin(shown.labels, values), REFERENCE, 1.5)
+            _draw(axis, shown, index, f"{case.name}, slice {shown.slice}, {name}")
     figure.colorbar(axes[0, 0].collections[-1], ax=axes, label="PRIM's score of the point", shrink=0.8)
-    save(figure, study.score_picture(source, trainer, target))
+    save(figure, study.picture(source, trainer, target, SCORES))
 
 
 @torch.inference_mode()
 def score_maps(
     network: DeSAM, predictor: nnUNetPredictor, images: list[str], label: str, organs: list[int]
 ) -> list[ScoreMap]:
-    """The tile with most of the organ, and the same place on a slice without it. Args: organs: Their label values."""
+    """The tile with most of the organs, by their label values, and the same place on a slice without them."""
     configuration: Any = predictor.configuration_manager
     preprocessor = configuration.preprocessor_class(verbose=False)
     data, seg, properties = preprocessor.run_case(
         images, label, predictor.plans_manager, configuration, predictor.dataset_json)
     patch_size = configuration.patch_size
-    first = properties["bbox_used_for_cropping"][0][0]  # 2D configurations do not resample across slices
+    first = int(properties["bbox_used_for_cropping"][0][0])  # 2D configurations do not resample across slices
     area = np.isin(seg[0], organs).sum((1, 2))
     organ = int(area.argmax())
     tiles = [tile for tile in tiles_of(data.shape[1:], patch_size) if tile.slice == organ]
     tile = max(tiles, key=lambda tile: int(np.isin(crop(seg, tile, patch_size, -1), organs).sum()))
     free = np.flatnonzero(area == 0)
-    slices = [organ, *([int(free[len(free) // 2])] if len(free) else [])]
     maps = []
-    for z in slices:
+    for z in [organ, *free[len(free) // 2:][:1].tolist()]:  # and the middle one of those without, if there are any
         here = tile._replace(slice=z)
         image = torch.from_numpy(crop(data, here, patch_size, 0))[None].float()
-        labels = crop(seg, here, patch_size, -1)[0]
-        maps.append(_score_map(network, image, labels, z + int(first)))
+        maps.append(_score_map(network, image, crop(seg, here, patch_size, -1)[0], z + first))
     return maps
 
 
 def _score_map(network: DeSAM, image: torch.Tensor, labels: np.ndarray, number: int) -> ScoreMap:
-    """Args: image: (1, C, H, W). number: Of the slice, before preprocessing."""
+    """Of an image (1, C, H, W), from the slice of this number before preprocessing."""
     geometry = network.geometry(image)
     scores = network.scores(network.with_neck(network.encode(image)), geometry)
     present, best = network.prompter.choose(scores)
@@ -107,14 +97,12 @@ def _score_map(network: DeSAM, image: torch.Tensor, labels: np.ndarray, number: 
                     number)
 
 
-def _draw(axis: Any, found: ScoreMap, index: int, title: str) -> None:
-    scores = found.scores[:, index]
-    x, y = found.points.T
-    axis.imshow(found.image, cmap="gray")
-    best = found.best[index]
+def _draw(axis: Axes, shown: ScoreMap, index: int, title: str) -> None:
+    scores, best = shown.scores[:, index], shown.best[index]
+    x, y = shown.points.T
+    axis.imshow(shown.image, cmap="gray")
     axis.scatter(x[best], y[best], s=90, facecolors="none", edgecolors="red", linewidths=1.5)
     axis.scatter(x, y, c=scores, cmap="viridis", vmin=0, vmax=1, s=16)
-    verdict = "present" if found.present[index] else "absent"
+    verdict = "present" if shown.present[index] else "absent"
     axis.set_title(f"{title}\nbest score {scores.max():.2f}: {verdict}", fontsize=8)
-    axis.set_xticks([])
-    axis.set_yticks([])
+    axis.set(xticks=[], yticks=[])

@@ -12,7 +12,7 @@ from desam_nnunet.cross_site.study import STUDY_PLANS, Study, method_of
 from desam_nnunet.planning.facts import CONFIGURATION
 from desam_nnunet.settings.resolve import check_keys, given_section, resolve_plans
 from desam_nnunet.settings.sections import SamSection
-from desam_nnunet.training.registry import TRAINERS
+from desam_nnunet.training.registry import TRAINERS, find_trainer
 
 _KEYS = ("batch_size", "patch_size")  # beside our sections
 
@@ -37,7 +37,8 @@ def read_settings(path: Path | None, plans: str, trainers: Sequence[str]) -> dic
         raise ValueError(f"{path} can't be read as JSON: {error}.") from error
     if not isinstance(settings, dict) or not settings:
         raise ValueError(f"{path} must hold an object with keys of the plans' 2D configuration, such as batch_size.")
-    sections = _sections(trainers)
+    methods = [method_of(trainer) for trainer in dict.fromkeys([*TRAINERS, *trainers])]
+    sections = {"sam": SamSection} | {method.name: method.section for method in methods if method is not None}
     for name, section in sections.items():
         check_keys(name, section, given_section(settings, name))
     if unknown := [key for key in settings if key not in sections and key not in _KEYS]:
@@ -46,16 +47,10 @@ def read_settings(path: Path | None, plans: str, trainers: Sequence[str]) -> dic
     if type(settings.get("batch_size")) is not int or settings["batch_size"] < 1:
         raise ValueError(f"{path} must give batch_size, a number from 1 on, so that all trainers have the same.")
     patch = settings.get("patch_size", [1, 1])
-    if not isinstance(patch, list) or [type(length) for length in patch] != [int, int] or min(patch) < 1:
+    if not isinstance(patch, list) or [type(side) for side in patch] != [int, int] or min(patch) < 1:
         raise ValueError(f"{path} has the patch_size {patch}, but it must be two numbers from 1 on, such as "
                          "[256, 256].")
     return settings
-
-
-def _sections(trainers: Sequence[str]) -> dict[str, type]:
-    """The dataclass of every section by its name."""
-    methods = [method_of(trainer) for trainer in dict.fromkeys([*TRAINERS, *trainers])]
-    return {"sam": SamSection} | {method.name: method.section for method in methods if method is not None}
 
 
 def check_settings(study: Study) -> None:
@@ -63,8 +58,7 @@ def check_settings(study: Study) -> None:
     window = study.settings.get("sam", {}).get("intensity") == "window"
     configuration = {"patch_size": [64, 64], "normalization_schemes": ["CTNormalization" if window else ""],
                      "architecture": {}}
-    methods = {method.name: method for trainer in study.trainers if (method := method_of(trainer)) is not None}
-    for method in methods.values():
+    for trainer, *_ in study.trainers_by_method.values():
         plans = {"plans_name": STUDY_PLANS, "label_manager": "LabelManager",
                  "configurations": {CONFIGURATION: copy.deepcopy(configuration | study.settings)}}
-        resolve_plans(plans, CONFIGURATION, {"labels": {"background": 0, "organ": 1}}, method)
+        resolve_plans(plans, CONFIGURATION, {"labels": {"background": 0, "organ": 1}}, find_trainer(trainer).method)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import SimpleITK as sitk
@@ -24,10 +25,10 @@ _APART = {"Size": 0, "Spacing": 1e-3, "Origin": 1e-2, "Direction": 1e-2}  # mm, 
 
 
 class Case(NamedTuple):
-    """Attributes: images: One file per channel."""
+    """A volume with its reference."""
 
     name: str
-    images: tuple[Path, ...]
+    images: tuple[Path, ...]  # a file per channel
     label: Path
 
 
@@ -47,7 +48,7 @@ def read_sites(data: Path) -> Sites:
         ValueError: A manifest that is not as above, or a case that occurs twice at a site.
     """
     if data.is_dir():
-        sites = {folder.name: list(_cases_in(folder)) for folder in sorted(data.iterdir())
+        sites = {folder.name: _cases_in(folder) for folder in sorted(data.iterdir())
                  if folder.is_dir() and not folder.name.startswith(".")}
     elif data.is_file():
         sites = _from_manifest(data)
@@ -81,7 +82,7 @@ def check_sites(sites: Sites) -> dict[str, list[int]]:
         _check_names("The cases", f" of site {site}", [case.name for case in cases])
     every = [(site, case) for site, cases in sites.items() for case in cases]
     _check_apart(every)
-    site, first = every[0]
+    first = every[0][1]
     values: dict[str, set[int]] = {site: set() for site in sites}
     for site, case in tqdm(every, desc="Checking volumes", unit="case"):
         if len(case.images) != len(first.images):
@@ -92,18 +93,17 @@ def check_sites(sites: Sites) -> dict[str, list[int]]:
                 raise ValueError(f"{path} is not {ending_of(first.label)} like {first.label}: nnU-Net needs one file "
                                  "format in all of a study, so convert it.")
         values[site] |= _check_case(site, case)
-    return {site: sorted(found - {0}) for site, found in values.items()}
+    return {site: sorted(occurring - {0}) for site, occurring in values.items()}
 
 
 def _check_names(what: str, where: str, names: Iterable[str]) -> None:
-    """Raises: ValueError: Two are the same, or would be on a disk that takes no notice of capitals."""
-    alike = defaultdict(list)
+    """Refuses names that are the same, or would be on a disk that takes no notice of capitals."""
+    seen: dict[str, str] = {}
     for name in names:
-        alike[name.casefold()].append(name)
-    for same in alike.values():
-        if len(same) > 1:
-            raise ValueError(f"{what} {same[0]} and {same[1]}{where} need different names, in more than capitals: "
+        if (key := name.casefold()) in seen:
+            raise ValueError(f"{what} {seen[key]} and {name}{where} need different names, in more than capitals: "
                              "rename one.")
+        seen[key] = name
 
 
 def _check_apart(every: list[tuple[str, Case]]) -> None:
@@ -111,11 +111,10 @@ def _check_apart(every: list[tuple[str, Case]]) -> None:
     seen: dict[Path, tuple[str, str]] = {}
     for site, case in every:
         for image in case.images:
-            file = image.resolve()
-            if file in seen and seen[file] != (site, case.name):
-                raise ValueError(f"{image} is an image of case {case.name} of site {site} and of case {seen[file][1]} "
-                                 f"of site {seen[file][0]}: a volume may be in a study only once.")
-            seen[file] = (site, case.name)
+            there, other = seen.setdefault(image.resolve(), (site, case.name))
+            if (there, other) != (site, case.name):
+                raise ValueError(f"{image} is an image of case {case.name} of site {site} and of case {other} of site "
+                                 f"{there}: a volume may be in a study only once.")
 
 
 def ending_of(path: Path) -> str:
@@ -130,18 +129,15 @@ def ending_of(path: Path) -> str:
     raise ValueError(f"{path} is none of the volume formats {', '.join(ENDINGS)}: convert it.")
 
 
-def _cases_in(folder: Path) -> Iterator[Case]:
-    for images, labels in (("imagesTr", "labelsTr"), ("images", "labels")):
-        if (folder / images).is_dir() and (folder / labels).is_dir():
-            cases = list(_in_two_folders(folder / images, folder / labels))
-            break
-    else:
-        cases = list(_side_by_side(folder))
+def _cases_in(folder: Path) -> list[Case]:
+    pairs = [(folder / f"images{ending}", folder / f"labels{ending}") for ending in ("Tr", "")]
+    pair = next((pair for pair in pairs if all(path.is_dir() for path in pair)), None)
+    cases = list(_in_two_folders(*pair) if pair else _side_by_side(folder))
     if not cases:
         raise FileNotFoundError(
             f"Site {folder} holds no case: it needs imagesTr and labelsTr as nnU-Net's raw data, or volumes beside "
             f"references called <image>{LABEL_WORDS[0]}.nii.gz.")
-    yield from cases
+    return cases
 
 
 def _in_two_folders(images: Path, labels: Path) -> Iterator[Case]:
@@ -164,15 +160,15 @@ def _in_two_folders(images: Path, labels: Path) -> Iterator[Case]:
 
 
 def _side_by_side(folder: Path) -> Iterator[Case]:
-    stems = {_stem(path): path for path in _volumes(folder)}
-    used = set()
-    for stem, path in stems.items():
+    volumes = {_stem(path): path for path in _volumes(folder)}
+    single = set(volumes)
+    for stem, path in volumes.items():
         for word in LABEL_WORDS:
             name = stem[:-len(word)]
-            if stem.lower().endswith(word) and name in stems:
-                yield Case(name, (stems[name],), path)
-                used |= {stem, name}
-    if single := stems.keys() - used:
+            if stem.lower().endswith(word) and name in volumes:
+                yield Case(name, (volumes[name],), path)
+                single -= {stem, name}
+    if single:
         print(f"{folder}: {len(single)} volume(s) are left out, without a reference or without an image, such as "
               f"{min(single)}.")
 
@@ -188,7 +184,8 @@ def _stem(path: Path) -> str:
 
 def _from_manifest(path: Path) -> Sites:
     try:
-        rows = _rows_of(path)
+        text = path.read_text(encoding="utf-8-sig")  # as Excel writes it, too
+        rows = json.loads(text) if path.suffix == ".json" else list(csv.DictReader(io.StringIO(text)))
     except (json.JSONDecodeError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} can't be read as {path.suffix[1:] or 'a manifest'}: {error}.") from error
     sites = defaultdict(list)
@@ -200,13 +197,6 @@ def _from_manifest(path: Path) -> Sites:
     if not sites:
         raise ValueError(f"{path} has no rows: it needs the columns {', '.join(sorted(_COLUMNS))}.")
     return dict(sites)
-
-
-def _rows_of(path: Path) -> Any:
-    if path.suffix == ".json":
-        return json.loads(path.read_text())
-    with path.open(encoding="utf-8-sig", newline="") as stream:  # as Excel writes it, too
-        return list(csv.DictReader(stream))
 
 
 def _check_case(site: str, case: Case) -> set[int]:

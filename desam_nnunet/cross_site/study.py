@@ -22,73 +22,65 @@ STUDY_PLANS = "CrossSitePlans"
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 FILE = "study.json"
 CHECKPOINT = "checkpoint_final.pth"  # what predicts
-
-
-def _digest(settings: dict[str, Any]) -> str:
-    """Tells the plans of one study from those of another where both lie in the user's folders."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+SCORES = "__scores"  # behind a picture's name
 
 
 @lru_cache
 def method_of(trainer: str) -> Method | None:
     """The method of a trainer of this package's kind; None for nnU-Net's own."""
-    found = look_up(trainer)
-    return found.method if issubclass(found, SamTrainer) else None
+    kind = look_up(trainer)
+    return kind.method if issubclass(kind, SamTrainer) else None
 
 
 @dataclass(frozen=True)
 class Study:
-    """Everything that decides a result, and nothing of the machine.
+    """Everything that decides a result, and nothing of the machine."""
 
-    Attributes:
-        out: The study's folder.
-        sites: Cases of every site, sources and targets alike.
-        datasets: nnU-Net's data set of every site.
-        dataset_json: nnU-Net's description, the same for all sites but for the number of cases.
-        existing: Whether the data sets lie in the user's own nnU-Net folders; else in `out`.
-        trainers, sources, targets: What is trained, where, and which sites are segmented.
-        folds: As typed after ``-f``.
-        plans: Name of plans for all trainers; empty for each method's own, or where there are settings.
-        settings: Keys of the plans' 2D configuration for all trainers.
-        tolerance: Of the surface Dice, in mm.
-    """
-
-    out: Path
-    sites: Sites
-    datasets: dict[str, str]
-    dataset_json: dict[str, Any]
-    existing: bool
+    out: Path  # the study's folder
+    sites: Sites  # sources and targets alike
+    datasets: dict[str, str]  # nnU-Net's, of every site
+    dataset_json: dict[str, Any]  # the same for all sites but for the number of cases
+    existing: bool  # whether the data sets lie in the user's own nnU-Net folders; else in `out`
     trainers: tuple[str, ...]
-    sources: tuple[str, ...]
-    targets: tuple[str, ...]
-    folds: tuple[str, ...] = ("0",)
-    plans: str = ""
-    settings: dict[str, Any] = field(default_factory=dict)
-    tolerance: float = 2.0
+    sources: tuple[str, ...]  # where they are trained
+    targets: tuple[str, ...]  # which are segmented
+    folds: tuple[str, ...] = ("0",)  # as typed after -f
+    plans: str = ""  # for all trainers; empty for each method's own, or where there are settings
+    settings: dict[str, Any] = field(default_factory=dict)  # keys of the plans' 2D configuration for all trainers
+    tolerance: float = 2.0  # of the surface Dice, in mm
+
+    @property
+    def trainers_by_method(self) -> dict[str, list[str]]:
+        """This package's kind of trainers, by the name of their method."""
+        trainers: dict[str, list[str]] = {}
+        for trainer in self.trainers:
+            if (method := method_of(trainer)) is not None:
+                trainers.setdefault(method.name, []).append(trainer)
+        return trainers
 
     def folder(self, name: str) -> Path:
-        """One of nnU-Net's three."""
+        """One of nnU-Net's three, :data:`FOLDERS`."""
         return Path(os.environ[name]) if self.existing else self.out / name
-
-    def environment(self) -> dict[str, str]:
-        """For nnU-Net's commands."""
-        return dict(os.environ) | {name: str(self.folder(name)) for name in FOLDERS}
 
     def preprocessed(self, source: str) -> Path:
         return self.folder("nnUNet_preprocessed") / self.datasets[source]
 
     def plans_of(self, trainer: str) -> str:
         """The name of the plans that `trainer` trains with."""
+        if self.settings and self.existing:  # beside those of other studies, in the user's folders
+            digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
+            return f"{STUDY_PLANS}_{digest[:8]}"
         if self.settings:
-            return f"{STUDY_PLANS}_{_digest(self.settings)}" if self.existing else STUDY_PLANS
-        if self.plans:
-            return self.plans
+            return STUDY_PLANS
         method = method_of(trainer)
-        return method.plans_name if method else STOCK_PLANS
+        return self.plans or (method.plans_name if method else STOCK_PLANS)
 
     def model(self, source: str, trainer: str) -> Path:
         name = f"{trainer}__{self.plans_of(trainer)}__{CONFIGURATION}"
         return self.folder("nnUNet_results") / self.datasets[source] / name
+
+    def fold(self, source: str, trainer: str, fold: str) -> Path:
+        return self.model(source, trainer) / f"fold_{fold}"
 
     def images(self, site: str) -> Path:
         """A folder as nnUNetv2_predict wants it."""
@@ -98,41 +90,39 @@ class Study:
         """The file of every case of `target`, whether it is there or not; on the source itself, of held-out cases."""
         ending = self.dataset_json["file_ending"]
         if source == target:
-            folders = [self.model(source, trainer) / f"fold_{fold}" / "validation" for fold in self.folds]
+            folders = [self.fold(source, trainer, fold) / "validation" for fold in self.folds]
             return {path.name.removesuffix(ending): path for folder in folders
                     for path in sorted(folder.glob(f"*{ending}"))}
-        return {case.name: self.predicted(source, trainer, target) / f"{case.name}{ending}"
-                for case in self.sites[target]}
+        folder = self.prediction_folder(source, trainer, target)
+        return {case.name: folder / f"{case.name}{ending}" for case in self.sites[target]}
 
-    def predicted(self, source: str, trainer: str, target: str) -> Path:
+    def prediction_folder(self, source: str, trainer: str, target: str) -> Path:
         return self.out / "predictions" / source / trainer / target
-
-    def references(self, target: str) -> dict[str, Path]:
-        return {case.name: case.label for case in self.sites[target]}
 
     def scores(self, source: str, trainer: str, target: str) -> Path:
         return self.out / "scores" / f"{source}__{trainer}__{target}.json"
 
-    def pictures(self, source: str, trainer: str, target: str) -> Path:
-        return self.out / "pictures" / f"{source}__{trainer}__{target}.webp"
-
-    def score_picture(self, source: str, trainer: str, target: str) -> Path:
-        return self.out / "pictures" / f"{source}__{trainer}__{target}__scores.webp"
+    def picture(self, source: str, trainer: str, target: str, ending: str = "") -> Path:
+        """Of the segmentations; with :data:`SCORES` as ending, of PRIM's scores."""
+        return self.out / "pictures" / f"{source}__{trainer}__{target}{ending}.webp"
 
     def note(self, step: str) -> Path:
         """Written when a step is done: what it took."""
         return self.out / "state" / f"{step}.json"
 
+    def read_note(self, step: str) -> dict[str, Any]:
+        """Empty where there is none."""
+        return json.loads(self.note(step).read_text()) if self.note(step).is_file() else {}
+
     def cells(self) -> Iterable[tuple[str, str, str]]:
-        """Source, trainer and target; a source's own held-out cases first. Fold ``all`` holds out none."""
-        for source in self.sources:
-            for trainer in self.trainers:
-                yield from ((source, trainer, target) for target in self.tested_at(source))
+        """Source, trainer and target, in order."""
+        return ((source, trainer, target) for source in self.sources for trainer in self.trainers
+                for target in self.tested_at(source))
 
     def tested_at(self, source: str) -> list[str]:
-        """Where models of `source` are tested."""
-        own = [] if "all" in self.folds else [source]
-        return [*own, *(target for target in self.targets if target != source)]
+        """Where models of `source` are tested; on its own held-out cases first, of which fold ``all`` has none."""
+        held_out = [] if "all" in self.folds else [source]
+        return [*held_out, *(target for target in self.targets if target != source)]
 
     def write(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)

@@ -1,18 +1,19 @@
-"""A study's scores as tables: every case, summaries of groups of cases, and comparisons of trainers."""
+"""A study's figures as tables: scores of every case, summaries, comparisons of trainers, and what each model took."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 from desam_nnunet.cross_site.sites import ALL
-from desam_nnunet.cross_site.study import Study
+from desam_nnunet.cross_site.study import CHECKPOINT, Study
 from desam_nnunet.evaluation.metrics import METRICS
-from desam_nnunet.evaluation.protocols import PROTOCOLS
-from desam_nnunet.evaluation.scores import COLUMNS, FALSE_ALARM, MISSING, NOT_FOUND, read_rows
+from desam_nnunet.evaluation.scores import COLUMNS, FALSE_ALARM, MISSING, NOT_FOUND, PROTOCOLS, read_rows
 from desam_nnunet.evaluation.statistics import compare, holm, per_case, summarise
+from desam_nnunet.nnunet.checkpoints import read_checkpoint
 
 FAILURES = (MISSING, NOT_FOUND, FALSE_ALARM)
 
@@ -64,22 +65,66 @@ def comparisons(scores: pd.DataFrame) -> pd.DataFrame:
     return table.assign(p_holm=families.transform(lambda p: pd.Series(holm(p), p.index))).drop(columns="kind")
 
 
-def _groups(scores: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+def _groups(scores: pd.DataFrame) -> Iterator[tuple[dict[str, str], pd.DataFrame]]:
+    """What each group is of, and its rows."""
     classes = list(dict.fromkeys(scores["class"]))
     for protocol in PROTOCOLS:
         of_protocol = scores[scores["protocol"] == protocol.name]
         for name in [ALL, *classes] if len(classes) > 1 else classes:
-            chosen = of_protocol if name == ALL else of_protocol[of_protocol["class"] == name]
-            for sites, rows in _of_sites(chosen):
-                yield {"protocol": protocol.name, "class": name} | sites, rows
+            of_class = of_protocol if name == ALL else of_protocol[of_protocol["class"] == name]
+            unseen = of_class[of_class["source"] != of_class["target"]]
+            of_all = {"protocol": protocol.name, "class": name, "source": ALL, "target": ALL}
+            yield of_all, unseen
+            for table, keys in ((unseen, ["source"]), (unseen, ["target"]), (of_class, ["source", "target"])):
+                for sites in table[keys].drop_duplicates().to_dict("records"):
+                    yield of_all | sites, table[(table[keys] == pd.Series(sites)).all(axis=1)]
 
 
-def _of_sites(scores: pd.DataFrame) -> Iterator[tuple[dict[str, str], pd.DataFrame]]:
-    unseen = scores[scores["source"] != scores["target"]]
-    yield {"source": ALL, "target": ALL}, unseen
-    for source, rows in unseen.groupby("source", sort=False):
-        yield {"source": str(source), "target": ALL}, rows
-    for target, rows in unseen.groupby("target", sort=False):
-        yield {"source": ALL, "target": str(target)}, rows
-    for (source, target), rows in scores.groupby(["source", "target"], sort=False):
-        yield {"source": str(source), "target": str(target)}, rows
+class Cost(NamedTuple):
+    """Of one trainer on one source, its folds together; None where it is not known. Peaks are of the GPU where there
+    was one, else of the process."""
+
+    source: str
+    trainer: str
+    parameters: int  # in one fold's checkpoint; SAM's frozen encoder is in none
+    checkpoint_mb: float  # of one fold, the optimiser's state included
+    training_minutes: float  # all epochs of all folds, from nnU-Net's log, which survives a resumed training
+    training_peak_mb: float | None
+    seconds_per_volume: float | None  # at prediction, start and export included
+    prediction_peak_mb: float | None
+
+
+def cost_of(study: Study, source: str, trainer: str) -> Cost:
+    """Reads the checkpoints and the notes of the steps."""
+    minutes, parameters = 0.0, 0
+    for fold in study.folds:
+        checkpoint = read_checkpoint(study.model(source, trainer), fold, CHECKPOINT)
+        log = checkpoint["logging"]
+        minutes += sum(end - begin for begin, end in
+                       zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=True)) / 60
+        weights = checkpoint["network_weights"].values()  # nnU-Net's network lists the same tensor under several names
+        parameters = sum({(value.data_ptr(), value.shape): value.numel() for value in weights}.values())
+    size = (study.fold(source, trainer, study.folds[0]) / CHECKPOINT).stat().st_size / 1e6
+    training = [study.read_note(f"train__{source}__{trainer}__{fold}") for fold in study.folds]
+    prediction = [study.read_note(f"predict__{source}__{trainer}__{target}") for target in study.targets]
+    timed = [note for note in prediction if note.get("volumes")]  # not what an interrupted run had done before
+    volumes, seconds = (sum(note[key] for note in timed) for key in ("volumes", "seconds"))
+    return Cost(source, trainer, parameters, size, minutes, _peak(training), seconds / volumes if volumes else None,
+                _peak(prediction))
+
+
+def encoding_minutes(study: Study, source: str) -> float:
+    """What it took to store the features of one source, for all trainers that read them."""
+    notes = [study.read_note(f"encode__{source}__{method}") for method in study.trainers_by_method]
+    return sum(note.get("seconds", 0) for note in notes if not note.get("skipped")) / 60
+
+
+def machines_of(study: Study) -> list[str]:
+    """Every machine that a command of the study ran on."""
+    notes = [json.loads(path.read_text()) for path in (study.out / "state").glob("*.json")]
+    return sorted({", ".join(f"{key} {value}" for key, value in note["machine"].items())
+                   for note in notes if "machine" in note})
+
+
+def _peak(notes: list[dict[str, Any]]) -> float | None:
+    return max((note["peak_mb"] for note in notes if "peak_mb" in note), default=None)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
+from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd, insert_crop_into_image
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
@@ -29,29 +29,22 @@ from desam_nnunet.networks.dbsam.network import DBSAM
 from desam_nnunet.networks.frame import ABSENT_LOGIT
 from desam_nnunet.nnunet.checkpoints import read_checkpoint
 from desam_nnunet.nnunet.labels import foreground_of
-from desam_nnunet.nnunet.model_folder import build_network
+from desam_nnunet.nnunet.model_folder import build_network, read_description
 from desam_nnunet.sam.prompts import sample_boxes
 from desam_nnunet.system.files import replace_file
 
 TRAINER = "DBSAMTrainerBoxes"
-_DESCRIPTIONS = ("dataset.json", "plans.json")
+_Files = dict[str, tuple[list[str], str]]  # of every case: one for each channel, and the reference
 NOTE = ("Each class of each slice was segmented from a box around it in the REFERENCE segmentation, moved at random by "
         "up to 2 % of the input. These figures are not comparable with automatic segmentation.")
 
 
 class Case(NamedTuple):
-    """A preprocessed volume.
-
-    Attributes:
-        name: Without file ending.
-        data: (C, Z, H, W).
-        seg: Labels (1, Z, H, W).
-        properties: nnU-Net's, of the volume before preprocessing.
-    """
+    """A preprocessed volume, with nnU-Net's properties of what it was before."""
 
     name: str
-    data: Any
-    seg: Any
+    data: Any  # C Z H W
+    seg: Any  # 1 Z H W, labels
     properties: dict[str, Any]
 
 
@@ -61,7 +54,8 @@ def evaluate_with_boxes(
     """Segments a folder of raw volumes with boxes from their reference, and scores them as nnU-Net does.
 
     Args:
-        images: As for nnUNetv2_predict. labels: One file for each case.
+        images: Folder, as for nnUNetv2_predict.
+        labels: Folder with one file for each case.
 
     Returns:
         Mean Dice over cases and classes, which ``summary.json`` in `out` holds with all else.
@@ -75,20 +69,20 @@ def evaluate_with_boxes(
     checkpoint = read_checkpoint(model, fold, checkpoint_name)
     if checkpoint.get("trainer_name") != TRAINER:
         raise ValueError(f"{model} is not of {TRAINER}: segment with nnUNetv2_predict, which needs no boxes.")
-    dataset_json, plans_json = (json.loads((model / name).read_text()) for name in _DESCRIPTIONS)
-    plans = PlansManager(plans_json)
-    configuration = plans.get_configuration(checkpoint["init_args"]["configuration"])
+    plans_json, dataset_json = read_description(model)
+    plans, name = PlansManager(plans_json), checkpoint["init_args"]["configuration"]
+    configuration = plans.get_configuration(name)
     files = _with_reference(images, labels, dataset_json["file_ending"])
-    _check_unused(out, dataset_json["file_ending"])
-    network = build_network(plans_json, dataset_json, checkpoint["init_args"]["configuration"], TRAINER)
+    if present := next(out.glob(f"*{dataset_json['file_ending']}"), None):  # would be overwritten, or scored along
+        raise FileExistsError(f"{present} exists: give another folder with -o, or remove what is in it.")
+    network = build_network(plans_json, dataset_json, name, TRAINER)
     assert isinstance(network, DBSAM)
     network.load_state_dict(checkpoint["network_weights"])
-    cases = _preprocessed(files, plans, configuration, dataset_json)
     out.mkdir(parents=True, exist_ok=True)
-    for name in _DESCRIPTIONS:
-        shutil.copyfile(model / name, out / name)
-    network = network.to(device).eval()
-    segment_cases(network, cases, len(files), plans, configuration, dataset_json, out, device)
+    for file in ("dataset.json", "plans.json"):
+        shutil.copyfile(model / file, out / file)
+    cases = _preprocessed(files, plans, configuration, dataset_json)
+    segment_cases(network.to(device).eval(), cases, len(files), plans, configuration, dataset_json, out, device)
     return score(labels, out, plans, dataset_json)
 
 
@@ -100,8 +94,7 @@ def segment_cases(
     labels = plans.get_label_manager(dataset_json)
     for case in tqdm(cases, total=number, desc="With boxes", unit="case"):
         logits = segment_volume(network, case, labels, configuration.patch_size, device)
-        export_prediction_from_logits(logits, case.properties, configuration, plans, dataset_json,
-                                      str(out / case.name))
+        export_prediction_from_logits(logits, case.properties, configuration, plans, dataset_json, str(out / case.name))
 
 
 @torch.inference_mode()
@@ -139,24 +132,25 @@ def segment_volume(
 
 
 class Window(NamedTuple):
-    """A rectangle of a slice, which it may exceed. Attributes: top, left, height, width: In pixels."""
+    """A rectangle of a slice, which it may exceed, in pixels."""
 
     top: int
     left: int
     height: int
     width: int
 
+    @property
+    def bounds(self) -> list[list[int]]:
+        """First and last, exclusive, of rows and columns."""
+        return [[self.top, self.top + self.height], [self.left, self.left + self.width]]
+
     def crop(self, planes: np.ndarray) -> np.ndarray:
         """What it shows of planes (C, H, W); 0 where it exceeds them."""
-        bounds = [[self.top, self.top + self.height], [self.left, self.left + self.width]]
-        return crop_and_pad_nd(planes, bounds, 0)
+        return crop_and_pad_nd(planes, self.bounds, 0)
 
     def paste(self, values: Tensor, plane: Tensor) -> None:
         """Writes `values`, of the window's size, into a plane (H, W)."""
-        rows, columns = (slice(max(0, begin), min(begin + side, size)) for begin, side, size in zip(
-            self[:2], self[2:], plane.shape, strict=True))
-        plane[rows, columns] = values[rows.start - self.top:rows.stop - self.top,
-                                      columns.start - self.left:columns.stop - self.left]
+        insert_crop_into_image(plane, values, self.bounds)
 
 
 def window_around(mask: np.ndarray, patch_size: Sequence[int]) -> Window:
@@ -188,13 +182,7 @@ def score(labels: Path, out: Path, plans: PlansManager, dataset_json: dict[str, 
     return float(summary["foreground_mean"]["Dice"])
 
 
-class _Files(NamedTuple):
-    images: tuple[str, ...]
-    reference: str
-
-
-def _with_reference(images: Path, labels: Path, ending: str) -> dict[str, _Files]:
-    """The files of every case: one for each channel, and the reference."""
+def _with_reference(images: Path, labels: Path, ending: str) -> _Files:
     if not images.is_dir():
         raise FileNotFoundError(f"{images} does not exist: give the folder of images with -i.")
     rows = [row for row in create_lists_from_splitted_dataset_folder(str(images), ending) if row]  # empty: other names
@@ -207,25 +195,17 @@ def _with_reference(images: Path, labels: Path, ending: str) -> dict[str, _Files
         if not reference.is_file():
             raise FileNotFoundError(f"{reference} does not exist: every case needs its reference, from which the boxes "
                                     "come.")
-        files[name] = _Files(tuple(row), str(reference))
+        files[name] = row, str(reference)
     return files
 
 
-def _check_unused(out: Path, ending: str) -> None:
-    """Volumes that are there would be overwritten, or scored along."""
-    there = next(out.glob(f"*{ending}"), None)
-    if there is not None:
-        raise FileExistsError(f"{there} exists: give another folder with -o, or remove what is in it.")
-
-
 def _preprocessed(
-    files: dict[str, _Files], plans: PlansManager, configuration: ConfigurationManager, dataset_json: dict[str, Any]
+    files: _Files, plans: PlansManager, configuration: ConfigurationManager, dataset_json: dict[str, Any]
 ) -> Iterator[Case]:
     preprocessor = configuration.preprocessor_class(verbose=False)
-    for name, row in files.items():
+    for name, (images, reference) in files.items():
         try:
-            data, seg, properties = preprocessor.run_case(
-                list(row.images), row.reference, plans, configuration, dataset_json)
+            case = Case(name, *preprocessor.run_case(images, reference, plans, configuration, dataset_json))
         except AssertionError as error:  # nnU-Net's way to say so
             raise ValueError(f"Case {name}: {error}") from error
-        yield Case(name, data, seg, properties)
+        yield case

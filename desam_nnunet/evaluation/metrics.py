@@ -17,22 +17,14 @@ import torch
 
 
 class Metric(NamedTuple):
-    """A column of every table.
+    """A column of every table."""
 
-    Attributes:
-        key: Its name in CSV and JSON.
-        name, unit: In the report.
-        digits: After the point, in the report.
-        better: ``high``, ``low``, or ``zero`` for signed differences.
-        meaning: One sentence for the report, empty masks included.
-    """
-
-    key: str
-    name: str
+    key: str  # in CSV and JSON
+    name: str  # this and the rest: in the report
     unit: str
-    digits: int
-    better: str
-    meaning: str
+    digits: int  # after the point
+    better: str  # high, low, or zero for signed differences
+    meaning: str  # one sentence, empty masks included
 
 
 METRICS = (
@@ -75,41 +67,31 @@ def case_metrics(
     Raises:
         ValueError: The shapes differ.
     """
-    if prediction is not None and prediction.shape != reference.shape:
+    false = np.ones_like(reference) if prediction is None else prediction  # what counts on slices without the class
+    if prediction is None:
+        prediction = np.full_like(reference, not reference.any())
+    if prediction.shape != reference.shape:
         raise ValueError(f"The prediction has the shape {prediction.shape}, the reference {reference.shape}.")
     ml = float(np.prod(spacing)) / 1000
-    found = int(reference.sum())
-    if prediction is None:
-        guess = 0 if found else reference.size
-        free = ml * _on_free_slices(np.ones_like(reference), reference, axis)
-        return _overlap(0, guess, found) | _apart(reference, spacing) | _volumes(guess, found, ml) | {"false_ml": free}
-    common, predicted = int((prediction & reference).sum()), int(prediction.sum())
-    row = _overlap(common, predicted, found)
-    if predicted == found == 0:
-        row |= {"hd95": 0.0, "assd": 0.0, "nsd": 1.0}
-    elif predicted == 0 or found == 0:
-        row |= _apart(reference, spacing)
+    common, predicted, actual = (int(mask.sum()) for mask in (prediction & reference, prediction, reference))
+    if predicted == actual == 0:
+        row = {"dice": 1.0, "iou": 1.0, "hd95": 0.0, "assd": 0.0, "nsd": 1.0}
     else:
+        row = {"dice": 2 * common / (predicted + actual), "iou": common / (predicted + actual - common)}
         row |= _surfaces(prediction, reference, spacing, tolerance)
-    free = ml * _on_free_slices(prediction, reference, axis)
-    return row | _volumes(predicted, found, ml) | {"false_ml": free}
-
-
-def _overlap(common: int, predicted: int, found: int) -> dict[str, float]:
-    if predicted + found == 0:
-        return {"dice": 1.0, "iou": 1.0}
-    return {"dice": 2 * common / (predicted + found), "iou": common / (predicted + found - common)}
-
-
-def _apart(reference: np.ndarray, spacing: Sequence[float]) -> dict[str, float]:
-    """Of masks one of which is empty: as far from each other as the volume allows."""
-    diagonal = float(np.linalg.norm(np.multiply(reference.shape, spacing)))
-    return {"hd95": diagonal, "assd": diagonal, "nsd": 0.0}
+    difference = predicted - actual
+    percent = 100 * difference / actual if actual else 0.0 if difference == 0 else float("nan")
+    return row | {"volume_ml": ml * difference, "volume_percent": percent,
+                  "false_ml": ml * _on_free_slices(false, reference, axis)}
 
 
 def _surfaces(
     prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float], tolerance: float
 ) -> dict[str, float]:
+    """Distances and surfaces; where a mask is empty they are as far from each other as the volume allows."""
+    if not (prediction.any() and reference.any()):
+        diagonal = float(np.linalg.norm(np.multiply(reference.shape, spacing)))
+        return {"hd95": diagonal, "assd": diagonal, "nsd": 0.0}
     from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance, compute_surface_dice
 
     # 1 1 Z H W
@@ -122,12 +104,6 @@ def _surfaces(
         assd = compute_average_surface_distance(first, second, symmetric=True, **place)
         nsd = compute_surface_dice(first, second, class_thresholds=[tolerance], use_subvoxels=True, **place)
     return {"hd95": float(hd95), "assd": float(assd), "nsd": float(nsd)}
-
-
-def _volumes(predicted: int, found: int, ml: float) -> dict[str, float]:
-    difference = predicted - found
-    percent = 100 * difference / found if found else 0.0 if difference == 0 else float("nan")
-    return {"volume_ml": ml * difference, "volume_percent": percent}
 
 
 def _on_free_slices(prediction: np.ndarray, reference: np.ndarray, axis: int) -> int:

@@ -1,23 +1,65 @@
-"""Scores of a folder of segmentations against its references, one row per case, class and protocol."""
+"""Scores of a folder of segmentations against its references, one row per case, class and protocol.
+
+The two protocols give very different figures and are never mixed. ``volume`` scores all slices. ``published`` is what
+DeSAM's figures were computed with (Gao et al., MICCAI 2024, public code): only slices with the organ, the last of them
+dropped, and predictions zeroed in a border of the slice.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import SimpleITK as sitk
 
 from desam_nnunet.evaluation.metrics import METRICS, case_metrics
-from desam_nnunet.evaluation.protocols import PROTOCOLS, slice_axis
 from desam_nnunet.system.files import replace_file
 
 Classes = dict[str, tuple[int, ...]]
 Row = dict[str, Any]
 COLUMNS = ("case", "class", "protocol", "outcome", *(metric.key for metric in METRICS))
 MISSING, FOUND, NOT_FOUND, FALSE_ALARM, ABSENT = "missing", "found", "not found", "false alarm", "absent"
+_BORDER = 50 / 256  # of height and width, on every side
+
+
+class Protocol(NamedTuple):
+    """A way to score a volume."""
+
+    name: str
+    meaning: str  # for the report
+    selects: bool  # slices: false findings on others are not defined then, nor volumes without any
+
+    def restrict(self, prediction: np.ndarray, reference: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+        """What counts of prediction and reference, masks of one class that is cut into slices along `axis`."""
+        if not self.selects:
+            return prediction, reference
+        planes = np.moveaxis(reference, axis, 0)
+        kept = np.flatnonzero(planes.any((1, 2)))[:-1]
+        scored, inside = np.zeros_like(planes), np.zeros_like(planes)
+        scored[kept] = True
+        top, left = (round(_BORDER * side) for side in planes.shape[1:])
+        inside[kept, top:planes.shape[1] - top, left:planes.shape[2] - left] = True
+        return prediction & np.moveaxis(inside, 0, axis), reference & np.moveaxis(scored, 0, axis)
+
+
+PROTOCOLS = (
+    Protocol("volume", "All slices of every volume.", False),
+    Protocol(
+        "published",
+        "As DeSAM's published figures: only slices on which the reference has the class, the last of them dropped, "
+        "and predictions emptied in a border of 50/256 of each side. False findings elsewhere do not count, and "
+        "volumes of which nothing is left are not scored.",
+        True,
+    ),
+)
+
+
+def slice_axis(spacing: Sequence[float]) -> int:
+    """Along which a volume is cut into slices: the axis of the widest spacing, the first of equal ones."""
+    return int(np.argmax(spacing))
 
 
 def classes_of(dataset_json: Mapping[str, Any]) -> tuple[Classes, int | None]:
@@ -32,59 +74,32 @@ def classes_of(dataset_json: Mapping[str, Any]) -> tuple[Classes, int | None]:
     return classes, ignored
 
 
-def score_case(
-    prediction: Path | None, reference: Path, classes: Classes, ignored: int | None, tolerance: float
-) -> Iterator[Row]:
-    """A row for each class and protocol.
+def score_cases(
+    predictions: Mapping[str, Path], references: Mapping[str, Path], classes: Classes, ignored: int | None,
+    tolerance: float,
+) -> list[Row]:
+    """Rows of every case that has a reference, by case: one for each class and protocol.
 
     Args:
-        prediction: None, or a file that does not exist, counts as a failure: the worst value of every metric.
+        predictions: A case without one, or whose file does not exist, is a failure: the worst value of every metric.
         ignored: Voxels of this value in the reference count nowhere.
         tolerance: Of the surface Dice, in mm.
 
     Raises:
         ValueError: Prediction and reference do not have the same size and spacing.
     """
-    truth = sitk.ReadImage(reference)
-    spacing = truth.GetSpacing()[::-1]
-    wanted = sitk.GetArrayFromImage(truth)
-    axis = slice_axis(spacing)
-    seen = None if prediction is None or not prediction.is_file() else _array_like(prediction, truth, reference)
-    counts = np.ones(wanted.shape, bool) if ignored is None else wanted != ignored
-    for name, values in classes.items():
-        mask = np.isin(wanted, values) & counts
-        found = None if seen is None else np.isin(seen, values) & counts
-        for protocol in PROTOCOLS:
-            seen_of, left = protocol.restrict(np.zeros_like(mask) if found is None else found, mask, axis)
-            if protocol.selects and not left.any():
-                continue
-            shown = None if found is None else seen_of
-            metrics = case_metrics(shown, left, spacing, tolerance=tolerance, axis=axis)
-            if protocol.selects:
-                metrics["false_ml"] = float("nan")
-            yield {"class": name, "protocol": protocol.name, "outcome": _outcome(shown, left)} | metrics
-
-
-def score_cases(
-    predictions: Mapping[str, Path], references: Mapping[str, Path], classes: Classes, ignored: int | None,
-    tolerance: float,
-) -> list[Row]:
-    """Rows of every case that has a reference, by case.
-
-    Args:
-        predictions: File of each case; a case without one counts as a failure.
-    """
-    rows = []
-    for case, reference in sorted(references.items()):
-        found = score_case(predictions.get(case), reference, classes, ignored, tolerance)
-        rows += [{"case": case} | row for row in found]
-    return rows
+    return [{"case": case} | row for case, reference in sorted(references.items())
+            for row in _score_case(predictions.get(case), reference, classes, ignored, tolerance)]
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:
     """As JSON; a metric that is not defined is null."""
-    plain = [{key: None if value != value else value for key, value in row.items()} for row in rows]
-    replace_file(path, [json.dumps(plain, indent=1).encode()])
+    replace_file(path, [json.dumps(without_nan(rows), indent=1).encode()])
+
+
+def without_nan(rows: list[Row]) -> list[Row]:
+    """Rows with None where a value is not a number."""
+    return [{key: None if value != value else value for key, value in row.items()} for row in rows]
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -93,20 +108,43 @@ def read_rows(path: Path) -> list[Row]:
     return [{key: float("nan") if value is None else value for key, value in row.items()} for row in rows]
 
 
-def _array_like(path: Path, truth: sitk.Image, reference: Path) -> np.ndarray:
+def _score_case(
+    prediction: Path | None, reference: Path, classes: Classes, ignored: int | None, tolerance: float
+) -> Iterator[Row]:
+    image = sitk.ReadImage(reference)
+    spacing = image.GetSpacing()[::-1]
+    axis = slice_axis(spacing)
+    labels = sitk.GetArrayFromImage(image)
+    if prediction is not None and not prediction.is_file():
+        prediction = None
+    predicted = np.zeros_like(labels) if prediction is None else _array_like(prediction, image, reference)
+    counts = np.ones(labels.shape, bool) if ignored is None else labels != ignored
+    for name, values in classes.items():
+        pred, ref = (np.isin(array, values) & counts for array in (predicted, labels))
+        for protocol in PROTOCOLS:
+            scored, remaining = protocol.restrict(pred, ref, axis)
+            if protocol.selects and not remaining.any():
+                continue
+            shown = None if prediction is None else scored
+            metrics = case_metrics(shown, remaining, spacing, tolerance=tolerance, axis=axis)
+            if protocol.selects:
+                metrics["false_ml"] = float("nan")
+            yield {"class": name, "protocol": protocol.name, "outcome": _outcome(shown, remaining)} | metrics
+
+
+def _array_like(path: Path, like: sitk.Image, reference: Path) -> np.ndarray:
     image = sitk.ReadImage(path)
-    same = image.GetSize() == truth.GetSize() and np.allclose(image.GetSpacing(), truth.GetSpacing(), atol=1e-3)
-    if not same:
+    if image.GetSize() != like.GetSize() or not np.allclose(image.GetSpacing(), like.GetSpacing(), atol=1e-3):
         raise ValueError(
             f"{path} has size {image.GetSize()} and spacing {image.GetSpacing()}, but its reference {reference} "
-            f"{truth.GetSize()} and {truth.GetSpacing()}: they are not the same volume."
+            f"{like.GetSize()} and {like.GetSpacing()}: they are not the same volume."
         )
     return sitk.GetArrayFromImage(image)
 
 
-def _outcome(found: np.ndarray | None, wanted: np.ndarray) -> str:
-    if found is None:
+def _outcome(prediction: np.ndarray | None, reference: np.ndarray) -> str:
+    if prediction is None:
         return MISSING
-    if wanted.any():
-        return FOUND if found.any() else NOT_FOUND
-    return FALSE_ALARM if found.any() else ABSENT
+    if reference.any():
+        return FOUND if prediction.any() else NOT_FOUND
+    return FALSE_ALARM if prediction.any() else ABSENT

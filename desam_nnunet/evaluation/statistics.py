@@ -31,18 +31,13 @@ class Summary(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Of two trainers on the same cases.
-
-    Attributes:
-        difference: Mean of `first` less `second`.
-        p: Of the paired Wilcoxon signed-rank test, two-sided, not corrected.
-    """
+    """Of two trainers on the same cases."""
 
     first: str
     second: str
     cases: int
-    difference: float
-    p: float
+    difference: float  # mean of first less second
+    p: float  # of the paired Wilcoxon signed-rank test, two-sided, not corrected
 
 
 def summarise(values: Sequence[float] | np.ndarray) -> Summary:
@@ -51,18 +46,13 @@ def summarise(values: Sequence[float] | np.ndarray) -> Summary:
     known = known[~np.isnan(known)]
     if len(known) == 0:
         return Summary(0, *[float("nan")] * 7)
-    low, high = _interval(known)
-    sd = float(known.std(ddof=1)) if len(known) > 1 else float("nan")
-    return Summary(len(known), float(known.mean()), low, high, float(np.median(known)), sd, float(known.min()),
-                   float(known.max()))
-
-
-def _interval(known: np.ndarray) -> tuple[float, float]:
-    if len(known) == 1:
-        return float("nan"), float("nan")
-    drawn = stats.bootstrap((known,), np.mean, n_resamples=_RESAMPLES, confidence_level=_CONFIDENCE,
-                            method="percentile", rng=np.random.default_rng(_SEED))
-    return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
+    low = high = sd = float("nan")
+    if len(known) > 1:
+        low, high = stats.bootstrap((known,), np.mean, n_resamples=_RESAMPLES, confidence_level=_CONFIDENCE,
+                                    method="percentile", rng=np.random.default_rng(_SEED)).confidence_interval
+        sd = known.std(ddof=1)
+    figures = (known.mean(), low, high, np.median(known), sd, known.min(), known.max())
+    return Summary(len(known), *map(float, figures))
 
 
 def per_case(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -96,9 +86,7 @@ def compare(table: pd.DataFrame) -> Iterator[Comparison]:
 def holm(p_values: Sequence[float] | pd.Series) -> list[float]:
     """p-values corrected for their number. Source: Holm, Scandinavian Journal of Statistics 6:65-70, 1979."""
     given = np.asarray(p_values, float)
+    order = np.argsort(given, kind="stable")
     corrected = np.empty(len(given))
-    largest = 0.0
-    for rank, index in enumerate(np.argsort(given, kind="stable")):
-        largest = max(largest, min(1.0, (len(given) - rank) * given[index]))
-        corrected[index] = largest
+    corrected[order] = np.maximum.accumulate(np.arange(len(given), 0, -1) * given[order]).clip(max=1)
     return corrected.tolist()

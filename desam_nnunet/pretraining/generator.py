@@ -1,24 +1,30 @@
-"""Images that nobody took, with their label maps: all that the encoder in the box has seen."""
+"""Images that nobody took, with their label maps: all that the encoder in the box has seen.
+
+Label maps as scanners would picture them: an intensity and texture for every label, then a random acquisition. After
+Billot et al., SynthSeg, Medical Image Analysis 86, 2023 (intensities drawn at random for each label and image, so that
+shapes are all there is to learn). Ringing and resolution by a limit in k-space, Rician noise.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from desam_nnunet.pretraining.pictures import picture_labels
 from desam_nnunet.pretraining.randomness import Randomness
-from desam_nnunet.pretraining.shapes import draw_labels
+from desam_nnunet.pretraining.shapes import AIR, GROUNDS, LABELS, OBJECTS, draw_labels
 
 VERSION = 1  # of what is drawn for a seed and asked about it: a run is not taken up under another
+_PERCENTILES = (0.005, 0.995)  # as the trainers' images
 
 
 class Generated(NamedTuple):
-    """Attributes: images: (B, 1, S, S), 0 to 255. labels: (B, S, S), see :mod:`~desam_nnunet.pretraining.shapes`."""
+    """Images with their label maps, see :mod:`~desam_nnunet.pretraining.shapes`."""
 
-    images: Tensor
-    labels: Tensor
+    images: Tensor  # B 1 S S, 0 to 255
+    labels: Tensor  # B S S
 
 
 def generate(number: int, size: int, device: torch.device, seed: int, batch: int) -> Generated:
@@ -30,4 +36,50 @@ def generate(number: int, size: int, device: torch.device, seed: int, batch: int
     """
     random = Randomness(device, seed, batch)
     labels = draw_labels(random, number, size)
-    return Generated(picture_labels(random, labels), labels)
+    return Generated(255 * _acquired(random, _intensities(random, labels))[:, None], labels)
+
+
+def _intensities(random: Randomness, labels: Tensor) -> Tensor:
+    """(B, S, S), about 0 to 1."""
+    number, size = len(labels), labels.shape[-1]
+    level = random.uniform(0, 1, number, LABELS)
+    level[:, AIR] *= random.chance(0.2, number)  # mostly black
+    strength = random.uniform(0, 0.15, number, LABELS) * random.chance(0.6, number, 1)
+    strength[:, AIR] = 0
+    for table in (level, strength):  # twins look alike
+        table[:, GROUNDS + OBJECTS // 2:] = table[:, GROUNDS: GROUNDS + OBJECTS // 2]
+    texture = random.smooth(number, 1, size, coarsest=8, finest=64)[:, 0]
+    return _looked_up(level, labels) + _looked_up(strength, labels) * texture
+
+
+def _acquired(random: Randomness, picture: Tensor) -> Tensor:
+    """(B, S, S), 0 to 1."""
+    number, size = len(picture), picture.shape[-1]
+    bias = random.uniform(0, 0.35, number, 1, 1) * random.chance(0.7, number, 1, 1)
+    picture = picture * torch.exp(bias * random.smooth(number, 1, size, coarsest=2, finest=4)[:, 0])
+    picture = _in_k_space(random, picture)
+    noise = random.uniform(0, 0.08, number, 1, 1) * random.chance(0.8, number, 1, 1)
+    real, imaginary = (noise * random.normal(*picture.shape) for _ in range(2))
+    picture = torch.hypot(picture + real, imaginary)
+    sample = picture[:, ::2, ::2].flatten(1)  # of every second pixel: sorting is most of the work
+    low, high = torch.quantile(sample, picture.new_tensor(_PERCENTILES), dim=1)[..., None, None]
+    picture = ((picture - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+    picture = picture ** torch.exp(random.uniform(-0.5, 0.5, number, 1, 1))
+    return torch.where(random.chance(0.3, number, 1, 1), 1 - picture, picture)
+
+
+def _in_k_space(random: Randomness, picture: Tensor) -> Tensor:
+    """Blurred, and of limited resolution, each axis on its own; a sharp limit rings."""
+    number, size = len(picture), picture.shape[-1]
+    passed = []
+    for frequency in (torch.fft.fftfreq(size, device=picture.device), torch.fft.rfftfreq(size, device=picture.device)):
+        blur = random.uniform(0, 1.6, number, 1) * random.chance(0.6, number, 1)  # deviation in pixels
+        limit = torch.where(random.chance(0.5, number, 1), random.uniform(0.12, 0.5, number, 1), 0.5)
+        passed.append(torch.exp(-2 * (math.pi * frequency * blur).square()) * (frequency.abs() <= limit))
+    spectrum = torch.fft.rfft2(picture) * passed[0][:, :, None] * passed[1][:, None, :]
+    return torch.fft.irfft2(spectrum, s=(size, size))
+
+
+def _looked_up(table: Tensor, labels: Tensor) -> Tensor:
+    """Each pixel's entry of its own image's table (B, N): (B, S, S)."""
+    return torch.gather(table, 1, labels.flatten(1)).view(labels.shape)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from segment_anything.modeling import MaskDecoder, Sam
 from torch import Tensor, nn
@@ -12,6 +10,7 @@ from torch.nn import functional as F
 from desam_nnunet.encoders.base import Features
 from desam_nnunet.encoders.sam_vit import PATCH, SamViT, build_sam, read_features
 from desam_nnunet.pretraining import regions
+from desam_nnunet.pretraining.prompts import Answers
 from desam_nnunet.sam.prompts import Prompts, dense_positions, prompt_tokens
 from desam_nnunet.sam.tiles import MASK_STRIDE
 from desam_nnunet.sam.two_way import run_layers, tokens_from_image
@@ -20,22 +19,16 @@ _FINER = PATCH // MASK_STRIDE  # mask pixels along a token's side
 _SHARPENED = 2.5
 
 
-class Answers(NamedTuple):
-    """Attributes: masks: (N, s, s) logits, s a quarter of the image's side. iou: (N,), what SAM thinks of them."""
-
-    masks: Tensor
-    iou: Tensor
-
-
 class Pretrained(nn.Module):
-    """Starts from the size's random weights, but for the mask decoder's queries, which find their place at once.
+    """SAM as it is pretrained: from the size's random weights, but for the mask decoder's queries, which find their
+    place at once.
 
     Args:
         seed: Of what is drawn beside them.
 
     Attributes:
         sam: All that is kept. Of its four masks the first is trained, the one that boxes and DeSAM use.
-        told: Reads the regions' descriptions from each of the encoder's outputs; thrown away in the end.
+        told: The heads that read the regions' descriptions from each of the encoder's outputs.
     """
 
     def __init__(self, size: SamViT, seed: int = 0) -> None:
@@ -65,8 +58,8 @@ class Pretrained(nn.Module):
         image = (neck + dense[:1]).repeat_interleave(len(sparse) // len(neck), dim=0)
         stream = image.flatten(2).transpose(1, 2)  # B·N hw C
         positions = dense_positions(self.sam.prompt_encoder).flatten(2).transpose(1, 2)
-        own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
-        tokens = torch.cat([own.expand(len(sparse), -1, -1), sparse], dim=1)
+        fixed = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+        tokens = torch.cat([fixed.expand(len(sparse), -1, -1), sparse], dim=1)
         queries, stream = run_layers(decoder.transformer, stream, positions, tokens)
         attention = decoder.transformer.final_attn_token_to_image
         read = tokens_from_image(attention, (queries + tokens)[:, :2], stream + positions, stream)

@@ -14,23 +14,15 @@ MAX_SEED = 999  # each has a second stream, for prompts; above lie the images th
 
 @dataclass(frozen=True)
 class Recipe:
-    """Attributes:
-        encoder: One of SAM's sizes, from whose random weights the run starts.
-        images: Generated in all; none is seen twice.
-        batch_size: Images of a step.
-        prompts: Points for each image, and as many boxes.
-        lr: AdamW's highest learning rate, which rises over the first hundredth of the steps and falls as a cosine.
-        regions: Weight of the descriptions of regions beside the promptable objective; 0 leaves them out.
-        seed: Of the images and prompts, 0 to 999.
-    """
+    """The settings of a run. The learning rate rises over the first hundredth of the steps and falls as a cosine."""
 
-    encoder: str = "vit_tiny"
-    images: int = 200_000
+    encoder: str = "vit_tiny"  # one of SAM's sizes, from whose random weights the run starts
+    images: int = 200_000  # generated in all; none is seen twice
     batch_size: int = 16
-    prompts: int = 4
-    lr: float = 1e-3
-    regions: float = 1.0
-    seed: int = 0
+    prompts: int = 4  # points for each image, and as many boxes
+    lr: float = 1e-3  # AdamW's highest
+    regions: float = 1.0  # weight of the descriptions of regions beside the promptable objective; 0 leaves them out
+    seed: int = 0  # of the images and prompts, 0 to 999
 
     def __post_init__(self) -> None:
         _require(self.encoder in SIZES, "encoder", self.encoder, f"one of {', '.join(SIZES)}")

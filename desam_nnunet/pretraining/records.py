@@ -15,35 +15,34 @@ from desam_nnunet.system.files import TEMPORARY, damage_told, replace_file, repl
 WEIGHTS, SETTINGS, CURVE, STATE = "weights.safetensors", "settings.json", "curve.csv", "state.pt"
 
 
-def check_same_run(folder: Path, told: dict[str, Any]) -> None:
-    """Raises: ValueError: `folder` holds something else than a run with the recipe, generator and device of `told`."""
+def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
+    """Whether a run with this recipe, generator and device can begin or go on in a folder.
+
+    Raises:
+        ValueError: It holds something else.
+    """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, but a run needs a folder: give another name.")
     if not folder.is_dir() or all(path.name.endswith(TEMPORARY) for path in folder.iterdir()):
         return
     try:
-        there = json.loads((folder / SETTINGS).read_text())
-        recipe = dict(there["recipe"])
+        before = json.loads((folder / SETTINGS).read_text())
+        before |= dict(before["recipe"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} holds other things than a pretraining run: give a new folder.") from error
-    differs = [f"{key} {recipe.get(key)!r}, not {value!r}" for key, value in told["recipe"].items()
-               if recipe.get(key) != value]
-    differs += [f"{key} {there.get(key)!r}, not {told[key]!r}" for key in ("generator", "device")
-                if there.get(key) != told[key]]
-    if differs:
+    now = settings["recipe"] | {key: settings[key] for key in ("generator", "device")}
+    if differs := [f"{key} {before.get(key)!r}, not {value!r}" for key, value in now.items()
+                   if before.get(key) != value]:
         raise ValueError(f"{folder} holds a run with {', '.join(differs)}: give its settings, or another folder.")
 
 
-def write_settings(folder: Path, content: dict[str, Any]) -> None:
-    replace_file(folder / SETTINGS, [(json.dumps(content, indent=2) + "\n").encode()])
+def write_settings(folder: Path, settings: dict[str, Any]) -> None:
+    replace_file(folder / SETTINGS, [(json.dumps(settings, indent=2) + "\n").encode()])
 
 
 def read_curve(folder: Path) -> list[dict[str, Any]]:
     path = folder / CURVE
-    if not path.is_file():
-        return []
-    with open(path, newline="") as stream:
-        return list(csv.DictReader(stream))
+    return list(csv.DictReader(io.StringIO(path.read_text()))) if path.is_file() else []
 
 
 def write_curve(folder: Path, rows: list[dict[str, Any]]) -> None:

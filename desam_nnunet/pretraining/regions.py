@@ -36,26 +36,30 @@ def describe_regions(images: Tensor, labels: Tensor) -> Tensor:
     (my, mx, myy, mxx, myx, level, level2) = means[:, 1:].unbind(1)
     var_y, var_x, var_level = ((square - mean * mean).clamp(min=_EMPTY)
                                for square, mean in ((myy, my), (mxx, mx), (level2, level)))
-    tables = torch.stack([
-        my, mx,
-        (count[:, 0] / side**2 + _EMPTY).sqrt(),
-        var_y.sqrt(),
-        var_x.sqrt(),
-        (myx - my * mx) / (var_y * var_x).sqrt(),
-        level,
-        var_level.sqrt(),
-    ], dim=1)  # B 8 labels
-    told = tables.gather(2, coarse.flatten(1)[:, None].expand(-1, tables.shape[1], -1)).unflatten(2, (side, side))
-    centre = told[:, :2] - torch.stack([y, x], dim=1)
-    return torch.cat([_border(coarse)[:, None], centre, told[:, 2:]], dim=1)
+    size = (count[:, 0] / side**2 + _EMPTY).sqrt()
+    slant = (myx - my * mx) / (var_y * var_x).sqrt()
+    tables = torch.stack([my, mx, size, var_y.sqrt(), var_x.sqrt(), slant, level, var_level.sqrt()], dim=1)  # B 8 N
+    quantity = tables.gather(2, index).unflatten(2, (side, side))
+    centre = quantity[:, :2] - torch.stack([y, x], dim=1)
+    return torch.cat([_border(coarse)[:, None], centre, quantity[:, 2:]], dim=1)
+
+
+def judge_descriptions(preds: list[Tensor], ref: Tensor) -> Tensor:
+    """Mean over the encoder's outputs: cross-entropy of the border, smooth L1 of the rest.
+
+    Args:
+        preds: (B, 9, s, s) each, see :meth:`~desam_nnunet.pretraining.network.Pretrained.describe`.
+        ref: From :func:`describe_regions`.
+    """
+    return torch.stack([
+        F.binary_cross_entropy_with_logits(pred[:, 0].float(), ref[:, 0])
+        + F.smooth_l1_loss(pred[:, 1:].float(), ref[:, 1:], beta=0.1) * (ref.shape[1] - 1)
+        for pred in preds
+    ]).mean()
 
 
 def _border(coarse: Tensor) -> Tensor:
     """(B, s, s), 1 where a neighbour, of four, has another label."""
-    border = torch.zeros_like(coarse, dtype=torch.bool)
-    for axis in (1, 2):
-        length = coarse.shape[axis] - 1
-        differs = coarse.narrow(axis, 0, length) != coarse.narrow(axis, 1, length)
-        border.narrow(axis, 0, length).logical_or_(differs)
-        border.narrow(axis, 1, length).logical_or_(differs)
-    return border.float()
+    around = F.pad(coarse[:, None].float(), (1, 1, 1, 1), mode="replicate")[:, 0]
+    neighbours = (around[:, :-2, 1:-1], around[:, 2:, 1:-1], around[:, 1:-1, :-2], around[:, 1:-1, 2:])
+    return (torch.stack(neighbours) != coarse).any(0).float()

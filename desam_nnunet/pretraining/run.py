@@ -19,16 +19,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from desam_nnunet import __version__
-from desam_nnunet.encoders.base import Features
 from desam_nnunet.encoders.precision import encoder_dtype
 from desam_nnunet.pretraining import records
 from desam_nnunet.pretraining.generator import VERSION, Generated, generate
 from desam_nnunet.pretraining.network import Pretrained
-from desam_nnunet.pretraining.objective import judge_answers, judge_descriptions
-from desam_nnunet.pretraining.prompts import ask_boxes, ask_points, mask_labels
+from desam_nnunet.pretraining.prompts import ask_boxes, ask_points, judge_answers, mask_labels
 from desam_nnunet.pretraining.randomness import Randomness
 from desam_nnunet.pretraining.recipe import MAX_SEED, Recipe
-from desam_nnunet.pretraining.regions import describe_regions
+from desam_nnunet.pretraining.regions import describe_regions, judge_descriptions
 from desam_nnunet.system.files import replace_file
 from desam_nnunet.system.machine import describe_machine
 
@@ -57,38 +55,36 @@ def pretrain(
 ) -> Path | None:
     """Runs `recipe` to its end, or goes on with it.
 
-    Args:
-        minutes: After so many the run is put down, to be taken up again.
-
     Returns:
-        The weights file; None where the time was over before.
+        The weights file; None where `minutes` were over before, and the run is to be taken up again.
 
     Raises:
         ValueError: The folder holds something else, or a run of another recipe.
         RuntimeError: The gradient is not finite.
     """
-    told = {"recipe": asdict(recipe), "generator": VERSION, "device": device.type}
-    records.check_same_run(folder, told)
-    if (folder / records.WEIGHTS).is_file():
-        say(f"{folder / records.WEIGHTS} is there already.")
-        return folder / records.WEIGHTS
+    settings = {"recipe": asdict(recipe), "generator": VERSION, "device": device.type}
+    records.check_same_run(folder, settings)
+    weights = folder / records.WEIGHTS
+    if weights.is_file():
+        say(f"{weights} is there already.")
+        return weights
     folder.mkdir(parents=True, exist_ok=True)
-    records.write_settings(folder, told)
+    records.write_settings(folder, settings)
     run = _Run(folder, recipe, device)
     run.resume()
     if not run.go(say, minutes):
         say(f"Put down after {run.step * recipe.batch_size:,} images: the same command goes on.")
         return None
     points, boxes = unseen_iou(run.network, recipe.size.tables, device)
-    records.write_settings(folder, told | {
+    records.write_settings(folder, settings | {
         "starts_from": "random weights", "steps": run.step, "seconds": round(run.seconds),
         "precision": "bfloat16" if _has_bfloat16(device) else "float32",
         "unseen_images": _UNSEEN, "unseen_iou_points": round(points, 4), "unseen_iou_boxes": round(boxes, 4),
         "desam_nnunet": __version__, "machine": describe_machine(device)})
-    replace_file(folder / records.WEIGHTS, [save(run.network.weights(), {"pretraining": json.dumps(told)})])
+    replace_file(weights, [save(run.network.weights(), {"pretraining": json.dumps(settings)})])
     (folder / records.STATE).unlink(missing_ok=True)
     say(f"IoU on unseen generated images: {points:.3f} from a point, {boxes:.3f} from a box.")
-    return folder / records.WEIGHTS
+    return weights
 
 
 class _Run:
@@ -187,35 +183,33 @@ def rate(step: int, steps: int) -> float:
 @torch.no_grad()
 def unseen_iou(network: Pretrained, size: int, device: torch.device) -> tuple[float, float]:
     """Mean IoU of masks from a point and from a box, on generated images that no run is trained on."""
-    found = []
+    ious = []
     for batch in range(_UNSEEN // _UNSEEN_BATCH):
         generated = generate(_UNSEEN_BATCH, size, device, _UNSEEN_SEED, batch)
         with autocast(device):
-            features = network.encode(generated.images)
+            neck = network.encode(generated.images).neck
             random = Randomness(device, _UNSEEN_SEED + 1, batch)
-            judged = _judge_prompts(network, features, mask_labels(generated.labels), random, _UNSEEN_PROMPTS)
-        found.append(torch.stack([judged.point_iou, judged.box_iou]))
-    point, box = torch.stack(found).mean(0).tolist()
+            judged = _judge_prompts(network, neck, generated.labels, random, _UNSEEN_PROMPTS)
+        ious.append(torch.stack([judged.point_iou, judged.box_iou]))
+    point, box = torch.stack(ious).mean(0).tolist()
     return point, box
 
 
 def losses(network: Pretrained, generated: Generated, random: Randomness, recipe: Recipe) -> Progress:
     """Of one batch; `random` draws its prompts."""
     features = network.encode(generated.images)
-    judged = _judge_prompts(network, features, mask_labels(generated.labels), random, recipe.prompts)
+    judged = _judge_prompts(network, features.neck, generated.labels, random, recipe.prompts)
     if recipe.regions == 0:
         return judged
-    truth = describe_regions(generated.images, generated.labels)
-    regions = judge_descriptions(network.describe(features), truth)
+    ref = describe_regions(generated.images, generated.labels)
+    regions = judge_descriptions(network.describe(features), ref)
     return judged._replace(loss=judged.loss + recipe.regions * regions, regions=regions)
 
 
-def _judge_prompts(
-    network: Pretrained, features: Features, coarse: Tensor, random: Randomness, number: int
-) -> Progress:
-    points, boxes = (
-        judge_answers(network.answer(features.neck, asked.prompts), asked)
-        for asked in (ask_points(random, coarse, number), ask_boxes(random, coarse, number)))
+def _judge_prompts(network: Pretrained, neck: Tensor, labels: Tensor, random: Randomness, number: int) -> Progress:
+    coarse = mask_labels(labels)
+    points, boxes = (judge_answers(network.answer(neck, asked.prompts), asked)
+                     for asked in (ask_points(random, coarse, number), ask_boxes(random, coarse, number)))
     loss = (points.loss + boxes.loss) / 2
     return Progress(loss, loss.new_zeros(()), points.iou, boxes.iou)
 

@@ -59,7 +59,7 @@ def _with_body(random: Randomness, labels: Tensor, places: Tensor, body: Tensor)
 
 def _with_objects(random: Randomness, labels: Tensor, places: Tensor, body: Tensor) -> Tensor:
     number = len(labels)
-    wanted = random.uniform(1, _DRAWN + 1, number, 1, 1)
+    count = random.uniform(1, _DRAWN + 1, number, 1, 1)
     inside = ~body | (labels > SHELL)
     previous, previous_radius = places.new_zeros(number, 2, 1, 1), places.new_ones(number, 2, 1, 1)
     for index in range(_DRAWN):
@@ -71,14 +71,12 @@ def _with_objects(random: Randomness, labels: Tensor, places: Tensor, body: Tens
         twin = random.chance(0.25, number, 1, 1)
         shape, apart = _object(random, places, centre, radius, twin)
         number_of_object = GROUNDS + index + _DRAWN * (apart & (places[:, 1] < 0))
-        labels = torch.where(shape & inside & (index < wanted), number_of_object, labels)
+        labels = torch.where(shape & inside & (index < count), number_of_object, labels)
         previous, previous_radius = centre, radius
     return labels
 
 
-def _object(
-    random: Randomness, places: Tensor, centre: Tensor, radius: Tensor, twin: Tensor
-) -> tuple[Tensor, Tensor]:
+def _object(random: Randomness, places: Tensor, centre: Tensor, radius: Tensor, twin: Tensor) -> tuple[Tensor, Tensor]:
     """A solid, a shell or a tube in each image, (B, S, S) bool, some of them mirrored.
 
     And whether the two mirrored halves are apart, (B, 1, 1); else they are one object.

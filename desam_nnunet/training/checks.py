@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from desam_nnunet.encoders.base import Architecture
+from desam_nnunet.encoders.registry import ENCODERS, row_of
 from desam_nnunet.nnunet.labels import foreground_of
 from desam_nnunet.nnunet.model_folder import read_description, trained_folds
 from desam_nnunet.settings.resolve import as_trained
@@ -89,13 +92,20 @@ def settings_of(
 
 
 def check_same_settings(now: dict[str, Any], then: dict[str, Any], what: str) -> None:
-    """Compares two results of :func:`settings_of`. The same encoder file at another path is the same encoder.
+    """Compares two results of :func:`settings_of`.
+
+    The same weights file under another name is the same encoder where the file says how it is read: at another path,
+    or under the names of this package's encoders, whose shapes differ. timm's models and imported rows bring their own
+    architecture, so there equal identities are not enough: it must be the same one, or other maps of other images would
+    be read from the same weights.
 
     Raises:
         ValueError: Naming the keys that differ, with both values.
     """
     if now["sam.identity"] == then.get("sam.identity"):
-        then = then | {"sam.encoder": now["sam.encoder"]}
+        with suppress(ValueError):  # nobody knows the name of then any more
+            if _brought_architecture(now["sam.encoder"]) == _brought_architecture(then["sam.encoder"]):
+                then = then | {"sam.encoder": now["sam.encoder"]}
     differing = [f"{key} was {then.get(key)!r} and is {value!r} now" for key, value in now.items()
                  if then.get(key) != value]
     if differing:
@@ -103,6 +113,12 @@ def check_same_settings(now: dict[str, Any], then: dict[str, Any], what: str) ->
             f"{what} was trained with other settings: {'; '.join(differing)}. Restore these values, train under "
             "another plans name (-p), or remove what was trained."
         )
+
+
+def _brought_architecture(encoder: str) -> Architecture | None:
+    """What a name says beyond the weights file; None for paths and this package's encoders."""
+    row = None if encoder in ENCODERS else row_of(encoder)
+    return row.architecture if row else None
 
 
 def check_model_folder(model: Path, configuration_name: str, now: dict[str, Any], method: Method) -> None:
