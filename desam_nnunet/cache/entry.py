@@ -13,7 +13,7 @@ import threading
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import blosc2
 import numpy as np
@@ -22,7 +22,6 @@ from desam_nnunet.system.files import replace_file
 
 _MAGIC = b"DESAM\x00\x01\n"
 _PREFIX = struct.Struct("<8sII")  # magic, header length, header CRC
-_LARGEST_HEADER = 2**20
 _TYPES = {"float16", "float32", "int8", "int16", "uint8"}
 _scratch = threading.local()
 _COMPRESSION = {"codec": blosc2.Codec.LZ4, "clevel": 1, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1}
@@ -57,7 +56,7 @@ def read_meta(path: Path) -> dict[str, Any]:
         DamagedEntryError, OSError.
     """
     with open(path, "rb") as stream:
-        header = _read_header(path, stream.read(_PREFIX.size), stream)
+        header = _read_header(path, stream)
         expected = stream.tell() + sum(row["bytes"] for row in header["arrays"])
     if path.stat().st_size != expected:
         raise DamagedEntryError(f"{path} is truncated or longer than it was written.")
@@ -77,7 +76,7 @@ def read_entry(
         DamagedEntryError, OSError.
     """
     with open(path, "rb") as stream:
-        header = _read_header(path, stream.read(_PREFIX.size), stream)
+        header = _read_header(path, stream)
         arrays = {}
         for row in header["arrays"]:
             payload = _scratch_of(row["bytes"])
@@ -106,11 +105,12 @@ def _scratch_of(size: int) -> memoryview:
     return memoryview(_scratch.buffer)[:size]
 
 
-def _read_header(path: Path, prefix: bytes, stream: Any) -> dict[str, Any]:
+def _read_header(path: Path, stream: BinaryIO) -> dict[str, Any]:
+    prefix = stream.read(_PREFIX.size)
     if len(prefix) != _PREFIX.size:
         raise DamagedEntryError(f"{path} is damaged: it is too short.")
     magic, length, crc = _PREFIX.unpack(prefix)
-    if magic != _MAGIC or length > _LARGEST_HEADER:
+    if magic != _MAGIC:
         raise DamagedEntryError(f"{path} is no cache entry of this version.")
     header = stream.read(length)
     if len(header) != length or zlib.crc32(header) != crc:
