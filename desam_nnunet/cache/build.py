@@ -39,13 +39,11 @@ class Plan(NamedTuple):
         todo: Per case of this process's share that is not complete.
         tiles: How many tiles are missing in its share.
         needed: Bytes on disk that all shares together will take.
-        free: Bytes that the disk has.
     """
 
     todo: dict[str, Todo]
     tiles: int
     needed: int
-    free: int
 
 
 class Share(NamedTuple):
@@ -92,12 +90,11 @@ class Builder:
                 todo[case] = Todo(content, tiles, missing)
         free = usable_bytes(store.folder)
         if needed > free:
-            raise OSError(
-                f"The cache needs {needed / 1e9:.1f} GB for {total} tiles, but {store.folder} has {free / 1e9:.1f} GB "
-                f"(with {_MARGIN:.0%} of the disk kept free): make room, set sam.cache_dtype to 'int8' for half of it, "
-                "or set sam.features to 'online' to train without a cache."
-            )
-        return Plan(todo, sum(len(row.missing) for row in todo.values()), needed, free)
+            raise OSError(f"The cache needs {needed / 1e9:.1f} GB for {total} tiles, but {store.folder} has "
+                          f"{free / 1e9:.1f} GB (with {_MARGIN:.0%} of the disk kept free): make room, set "
+                          "sam.cache_dtype to 'int8' for half of it, or set sam.features to 'online' to train without "
+                          "a cache.")
+        return Plan(todo, sum(len(row.missing) for row in todo.values()), needed)
 
     def seconds(self, plan: Plan) -> float:
         """About how long it takes: one blank batch is encoded, and timed once the device is warm."""
@@ -120,17 +117,15 @@ class Builder:
 
         Raises:
             OSError: The disk is full or not writable. What is stored stays valid.
-            ValueError: An image holds NaN, or the encoder overflows; case and slice are named.
+            ValueError: An image holds NaN, or its features do not stay finite; case and slice are named.
         """
         try:
             self.store.create()
             self._build(plan)
         except OSError as error:
-            raise OSError(
-                f"The cache {self.store.folder} can't be written: {error.strerror or error}. What is stored stays "
-                "valid. Make room or get the right to write there and start again, or set sam.features to 'online' to "
-                "train without a cache."
-            ) from error
+            raise OSError(f"The cache {self.store.folder} can't be written: {error.strerror or error}. What is stored "
+                          "stays valid. Make room or get the right to write there and start again, or set sam.features "
+                          "to 'online' to train without a cache.") from error
 
     def _build(self, plan: Plan) -> None:
         cases = list(plan.todo.items())
@@ -146,20 +141,20 @@ class Builder:
                 self.store.finish(case, todo.content, todo.tiles)
 
     def _store_batch(self, case: str, todo: Todo, here: list[tuple[int, int]], data: Any, seg: Any) -> None:
-        slices = [todo.tiles[number].slice for number, _ in here]
         samples = [self._sample(data, seg, todo.tiles[number], case, number, view) for number, view in here]
         try:
             features = self._encode([image for image, _ in samples])
         except ValueError as error:
-            raise ValueError(f"Case {case}, slice {', '.join(map(str, sorted(set(slices))))}: {error}") from error
-        finite = torch.stack([_total(feature) for feature in features]).isfinite().tolist()
+            slices = sorted({todo.tiles[number].slice for number, _ in here})
+            raise ValueError(f"Case {case}, slice {', '.join(map(str, slices))}: {error}") from error
+        totals = [torch.stack([x.sum(dtype=torch.float32) for x in feature.tensors]).sum() for feature in features]
+        finite = torch.stack(totals).isfinite().tolist()  # a sum is not where one of its values is not
         if not all(finite):
             number, view = here[finite.index(False)]
-            raise ValueError(
-                f"Case {case}, slice {todo.tiles[number].slice}: of tile {number}, view {view}, the encoder "
-                f"{self.store.recipe.encoder}, in {self.store.recipe.precision}, makes features that are not finite. "
-                "They are not stored: look for extreme intensities in the image, or set sam.encoder to another one."
-            )
+            raise ValueError(f"Case {case}, slice {todo.tiles[number].slice}: of tile {number}, view {view}, the "
+                             f"encoder {self.store.recipe.encoder}, in {self.store.recipe.precision}, makes features "
+                             "that are not finite. They are not stored: look for extreme intensities in the image, or "
+                             "set sam.encoder to another one.")
         for (number, view), feature, (_, target) in zip(here, features, samples, strict=True):
             if not self.store.has(case, number, view, todo.content):
                 self.store.write(case, number, view, feature, target, todo.content)
@@ -188,8 +183,3 @@ def usable_bytes(folder: Path) -> int:
     """What is free on the disk of `folder`, which need not exist, but for a margin."""
     disk = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists()))
     return max(0, disk.free - int(_MARGIN * disk.total))
-
-
-def _total(features: Features) -> torch.Tensor:
-    """The sum of all values, which is not finite where one of them is not."""
-    return torch.stack([x.sum(dtype=torch.float32) for x in features.tensors]).sum()

@@ -34,7 +34,7 @@ class Draw(NamedTuple):
     view: int
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class CachedLoader:
     """Endless batches ``{"features": Features, "target": Tensor, "keys": list}``.
 
@@ -143,10 +143,8 @@ class CachedLoader:
                 self.store.discard(self.store.path(*draw))
             raise DamagedEntryError(f"{error} Start again with --c: this tile alone is built again.") from error
         except (ChangedCaseError, FileNotFoundError) as error:
-            raise ChangedCaseError(
-                f"Tile {draw.number} of {draw.case} in {self.store.folder} was replaced or removed while training "
-                "ran: start again with --c."
-            ) from error
+            raise ChangedCaseError(f"Tile {draw.number} of {draw.case} in {self.store.folder} was replaced or removed "
+                                   "while training ran: start again with --c.") from error
         return features, self.transforms(segmentation=torch.from_numpy(labels)[None])["segmentation"]
 
     def _wants_foreground(self, place: int) -> bool:

@@ -26,14 +26,13 @@ def verify_stores(dataset: str) -> list[str]:
     stores, findings = _stores_of(dataset)
     for store in stores:
         tiles = 0
-        for case in store.cases():
-            for path in store.entries(case):
-                try:
-                    read_entry(path)
-                    tiles += 1
-                except DamagedEntryError as error:
-                    store.discard(path)
-                    findings.append(f"{error} Removed: the next build makes this tile again.")
+        for path in (path for case in store.cases() for path in store.entries(case)):
+            try:
+                read_entry(path)
+                tiles += 1
+            except DamagedEntryError as error:
+                store.discard(path)
+                findings.append(f"{error} Removed: the next build makes this tile again.")
         findings.append(f"{store.folder.name}: {tiles} tile(s) are as they were written.")
     return findings
 

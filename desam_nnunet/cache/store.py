@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from desam_nnunet.cache.entry import DamagedEntryError, read_entry, read_meta, write_entry
+from desam_nnunet.cache.entry import Arrays, DamagedEntryError, read_entry, read_meta, write_entry
 from desam_nnunet.encoders.base import Features, FeatureSpec
 from desam_nnunet.system.files import TEMPORARY, replace_file
 
@@ -73,8 +73,7 @@ class Recipe:
     @property
     def key(self) -> str:
         """SHA-256 over all of it but the encoder's path, which its identity makes superfluous."""
-        fields = self.fields() | {"encoder": ""}
-        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.fields() | {"encoder": ""}, sort_keys=True).encode()).hexdigest()
 
     @property
     def folder(self) -> str:
@@ -123,7 +122,7 @@ class Store:
     def create(self) -> None:
         """Makes the folder, writes the recipe, and removes what killed builds left under temporary names."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write_json(self.folder / _RECIPE, self.recipe.fields())
+        replace_file(self.folder / _RECIPE, [json.dumps(self.recipe.fields()).encode()])
         for path in self.folder.glob(f"*/.*{TEMPORARY}"):
             with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
                 if time.time() - path.stat().st_mtime > _ABANDONED:
@@ -184,7 +183,7 @@ class Store:
         for path in self.entries(case):
             if path.name not in sizes:
                 path.unlink(missing_ok=True)
-        _write_json(self.folder / case / _CASE, {"crc": _crc_of(record), "record": record})
+        replace_file(self.folder / case / _CASE, [json.dumps({"crc": _crc_of(record), "record": record}).encode()])
 
     def read(
         self, case: str, number: int, view: int, content: str, into: Features | None = None
@@ -239,18 +238,16 @@ def open_stores(root: Path) -> list[Store]:
     """Every store of a data set that this version can read."""
     stores = []
     for folder in store_folders(root):
-        try:
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
             given: dict[str, Any] = json.loads((folder / _RECIPE).read_text())
             given |= {"window": tuple(map(tuple, given["window"])), "patch_size": tuple(given["patch_size"])}
             store = Store(root, Recipe(**given))
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            continue
-        if store.folder == folder and store.recipe.format == FORMAT:
-            stores.append(store)
+            if store.folder == folder and store.recipe.format == FORMAT:
+                stores.append(store)
     return stores
 
 
-def pack(name: str, feature: torch.Tensor, dtype: str) -> dict[str, np.ndarray]:
+def pack(name: str, feature: torch.Tensor, dtype: str) -> Arrays:
     """A feature (C, h, w) as it is stored: float16, or int8 with one scale per channel; never beyond float16."""
     limit = torch.finfo(torch.float16).max
     feature = feature.clamp(-limit, limit)
@@ -261,7 +258,7 @@ def pack(name: str, feature: torch.Tensor, dtype: str) -> dict[str, np.ndarray]:
     return {name: values.cpu().numpy(), f"{name}_scale": scale.cpu().numpy()}
 
 
-def unpack(name: str, arrays: dict[str, np.ndarray], out: torch.Tensor | None = None) -> torch.Tensor:
+def unpack(name: str, arrays: Arrays, out: torch.Tensor | None = None) -> torch.Tensor:
     """The feature (C, h, w) in float16. Args: out: Where int8 is unpacked to."""
     values = torch.from_numpy(arrays[name])
     if (scale := arrays.get(f"{name}_scale")) is None:
@@ -281,7 +278,3 @@ def _names(levels: int) -> list[str]:
 
 def _crc_of(record: object) -> int:
     return zlib.crc32(json.dumps(record).encode())
-
-
-def _write_json(path: Path, content: object) -> None:
-    replace_file(path, [json.dumps(content).encode()])

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
-from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
@@ -28,7 +27,6 @@ from desam_nnunet.cache.store import Tile
 
 STEP = 0.5  # nnU-Net's, in tiles
 _SUFFIXES = (".b2nd", "_seg.b2nd", ".npz")  # of images and labels, in nnU-Net's two formats
-_LIBRARIES = ("nnunetv2", "batchgeneratorsv2")  # whose versions decide what the transforms do
 
 
 def tiles_of(shape: Sequence[int], patch_size: Sequence[int]) -> tuple[Tile, ...]:
@@ -59,11 +57,9 @@ def content_of(folder: Path, case: str) -> str:
     files = [path for path in (folder / f"{case}{suffix}" for suffix in _SUFFIXES) if path.is_file()]
     if not files:
         raise FileNotFoundError(f"The case {case} is not in {folder}: run nnUNetv2_preprocess.")
-    digest = hashlib.sha256()
-    for path in files:
-        stat = path.stat()
-        digest.update(f"{path.name} {_hash_file(path, stat.st_size, stat.st_mtime_ns)}\n".encode())
-    return digest.hexdigest()
+    stats = {path: path.stat() for path in files}
+    lines = [f"{path.name} {_hash_file(path, stat.st_size, stat.st_mtime_ns)}\n" for path, stat in stats.items()]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 @cache
@@ -87,22 +83,22 @@ class Augmentation:
     def __init__(self, trainer: nnUNetTrainer) -> None:
         configuration = trainer.configuration_manager
         rotation, dummy_2d, initial, mirror_axes = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        transforms = trainer.get_training_transforms(
+        self.mirror_axes = mirror_axes
+        self._transforms = trainer.get_training_transforms(
             configuration.patch_size, rotation, None, mirror_axes, dummy_2d,
             use_mask_for_norm=configuration.use_mask_for_norm)
-        _decide_without_timing(transforms)
-        self.mirror_axes = mirror_axes
-        self._transforms = transforms
+        for transform in self._transforms.transforms:
+            inner = getattr(transform, "transform", transform)
+            if hasattr(inner, "benchmark"):  # the blur's: two ways, chosen by timing, whose last bits differ
+                inner.benchmark = False
         self._window = tuple(int(side) for side in initial)
         self._margin = [large // 2 - small // 2
                         for large, small in zip(self._window, configuration.patch_size, strict=True)]
-        versions = ", ".join(f"{library} {version(library)}" for library in _LIBRARIES)
-        parameters = re.sub(r" at 0x[0-9a-f]+", "", f"{transforms!r} {configuration.use_mask_for_norm}")
+        versions = ", ".join(f"{library} {version(library)}" for library in ("nnunetv2", "batchgeneratorsv2"))
+        parameters = re.sub(r" at 0x[0-9a-f]+", "", f"{self._transforms!r} {configuration.use_mask_for_norm}")
         self.name = f"{hashlib.sha256(parameters.encode()).hexdigest()[:16]}, {versions}, window {self._window}"
 
-    def __call__(
-        self, data: Any, seg: Any, tile: Tile, case: str, number: int, view: int
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, data: Any, seg: Any, tile: Tile, case: str, number: int, view: int) -> tuple[np.ndarray, ...]:
         """View `view` of tile `number`: image (C, H, W) and labels (H, W), the same whenever it is asked for.
 
         Args:
@@ -122,14 +118,6 @@ def not_started(trainer_class: type[nnUNetTrainer], configuration: Configuration
     trainer.configuration_manager = configuration
     trainer.print_to_log_file = lambda *_args, **_options: None
     return trainer
-
-
-def _decide_without_timing(transforms: ComposeTransforms) -> None:
-    """nnU-Net's blur may choose between two ways by timing them, which would make views differ in their last bits."""
-    for transform in transforms.transforms:
-        inner = getattr(transform, "transform", transform)
-        if hasattr(inner, "benchmark"):
-            inner.benchmark = False
 
 
 @contextlib.contextmanager

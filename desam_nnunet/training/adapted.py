@@ -38,11 +38,14 @@ class WarmupPolySchedule:
 
     def step(self, epoch: int) -> None:
         """An epoch begins."""
-        self._go_to(epoch * self.per_epoch)
+        self.iteration = epoch * self.per_epoch - 1
+        self.advance()
 
     def advance(self) -> None:
-        """An iteration is done."""
-        self._go_to(self.iteration + 1)
+        """The next iteration begins."""
+        self.iteration += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(self.iteration)
 
     def rate(self, iteration: int) -> float:
         """The learning rate of an iteration, counted from 0."""
@@ -52,11 +55,6 @@ class WarmupPolySchedule:
         if iteration < self.warmup:
             return highest * (iteration + 1) / self.warmup
         return highest * max(0.0, 1 - (iteration - self.warmup) / self.iterations) ** _POWER
-
-    def _go_to(self, iteration: int) -> None:
-        self.iteration = iteration
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(iteration)
 
 
 Optimization = tuple[Optimizer, WarmupPolySchedule]

@@ -28,13 +28,7 @@ from desam_nnunet.sam.tiles import TileToImage, ct_window
 from desam_nnunet.settings.resolve import read_own, read_sam, resolve_plans
 from desam_nnunet.settings.sections import Method, SamSection
 from desam_nnunet.system.files import TEMPORARY, replacing
-from desam_nnunet.training.checks import (
-    check_cases,
-    check_model_folder,
-    check_same_settings,
-    missing_labels,
-    settings_of,
-)
+from desam_nnunet.training import checks
 from desam_nnunet.training.losses import foreground_target
 
 Batch = dict[str, Any]
@@ -142,10 +136,10 @@ class SamTrainer(nnUNetTrainer):
         if not self.was_initialized:
             self.initialize()
         folder = Path(self.output_folder)
-        check_model_folder(folder.parent, self.configuration_name, self._settings(), self.method)
+        checks.check_model_folder(folder.parent, self.configuration_name, self._settings(), self.method)
         training, validation = self.get_tr_and_val_datasets()
-        missing = missing_labels(check_cases(training, self.num_input_channels), self.label_manager)
-        check_cases(validation, self.num_input_channels)
+        missing = checks.missing_labels(checks.check_cases(training, self.num_input_channels), self.label_manager)
+        checks.check_cases(validation, self.num_input_channels)
         precision = str(self.bare_network.encoder.precision(self.device)).removeprefix("torch.")
         self.print_to_log_file(f"The encoder {self.sam.encoder} computes in {precision} on {self.device.type}.")
         if missing:
@@ -188,12 +182,12 @@ class SamTrainer(nnUNetTrainer):
         """Refuses a checkpoint that was trained with other settings than the plans give now."""
         checkpoint = torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False)
         given = checkpoint["init_args"]
-        then = settings_of(given["plans"], self.configuration_name, given["dataset_json"], self.method)
-        check_same_settings(self._settings(), then, str(filename_or_checkpoint))
+        then = checks.settings_of(given["plans"], self.configuration_name, given["dataset_json"], self.method)
+        checks.check_same_settings(self._settings(), then, str(filename_or_checkpoint))
         super().load_checkpoint(filename_or_checkpoint)
 
     def _settings(self) -> dict[str, Any]:
-        return settings_of(self.plans_manager.plans, self.configuration_name, self.dataset_json, self.method)
+        return checks.settings_of(self.plans_manager.plans, self.configuration_name, self.dataset_json, self.method)
 
     def _on_device(self, batch: Batch) -> tuple[Inputs, Tensor]:
         return self.inputs_of(batch), batch["target"].to(self.device, non_blocking=True)
@@ -222,10 +216,9 @@ class SamTrainer(nnUNetTrainer):
             self.optimizer.step()
         self._skipped = 0 if finite else self._skipped + 1
         if self._skipped >= _MAX_SKIPPED:
-            raise RuntimeError(
-                f"The loss was not finite in {_MAX_SKIPPED} iterations in a row: lower the learning rate in the "
-                "plans, or look for extreme intensities in the data. The last checkpoint is kept."
-            )
+            raise RuntimeError(f"The loss was not finite in {_MAX_SKIPPED} iterations in a row: lower the learning "
+                               "rate in the plans, or look for extreme intensities in the data. The last checkpoint is "
+                               "kept.")
 
     def _foreground(self, logits: Tensor) -> Tensor:
         """Predicted foreground classes or regions, (B, K, H, W) bool."""
@@ -240,9 +233,6 @@ def outline_from_plans(
     num_output_channels: int, method: Method, image_of: Callable[[ImageSpec], ImageSpec],
 ) -> Outline:
     """What a method's network is built from, as resolved sections say; loads the encoder that they name.
-
-    Args:
-        image_of: The images that the method wants, from those that the encoder wants.
 
     Raises:
         ValueError, FileNotFoundError: Sections that are not resolved or not valid; weights that are not here or

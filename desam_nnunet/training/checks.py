@@ -18,8 +18,8 @@ from desam_nnunet.settings.sections import Method
 _GEOMETRY = ("data_identifier", "patch_size", "spacing", "normalization_schemes", "use_mask_for_norm",
              "resampling_fn_data", "resampling_fn_data_kwargs")
 _OF_CT = ("mean", "std", "percentile_00_5", "percentile_99_5")  # what CTNormalization takes from the fingerprint
-Label = int | tuple[int, ...]  # one label, or those of a region
 _DATASET = ("labels", "regions_class_order", "channel_names")
+Label = int | tuple[int, ...]  # one label, or those of a region
 
 
 def check_cases(dataset: nnUNetBaseDataset, num_channels: int) -> set[Label]:
@@ -50,7 +50,7 @@ def missing_labels(found: set[Label], label_manager: LabelManager) -> list[Label
         ValueError: Not a single one occurs.
     """
     keys: list[Label] = [tuple(map(int, label)) if isinstance(label, list | tuple) else int(label)
-            for label in foreground_of(label_manager)]
+                         for label in foreground_of(label_manager)]
     missing = [label for label in keys if label not in found]
     if len(missing) == len(keys):
         raise ValueError(f"None of the labels {missing} occurs in any training case: check labelsTr and the labels in "

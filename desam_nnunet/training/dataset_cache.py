@@ -48,10 +48,8 @@ def build_dataset(
     configuration = PlansManager(plans).get_configuration(configuration_name)
     data_folder = folder / configuration.data_identifier
     if not data_folder.is_dir():
-        raise FileNotFoundError(
-            f"{data_folder} does not exist: run nnUNetv2_preprocess -d {dataset} -plans_name {plans_name} "
-            f"-c {configuration_name} first."
-        )
+        raise FileNotFoundError(f"{data_folder} does not exist: run nnUNetv2_preprocess -d {dataset} -plans_name "
+                                f"{plans_name} -c {configuration_name} first.")
     network = build_network(plans, dataset_json, configuration_name, trainer_name).to(device).eval()
     assert isinstance(network, FrozenSamNetwork)
     data = infer_dataset_class(str(data_folder))(str(data_folder))

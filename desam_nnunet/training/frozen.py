@@ -17,7 +17,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 from torch import distributed as dist
 
-from desam_nnunet.cache.build import Builder, Share
+from desam_nnunet.cache.build import Builder, Share, usable_bytes
 from desam_nnunet.cache.entry import DamagedEntryError
 from desam_nnunet.cache.loader import CachedLoader
 from desam_nnunet.cache.store import CaseRecord, Recipe, Store, open_stores
@@ -47,10 +47,8 @@ class FrozenSamTrainer(SamTrainer):
         processes = dist.get_world_size() if self.is_ddp else 1
         size = self.configuration_manager.batch_size
         if size % processes:
-            raise ValueError(
-                f"A batch of {size} tiles can't be shared evenly by {processes} GPUs: set batch_size in the plans to a "
-                f"multiple of {processes}, or train with another -num_gpus."
-            )
+            raise ValueError(f"A batch of {size} tiles can't be shared evenly by {processes} GPUs: set batch_size in "
+                             f"the plans to a multiple of {processes}, or train with another -num_gpus.")
         super()._set_batch_size_and_oversample()
 
     def inputs_of(self, batch: Batch) -> Features:
@@ -63,9 +61,7 @@ class FrozenSamTrainer(SamTrainer):
 
     def get_dataloaders(self) -> tuple[Any, Any]:
         """nnU-Net's loaders, or those of the embedding cache, which is built first."""
-        if self.sam.features == "online":
-            return super().get_dataloaders()
-        return cached_loaders(self)
+        return super().get_dataloaders() if self.sam.features == "online" else cached_loaders(self)
 
     def on_train_end(self) -> None:
         super().on_train_end()
@@ -120,8 +116,8 @@ def build_missing(builder: Builder, share: Share) -> None:
                 print(f"{other.folder.name} has these tiles in {other.recipe.precision}, but the encoder computes in "
                       f"{store.recipe.precision} on this device: they are encoded again.")
         print(f"Embedding cache {store.folder}: {plan.tiles} tiles of {len(plan.todo)} case(s) to encode, about "
-              f"{plan.needed / 1e9:.2f} GB ({plan.free / 1e9:.1f} GB free) and {_duration(builder.seconds(plan))}.",
-              flush=True)
+              f"{plan.needed / 1e9:.2f} GB ({usable_bytes(store.folder) / 1e9:.1f} GB free) and "
+              f"{_duration(builder.seconds(plan))}.", flush=True)
     if plan.todo:  # perhaps only the record of a case whose tiles are all there
         builder.build(plan)
 
@@ -143,8 +139,8 @@ def cached_loaders(trainer: FrozenSamTrainer) -> tuple[CachedLoader, CachedLoade
                for dataset in datasets]
     views = trainer.sam.views, 1
     tiles = sum(seen * len(record.tiles) for rows, seen in zip(records, views, strict=True) for record in rows.values())
-    in_memory = share.parts * tiles * _bytes_of_tile(builder, trainer.label_manager) <= free_memory(
-        torch.device("cpu")) // _RAM_SHARE
+    size = share.parts * tiles * _bytes_of_tile(builder, trainer.label_manager)
+    in_memory = size <= free_memory(torch.device("cpu")) // _RAM_SHARE
     stored = {case: sum(record.sizes.values()) for rows in records for case, record in rows.items()}
     trainer.print_to_log_file(
         f"Embedding cache {builder.store.folder}: {sum(stored.values()) / 1e9:.2f} GB of {len(stored)} case(s), "
@@ -177,10 +173,8 @@ def _refuse_other_recipes(recipe: Recipe, share: Share) -> None:
     if share.parts > 1:
         dist.all_gather_object(recipes, recipe)
     if len({other.key for other in recipes}) > 1:
-        raise ValueError(
-            f"The devices of this training compute in {', '.join(other.precision for other in recipes)}: train on "
-            "devices of one kind, or with sam.features 'online'."
-        )
+        raise ValueError(f"The devices of this training compute in {', '.join(other.precision for other in recipes)}: "
+                         "train on devices of one kind, or with sam.features 'online'.")
 
 
 def _await(builder: Builder, case: str, *, alone: bool) -> CaseRecord:
@@ -199,9 +193,8 @@ def _await(builder: Builder, case: str, *, alone: bool) -> CaseRecord:
 
 def _bytes_of_tile(builder: Builder, label_manager: LabelManager) -> int:
     """In memory: features in float16, and a target in int16, one per region."""
-    recipe, regions = builder.store.recipe, 1
-    if label_manager.has_regions:
-        regions = len(label_manager.foreground_regions) + label_manager.has_ignore_label
+    recipe = builder.store.recipe
+    regions = len(label_manager.foreground_regions) + label_manager.has_ignore_label if label_manager.has_regions else 1
     return 2 * (builder.network.encoder.spec.values(recipe.image_size) + regions * math.prod(recipe.patch_size))
 
 

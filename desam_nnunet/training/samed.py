@@ -20,8 +20,6 @@ from desam_nnunet.sam.tiles import cut_padding
 from desam_nnunet.training.adapted import AdaptedSamTrainer, Optimization
 from desam_nnunet.training.losses import DiceCELoss
 
-_CE, _DICE = 0.2, 0.8
-
 
 class SAMedTrainer(AdaptedSamTrainer):
     """Trains low-rank updates of SAM's encoder, and its mask decoder; without prompts.
@@ -49,7 +47,7 @@ class SAMedTrainer(AdaptedSamTrainer):
         return self.adamw(self.own.warmup, late=self.own.lr_after_step)
 
     def _build_loss(self) -> DiceCELoss:
-        return DiceCELoss(self.label_manager, ce=_CE, dice=_DICE, background=True, ddp=self.is_ddp)
+        return DiceCELoss(self.label_manager, ce=0.2, dice=0.8, background=True, ddp=self.is_ddp)
 
     def compute_loss(self, inputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The loss at a quarter of the input size, against the target's nearest pixels."""
