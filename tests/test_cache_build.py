@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,16 +18,18 @@ import pytest
 import torch
 from conftest import Workspace, make_trainer, nnunet, tiny_sections
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from test_cache_store import unprivileged
+from test_cache_store import RECIPE, unprivileged
 
 from desam_nnunet.cache import build as building
+from desam_nnunet.cache.build import Builder, Share
 from desam_nnunet.cache.manage import delete_stores, describe_stores, verify_stores
 from desam_nnunet.cache.store import Store, open_stores
 from desam_nnunet.cache.tiles import content_of, crop, tiles_of
 from desam_nnunet.commands.__main__ import main
+from desam_nnunet.encoders.base import Features, FeatureSpec, ImageSpec, Level
 from desam_nnunet.encoders.precision import encoder_dtype
-from desam_nnunet.training.cached import cached_loaders
 from desam_nnunet.training.dataset_cache import build_dataset
+from desam_nnunet.training.frozen import cached_loaders
 
 CPU = torch.device("cpu")
 PLANS = "CachedPlans"
@@ -181,10 +184,52 @@ def test_nan_in_any_slice_names_case_and_slice(workspace: Workspace, store: Stor
     trainer = make_trainer("DeSAMTrainer", workspace, plans=workspace.plans(PLANS))
     trainer.initialize()
     case = store.cases()[0]
-    fresh = Store(tmp_path, store.recipe)
-    plan = building.plan_build(fresh, Dataset(), trainer.bare_network, building.Share())  # type: ignore[arg-type]
+    builder = Builder(Store(tmp_path, store.recipe), Dataset(), trainer.bare_network, CPU)  # type: ignore[arg-type]
+    plan = builder.plan(Share())
     with pytest.raises(ValueError, match=f"Case {case}, slice 2: The image holds NaN"):
-        building.build(fresh, Dataset(), plan, trainer.bare_network, CPU, None)  # type: ignore[arg-type]
+        builder.build(plan)
+
+
+class Overflowing:
+    """A network whose encoder overflows on the second of three tiles; everything else is as training needs it."""
+
+    num_channels = 1
+    encoder = SimpleNamespace(spec=FeatureSpec((), Level(4, 16), ImageSpec(16)))
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def encode(self, tiles: torch.Tensor) -> Features:
+        neck = torch.zeros(len(tiles), 4, 4, 4)
+        neck[tiles[:, 0, 0, 0] == 1, 2, 1, 1] = self.value
+        return Features((), neck)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize(("at_once", "stored"), [(1, ["00000_0.tile"]), (3, [])])
+def test_features_that_are_not_finite_are_refused_and_not_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float, at_once: int, stored: list[str]
+) -> None:
+    class Dataset:
+        identifiers = ("case",)
+        source_folder = tmp_path
+
+        @staticmethod
+        def load_case(case: str) -> tuple[np.ndarray, np.ndarray]:
+            data = np.stack([np.full((64, 64), slice_, np.float32) for slice_ in range(3)])[None]
+            return data, np.zeros((1, 3, 64, 64), np.int8)
+
+    (tmp_path / "case.npz").write_bytes(b"preprocessed")
+    store = Store(tmp_path, replace(RECIPE, patch_size=(64, 64), precision="float16"))
+    monkeypatch.setattr(Builder, "at_once", at_once)
+    builder = Builder(store, Dataset(), Overflowing(value), CPU)  # type: ignore[arg-type]
+    plan = builder.plan(Share())
+    assert plan.tiles == 3
+    with pytest.raises(ValueError, match=r"Case case, slice 1: of tile 1, view 0, .* encoder vit_tiny, in float16, "
+                                         "makes features that are not finite"):
+        builder.build(plan)
+    assert [path.name for path in store.entries("case")] == stored
+    assert store.complete("case", plan.todo["case"].content) is None
 
 
 def test_two_processes_and_two_parts_give_the_same_store(workspace: Workspace, store: Store) -> None:
@@ -270,12 +315,12 @@ def test_a_folder_that_can_not_be_written_is_one_sentence(
     workspace: Workspace, store: Store, trainer: Any, tmp_path: Path
 ) -> None:
     dataset, _ = trainer.get_tr_and_val_datasets()
-    network, fresh = trainer.bare_network, Store(tmp_path, store.recipe)
-    plan = building.plan_build(fresh, dataset, network, building.Share())
+    builder = Builder(Store(tmp_path, store.recipe), dataset, trainer.bare_network, CPU)
+    plan = builder.plan(Share())
     tmp_path.chmod(0o555)
     message = r"can't be written: Permission denied\. What is stored stays valid\. Make room"
     with pytest.raises(OSError, match=message), unprivileged():
-        building.build(fresh, dataset, plan, network, CPU, None)
+        builder.build(plan)
     tmp_path.chmod(0o755)
 
 
@@ -296,16 +341,16 @@ def test_the_disk_must_hold_the_shares_of_all(
     trainer = make_trainer("DeSAMTrainer", workspace, plans=workspace.plans(PLANS))
     trainer.initialize()
     dataset, _ = trainer.get_tr_and_val_datasets()
-    fresh = Store(tmp_path, store.recipe)
-    alone = building.plan_build(fresh, dataset, trainer.bare_network, building.Share())
-    halves = [building.plan_build(fresh, dataset, trainer.bare_network, building.Share(part, 2)) for part in (0, 1)]
+    builder = Builder(Store(tmp_path, store.recipe), dataset, trainer.bare_network, CPU)
+    alone = builder.plan(Share())
+    halves = [builder.plan(Share(part, 2)) for part in (0, 1)]
     assert sorted([*halves[0].todo, *halves[1].todo]) == sorted(alone.todo)
     assert halves[0].tiles + halves[1].tiles == alone.tiles
     assert halves[0].needed == halves[1].needed == alone.needed
     usage = type("Usage", (), {"total": 0, "free": alone.needed - 1})
     monkeypatch.setattr(building.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OSError, match="The cache needs"):
-        building.plan_build(fresh, dataset, trainer.bare_network, building.Share(0, 2))
+        builder.plan(Share(0, 2))
 
 
 def test_stores_are_listed_and_deleted_by_name(workspace: Workspace, store: Store) -> None:

@@ -13,11 +13,10 @@ from conftest import Workspace, make_trainer, tiny_sections
 
 from desam_nnunet.cache.manage import describe_stores
 from desam_nnunet.cache.store import Tile, open_stores
-from desam_nnunet.cache.tiles import crop
-from desam_nnunet.cache.views import Augmentation, not_started
-from desam_nnunet.training.cached import cached_loaders
+from desam_nnunet.cache.tiles import Augmentation, crop, not_started
 from desam_nnunet.training.dataset_cache import build_dataset
 from desam_nnunet.training.desam import DeSAMTrainer
+from desam_nnunet.training.frozen import cached_loaders
 
 PLANS = "ViewsPlans"
 
@@ -108,7 +107,7 @@ def test_views_in_the_store_the_loaders_and_the_checkpoint(workspace: Workspace)
     assert training.store.folder == store.folder
     assert {draw.view for _ in range(30) for draw in training.draw()} == {0, 1, 2}
     assert {draw.view for _ in range(30) for draw in validation.draw()} == {0}
-    store.discard_tile(case, 0, 1)
+    store.discard(store.path(case, 0, 1))
     build_dataset("501", PLANS, "2d", "DeSAMTrainer", torch.device("cpu"), 1, 0)
     assert {path: path.read_bytes() for path in store.entries(case)} == before
     assert store.folder in [other.folder for other in open_stores(workspace.preprocessed)]

@@ -16,7 +16,7 @@ from torch import multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from desam_nnunet.cache.store import Store, open_stores
-from desam_nnunet.training.cached import cached_loaders
+from desam_nnunet.training.frozen import cached_loaders
 from desam_nnunet.training.losses import DiceCELoss
 
 LABELS = LabelManager({"background": 0, "a": 1, "b": 2}, None)

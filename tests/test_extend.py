@@ -18,7 +18,7 @@ from desam_nnunet.encoders.weights import load_encoder
 from desam_nnunet.networks.frame import FrozenSamNetwork
 from desam_nnunet.nnunet.lookup import look_up
 from desam_nnunet.sam.tiles import TileToImage
-from desam_nnunet.training.cached import _reads
+from desam_nnunet.training.frozen import identity_of_maps
 
 EXTEND = Path(__file__).parents[1] / "examples" / "extend"
 EXAMPLES = sorted(EXTEND.rglob("*.py"))
@@ -118,10 +118,10 @@ def test_the_doctor_passes_by_what_is_no_trainer_and_no_usable_backbone(
 def test_what_else_changes_features_is_part_of_the_store() -> None:
     """Two encoders that share their weights, or a method with images of its own, must not share a store."""
     network = outline_of("vit_tiny")
-    assert _reads("vit_tiny", network) == ""
-    assert _reads("resnet_encoder:RESNET", network) != ""
+    assert identity_of_maps("vit_tiny", network) == ""
+    assert identity_of_maps("resnet_encoder:RESNET", network) != ""
     network.to_image = TileToImage(ImageSpec(16), 64, "unit")
-    assert _reads("vit_tiny", network) != ""
+    assert identity_of_maps("vit_tiny", network) != ""
     mine = EncoderRow("mine:A", ENCODERS["vit_tiny_random"].architecture, 256)
     assert mine.random_identity != ENCODERS["vit_tiny_random"].random_identity
 

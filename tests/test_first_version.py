@@ -17,10 +17,10 @@ import torch
 from conftest import FOLDERS
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-from desam_nnunet.cache.build import Share, plan_build
-from desam_nnunet.cache.store import Store, open_stores
+from desam_nnunet.cache.build import Share
+from desam_nnunet.cache.store import open_stores
 from desam_nnunet.nnunet.model_folder import read_description
-from desam_nnunet.training.cached import recipe_of
+from desam_nnunet.training.frozen import builder_of
 from desam_nnunet.training.registry import TRAINERS
 
 FILES = Path(__file__).with_name("first_version")
@@ -120,8 +120,8 @@ def test_the_store_is_found_whole(root: Path) -> None:
     trainer = TRAINERS["DeSAMTrainer"](plans | {"continue_training": True}, "2d", 0, dataset_json, CPU)
     trainer.initialize()
     network = in_float32(trainer.bare_network)
-    recipe = recipe_of(trainer.configuration_manager, trainer.sam, network, CPU, None)
-    assert recipe in [store.recipe for store in open_stores(Path(trainer.preprocessed_dataset_folder_base))]
-    store = Store(Path(trainer.preprocessed_dataset_folder_base), recipe)
     dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder)
-    assert plan_build(store, dataset, network, Share()).todo == {}
+    builder = builder_of(trainer, dataset, trainer.sam, network, CPU)
+    stores = open_stores(Path(trainer.preprocessed_dataset_folder_base))
+    assert builder.store.folder in [store.folder for store in stores if store.recipe == builder.store.recipe]
+    assert builder.plan(Share()).todo == {}

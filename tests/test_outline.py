@@ -11,7 +11,7 @@ from desam_nnunet.networks.desam.section import DESAM, DesamSection
 from desam_nnunet.sam.tiles import TileToImage
 from desam_nnunet.settings.resolve import read_sam
 from desam_nnunet.settings.sections import SamSection
-from desam_nnunet.training.outline import outline_from_plans
+from desam_nnunet.training.base import outline_from_plans
 from desam_nnunet.training.samed import SAMedTrainer
 
 PACKAGED = f"md5:{ENCODERS['vit_tiny'].md5}"

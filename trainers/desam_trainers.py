@@ -1,7 +1,6 @@
 """What nnU-Net's look-up finds after -tr; the classes live in the installed package."""
 
-from desam_nnunet.training.dbsam import DBSAMTrainer
-from desam_nnunet.training.dbsam_boxes import DBSAMTrainerBoxes
+from desam_nnunet.training.dbsam import DBSAMTrainer, DBSAMTrainerBoxes
 from desam_nnunet.training.desam import DeSAMTrainer, DeSAMTrainerWholeBox
 from desam_nnunet.training.samed import SAMedTrainer, SAMedTrainerS
 

@@ -11,15 +11,15 @@ import json
 import struct
 import threading
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import blosc2
 import numpy as np
 
 from desam_nnunet.system.files import replace_file
 
+Arrays = dict[str, np.ndarray]
 _MAGIC = b"DESAM\x00\x01\n"
 _PREFIX = struct.Struct("<8sII")  # magic, header length, header CRC
 _LARGEST_HEADER = 2**20
@@ -32,41 +32,32 @@ class DamagedEntryError(ValueError):
     """The file is not what was written: truncated, changed, or no entry at all."""
 
 
-def write_entry(path: Path, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> int:
+def write_entry(path: Path, arrays: Arrays, meta: dict[str, Any]) -> int:
     """Writes `arrays` and JSON-able `meta`, replacing what was there; returns the file's size in bytes.
 
     Raises:
         OSError: The disk is full or not writable; no partial file is left under `path`.
     """
-    payloads, rows = [], []
-    for name, array in arrays.items():
-        array = np.ascontiguousarray(array)
-        payload = blosc2.compress2(array, typesize=array.itemsize, **_COMPRESSION)
-        payloads.append(payload)
-        rows.append({"name": name, "dtype": str(array.dtype), "shape": array.shape,
-                     "bytes": len(payload), "crc": zlib.crc32(payload)})
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    payloads = [blosc2.compress2(array, typesize=array.itemsize, **_COMPRESSION) for array in arrays.values()]
+    rows = [{"name": name, "dtype": str(array.dtype), "shape": array.shape, "bytes": len(payload),
+             "crc": zlib.crc32(payload)} for (name, array), payload in zip(arrays.items(), payloads, strict=True)]
     header = json.dumps({"meta": meta, "arrays": rows}).encode()
     prefix = _PREFIX.pack(_MAGIC, len(header), zlib.crc32(header))
     return replace_file(path, [prefix, header, *payloads])
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """Only the header's `meta`; the file's length is checked, its arrays are not.
-
-    Raises:
-        DamagedEntryError, OSError.
-    """
+    """Only the header's `meta`; the file's length is checked, its arrays are not. Errors as :func:`read_entry`."""
     with open(path, "rb") as stream:
-        header = _read_header(path, stream.read(_PREFIX.size), stream)
+        header = _read_header(path, stream)
         expected = stream.tell() + sum(row["bytes"] for row in header["arrays"])
     if path.stat().st_size != expected:
         raise DamagedEntryError(f"{path} is truncated or longer than it was written.")
     return header["meta"]
 
 
-def read_entry(
-    path: Path, into: Mapping[str, np.ndarray] | None = None
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def read_entry(path: Path, into: Arrays | None = None) -> tuple[Arrays, dict[str, Any]]:
     """All arrays and `meta`, every byte checked.
 
     Args:
@@ -77,7 +68,7 @@ def read_entry(
         DamagedEntryError, OSError.
     """
     with open(path, "rb") as stream:
-        header = _read_header(path, stream.read(_PREFIX.size), stream)
+        header = _read_header(path, stream)
         arrays = {}
         for row in header["arrays"]:
             payload = _scratch_of(row["bytes"])
@@ -106,7 +97,8 @@ def _scratch_of(size: int) -> memoryview:
     return memoryview(_scratch.buffer)[:size]
 
 
-def _read_header(path: Path, prefix: bytes, stream: Any) -> dict[str, Any]:
+def _read_header(path: Path, stream: BinaryIO) -> dict[str, Any]:
+    prefix = stream.read(_PREFIX.size)
     if len(prefix) != _PREFIX.size:
         raise DamagedEntryError(f"{path} is damaged: it is too short.")
     magic, length, crc = _PREFIX.unpack(prefix)

@@ -6,11 +6,13 @@ import contextlib
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import blosc2
 import numpy as np
 import torch
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 
@@ -32,6 +34,7 @@ class Draw(NamedTuple):
     view: int
 
 
+@dataclass(eq=False, repr=False)
 class CachedLoader:
     """Endless batches ``{"features": Features, "target": Tensor, "keys": list}``.
 
@@ -40,7 +43,7 @@ class CachedLoader:
     an ignore label, other samples are drawn in proportion to their labelled pixels. The draws come from numpy's
     global generator, in order, whatever the number of workers.
 
-    Args:
+    Attributes:
         records: Of the cases to draw from.
         oversample: Share of a batch that is sure to hold foreground.
         probabilistic: Whether that share is drawn per sample.
@@ -51,27 +54,28 @@ class CachedLoader:
         views: How many views of a tile are drawn from, the first as it is.
     """
 
-    def __init__(
-        self, store: Store, records: Mapping[str, CaseRecord], *, label_manager: LabelManager, batch_size: int,
-        oversample: float, probabilistic: bool, transforms: Any, workers: int, pin_memory: bool, in_memory: bool,
-        views: int,
-    ) -> None:
-        self.store = store
-        self.records = records
-        self.cases = sorted(records)
-        self.batch_size = batch_size
-        self.oversample = oversample
-        self.probabilistic = probabilistic
-        self.transforms = transforms
-        self.pin_memory = pin_memory
-        self._shares = {case: _Shares(record, label_manager, views) for case, record in records.items()}
-        self._kept: dict[Draw, tuple[Features, Tensor]] | None = {} if in_memory else None
+    store: Store
+    records: Mapping[str, CaseRecord]
+    label_manager: LabelManager
+    batch_size: int
+    oversample: float
+    probabilistic: bool
+    transforms: BasicTransform
+    workers: int
+    pin_memory: bool
+    in_memory: bool
+    views: int
+
+    def __post_init__(self) -> None:
+        self.cases = sorted(self.records)
+        self._shares = {case: _Shares(record, self.label_manager, self.views) for case, record in self.records.items()}
+        self._kept: dict[Draw, tuple[Features, Tensor]] = {}
         self._reserve = memory_limit() // _RESERVE
-        self._pool = ThreadPoolExecutor(workers, "cached-tiles") if workers else None
+        self._pool = ThreadPoolExecutor(self.workers, "cached-tiles") if self.workers else None
         self._lent: deque[Features] = deque()
         self._free: deque[Features] = deque()
         self._coming: deque[Future[dict[str, Any]]] = deque()
-        self._ahead = min(_AHEAD, 2 * workers)
+        self._ahead = min(_AHEAD, 2 * self.workers)
         blosc2.set_releasegil(True)  # else the threads unpack one after the other
 
     def __iter__(self) -> CachedLoader:
@@ -93,9 +97,8 @@ class CachedLoader:
         """Reads no more, and lets go of the memory."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
-        for held in (self._coming, self._lent, self._free):
+        for held in (self._coming, self._lent, self._free, self._kept):
             held.clear()
-        self._kept = None if self._kept is None else {}
 
     def draw(self) -> list[Draw]:
         """The next batch's tiles."""
@@ -105,36 +108,25 @@ class CachedLoader:
 
     def read(self, draws: list[Draw]) -> dict[str, Any]:
         """The batch of `draws`."""
-        batch = self._take_free()
+        batch: Features | None = None
+        with contextlib.suppress(IndexError):  # none is free yet
+            batch = self._free.popleft()
         targets = []
         for place, draw in enumerate(draws):
-            room = None if batch is None else batch.sample(place)
-            features, target = self._sample(draw, room)
+            features, target = self._sample(draw, batch and batch.sample(place))
             targets.append(target)
             if batch is None:
-                batch = self._new_batch(features)
-            elif self._kept is None:
-                continue  # the store has filled the room
-            room = batch.sample(place)
-            for there, feature in zip(room.tensors, features.tensors, strict=True):
+                batch = features.map(
+                    lambda x: torch.empty((self.batch_size, *x.shape), dtype=x.dtype, pin_memory=self.pin_memory))
+            elif not self.in_memory:
+                continue  # the store has filled its place in the batch
+            for there, feature in zip(batch.sample(place).tensors, features.tensors, strict=True):
                 there.copy_(feature)
         return {"features": batch, "target": torch.stack(targets), "keys": [draw.case for draw in draws]}
 
-    def _take_free(self) -> Features | None:
-        try:
-            return self._free.popleft()
-        except IndexError:
-            return None
-
-    def _new_batch(self, sample: Features) -> Features:
-        """Memory for as many features as a batch has, like those of `sample`."""
-        return sample.map(
-            lambda x: torch.empty((self.batch_size, *x.shape), dtype=x.dtype, pin_memory=self.pin_memory)
-        )
-
     def _sample(self, draw: Draw, room: Features | None) -> tuple[Features, Tensor]:
-        """Features and target of one tile; `room` is filled unless the tile is one to be kept in memory."""
-        if self._kept is None:
+        """Features and target of one tile; `room` is filled unless tiles are kept in memory."""
+        if not self.in_memory:
             return self._from_disk(draw, room)
         if draw in self._kept:
             return self._kept[draw]
@@ -144,18 +136,15 @@ class CachedLoader:
         return sample
 
     def _from_disk(self, draw: Draw, room: Features | None) -> tuple[Features, Tensor]:
-        case, number, view = draw
         try:
-            features, labels = self.store.read(case, number, view, self.records[case].content, room)
+            features, labels = self.store.read(*draw, self.records[draw.case].content, room)
         except DamagedEntryError as error:
             with contextlib.suppress(OSError):
-                self.store.discard_tile(case, number, view)
+                self.store.discard(self.store.path(*draw))
             raise DamagedEntryError(f"{error} Start again with --c: this tile alone is built again.") from error
         except (ChangedCaseError, FileNotFoundError) as error:
-            raise ChangedCaseError(
-                f"Tile {number} of {case} in {self.store.folder} was replaced or removed while training ran: "
-                "start again with --c."
-            ) from error
+            raise ChangedCaseError(f"Tile {draw.number} of {draw.case} in {self.store.folder} was replaced or removed "
+                                   "while training ran: start again with --c.") from error
         return features, self.transforms(segmentation=torch.from_numpy(labels)[None])["segmentation"]
 
     def _wants_foreground(self, place: int) -> bool:
@@ -169,18 +158,16 @@ class _Shares:
 
     def __init__(self, record: CaseRecord, label_manager: LabelManager, views: int) -> None:
         self.entries = [(number, view) for number in range(len(record.tiles)) for view in range(views)]
-        labels = [record.labels[number][view] for number, view in self.entries]
-        wanted = [tuple(region) if isinstance(region, list | tuple) else (region,)
-                  for region in foreground_of(label_manager)]
-        pixels = np.array([[sum(counts.get(label, 0) for label in region) for region in wanted] for counts in labels],
-                          dtype=float)  # entries, classes
-        self.of_class = [column / column.sum() for column in pixels.T if column.sum() > 0]
+        classes = [label if isinstance(label, list | tuple) else (label,) for label in foreground_of(label_manager)]
+        pixels = np.array([[sum(record.labels[number][view].get(label, 0) for label in labels) for labels in classes]
+                           for number, view in self.entries], dtype=float)  # entries, classes
+        self.of_class = [column / column.sum() for column in pixels.T if column.any()]
         self.anywhere = None
         if label_manager.has_ignore_label:
             # a view has padding that counts as background: what is labelled is what the tile itself has
             labelled = np.array([sum(pixels for label, pixels in record.labels[number][0].items()
                                      if 0 <= label != label_manager.ignore_label) for number, _ in self.entries], float)
-            self.anywhere = labelled / labelled.sum() if labelled.sum() > 0 else None
+            self.anywhere = labelled / labelled.sum() if labelled.any() else None
 
     def draw(self, foreground: bool) -> tuple[int, int]:
         shares = self.anywhere

@@ -15,7 +15,7 @@ import hashlib
 import json
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from desam_nnunet.cache.entry import DamagedEntryError, read_entry, read_meta, write_entry
+from desam_nnunet.cache.entry import Arrays, DamagedEntryError, read_entry, read_meta, write_entry
 from desam_nnunet.encoders.base import Features, FeatureSpec
 from desam_nnunet.system.files import TEMPORARY, replace_file
 
@@ -68,14 +68,12 @@ class Recipe:
 
     def fields(self) -> dict[str, Any]:
         """As it is written; stores that are older than `reads` have none."""
-        fields = asdict(self)
-        return fields if self.reads else {key: value for key, value in fields.items() if key != "reads"}
+        return {key: value for key, value in asdict(self).items() if key != "reads" or value}
 
     @property
     def key(self) -> str:
         """SHA-256 over all of it but the encoder's path, which its identity makes superfluous."""
-        fields = self.fields() | {"encoder": ""}
-        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.fields() | {"encoder": ""}, sort_keys=True).encode()).hexdigest()
 
     @property
     def folder(self) -> str:
@@ -124,7 +122,7 @@ class Store:
     def create(self) -> None:
         """Makes the folder, writes the recipe, and removes what killed builds left under temporary names."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write_json(self.folder / _RECIPE, self.recipe.fields())
+        replace_file(self.folder / _RECIPE, [json.dumps(self.recipe.fields()).encode()])
         for path in self.folder.glob(f"*/.*{TEMPORARY}"):
             with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
                 if time.time() - path.stat().st_mtime > _ABANDONED:
@@ -132,64 +130,60 @@ class Store:
 
     def complete(self, case: str, content: str) -> CaseRecord | None:
         """The record of `case`, if it was made from `content` and every file is there in its full length."""
-        record = self._record(case)
-        if record is None or record.content != content:
+        try:
+            given = json.loads((self.folder / case / _CASE).read_text())
+            record = given["record"]
+            is_current = given["crc"] == _crc_of(record) and record["content"] == content
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
         sizes = {path.name: path.stat().st_size for path in self.entries(case)}
-        return record if record.sizes.items() <= sizes.items() else None
+        if not is_current or not record["sizes"].items() <= sizes.items():
+            return None
+        tiles = tuple(Tile(*tile) for tile in record["tiles"])
+        labels = tuple(tuple({int(k): n for k, n in view.items()} for view in views) for views in record["labels"])
+        return CaseRecord(content, tiles, labels, record["sizes"])
 
-    def missing(self, case: str, content: str, tiles: Sequence[Tile]) -> Iterator[tuple[int, int]]:
+    def missing(self, case: str, content: str, tiles: Sequence[Tile]) -> list[tuple[int, int]]:
         """Numbers and views of the tiles that are not here yet, or were made from another content."""
-        for number in range(len(tiles)):
-            for view in range(self.recipe.views):
-                if not self.has(case, number, view, content):
-                    yield number, view
+        return [(number, view) for number in range(len(tiles)) for view in range(self.recipe.views)
+                if not self.has(case, number, view, content)]
 
     def has(self, case: str, number: int, view: int, content: str) -> bool:
         """Whether a tile is here in its full length, made from `content`."""
         try:
-            return read_meta(self._path(case, number, view))["content"] == content
+            return read_meta(self.path(case, number, view))["content"] == content
         except (FileNotFoundError, DamagedEntryError):
             return False
 
     def bytes_of(self, case: str, number: int, view: int) -> int:
         """What a tile takes on disk now, whatever it was made from."""
-        path = self._path(case, number, view)
+        path = self.path(case, number, view)
         return path.stat().st_size if path.is_file() else 0
 
     def write(self, case: str, number: int, view: int, features: Features, target: np.ndarray, content: str) -> int:
-        """Stores one tile.
-
-        Args:
-            features: Of one tile, each (C, h, w).
-            target: Labels (H, W).
-
-        Returns:
-            Its size in bytes.
-        """
-        folder = self.folder / case
-        folder.mkdir(exist_ok=True)
+        """Stores one tile, features (C, h, w) each and labels (H, W); returns its size in bytes."""
+        (self.folder / case).mkdir(exist_ok=True)
         arrays = {"target": target.astype(np.int16)}
         for name, feature in zip(_names(len(features.levels)), features.tensors, strict=True):
             arrays |= pack(name, feature, self.recipe.dtype)
         values, counts = np.unique(target, return_counts=True)
         labels = {int(value): int(count) for value, count in zip(values, counts, strict=True)}
         meta = {"content": content, "levels": len(features.levels), "labels": labels}
-        return write_entry(self._path(case, number, view), arrays, meta)
+        return write_entry(self.path(case, number, view), arrays, meta)
 
     def finish(self, case: str, content: str, tiles: Sequence[Tile]) -> None:
         """Removes tiles that a case no longer has and writes its record; its other tiles are all here.
 
         In this order, because a case with a record is not looked at again.
         """
-        paths = [[self._path(case, number, view) for view in range(self.recipe.views)] for number in range(len(tiles))]
+        paths = [[self.path(case, number, view) for view in range(self.recipe.views)] for number in range(len(tiles))]
         labels = [[read_meta(path)["labels"] for path in views] for views in paths]
         sizes = {path.name: path.stat().st_size for views in paths for path in views}
         record = {"content": content, "tiles": tiles, "labels": labels, "sizes": sizes}
         for path in self.entries(case):
             if path.name not in sizes:
                 path.unlink(missing_ok=True)
-        _write_json(self.folder / case / _CASE, {"crc": _crc_of(record), "record": record})
+        replace_file(self.folder / case / _CASE, [json.dumps({"crc": _crc_of(record), "record": record}).encode()])
 
     def read(
         self, case: str, number: int, view: int, content: str, into: Features | None = None
@@ -204,38 +198,23 @@ class Store:
             ChangedCaseError: It is sound, but belongs to another version of the case.
             FileNotFoundError: It is not here.
         """
-        path = self._path(case, number, view)
-        places: dict[str, np.ndarray] = {}
-        if into is not None and self.recipe.dtype == "float16":
-            names = _names(len(into.levels))
-            places = {name: x.numpy() for name, x in zip(names, into.tensors, strict=True)}
+        path = self.path(case, number, view)
+        outputs = {} if into is None else dict(zip(_names(len(into.levels)), into.tensors, strict=True))
+        places = {name: x.numpy() for name, x in outputs.items() if self.recipe.dtype == "float16"}
         arrays, meta = read_entry(path, places)
         if meta["content"] != content:
             raise ChangedCaseError(f"{path} was made from another version of the case.")
-        outputs = [None] * (meta["levels"] + 1) if into is None else into.tensors
-        *levels, neck = (unpack(name, arrays, out) for name, out in zip(_names(meta["levels"]), outputs, strict=True))
+        *levels, neck = (unpack(name, arrays, outputs.get(name)) for name in _names(meta["levels"]))
         return Features(tuple(levels), neck), arrays["target"]
 
-    def discard_tile(self, case: str, number: int, view: int) -> None:
-        """Removes one tile and the word that its case is complete."""
-        self.discard_entry(self._path(case, number, view))
-
-    def discard_entry(self, path: Path) -> None:
-        """As :meth:`discard_tile`, by the file."""
+    def discard(self, path: Path) -> None:
+        """Removes a tile's file and the word that its case is complete."""
         (path.parent / _CASE).unlink(missing_ok=True)
         path.unlink(missing_ok=True)
 
     def entries(self, case: str) -> list[Path]:
         """The files of a case's tiles."""
         return sorted((self.folder / case).glob("*.tile"))
-
-    def check(self, path: Path) -> None:
-        """Reads every byte of a tile's file.
-
-        Raises:
-            DamagedEntryError: It is not what was written.
-        """
-        read_entry(path)
 
     def cases(self) -> list[str]:
         """The cases of which something is stored."""
@@ -245,20 +224,9 @@ class Store:
         """Bytes of all tiles on disk."""
         return sum(path.stat().st_size for case in self.cases() for path in self.entries(case))
 
-    def _path(self, case: str, number: int, view: int) -> Path:
+    def path(self, case: str, number: int, view: int) -> Path:
+        """The file of one tile, whether it is there or not."""
         return self.folder / case / f"{number:05d}_{view}.tile"
-
-    def _record(self, case: str) -> CaseRecord | None:
-        try:
-            given = json.loads((self.folder / case / _CASE).read_text())
-            record = given["record"]
-            if given["crc"] != _crc_of(record):
-                return None
-            tiles = tuple(Tile(*tile) for tile in record["tiles"])
-            labels = tuple(tuple({int(k): n for k, n in view.items()} for view in views) for views in record["labels"])
-            return CaseRecord(record["content"], tiles, labels, record["sizes"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return None
 
 
 def store_folders(root: Path) -> list[Path]:
@@ -270,18 +238,16 @@ def open_stores(root: Path) -> list[Store]:
     """Every store of a data set that this version can read."""
     stores = []
     for folder in store_folders(root):
-        try:
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
             given: dict[str, Any] = json.loads((folder / _RECIPE).read_text())
             given |= {"window": tuple(map(tuple, given["window"])), "patch_size": tuple(given["patch_size"])}
             store = Store(root, Recipe(**given))
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            continue
-        if store.folder == folder and store.recipe.format == FORMAT:
-            stores.append(store)
+            if store.folder == folder and store.recipe.format == FORMAT:
+                stores.append(store)
     return stores
 
 
-def pack(name: str, feature: torch.Tensor, dtype: str) -> dict[str, np.ndarray]:
+def pack(name: str, feature: torch.Tensor, dtype: str) -> Arrays:
     """A feature (C, h, w) as it is stored: float16, or int8 with one scale per channel; never beyond float16."""
     limit = torch.finfo(torch.float16).max
     feature = feature.clamp(-limit, limit)
@@ -292,14 +258,12 @@ def pack(name: str, feature: torch.Tensor, dtype: str) -> dict[str, np.ndarray]:
     return {name: values.cpu().numpy(), f"{name}_scale": scale.cpu().numpy()}
 
 
-def unpack(name: str, arrays: dict[str, np.ndarray], out: torch.Tensor | None = None) -> torch.Tensor:
+def unpack(name: str, arrays: Arrays, out: torch.Tensor | None = None) -> torch.Tensor:
     """The feature (C, h, w) in float16. Args: out: Where int8 is unpacked to."""
     values = torch.from_numpy(arrays[name])
     if (scale := arrays.get(f"{name}_scale")) is None:
         return values
-    if out is None:
-        out = torch.empty(values.shape, dtype=torch.float16)
-    return torch.mul(values, torch.from_numpy(scale)[:, None, None], out=out)
+    return torch.mul(values, torch.from_numpy(scale)[:, None, None], out=out).half()
 
 
 def entry_bytes(spec: FeatureSpec, image_size: int, patch_size: Sequence[int], dtype: str) -> int:
@@ -314,7 +278,3 @@ def _names(levels: int) -> list[str]:
 
 def _crc_of(record: object) -> int:
     return zlib.crc32(json.dumps(record).encode())
-
-
-def _write_json(path: Path, content: object) -> None:
-    replace_file(path, [json.dumps(content).encode()])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,20 +20,16 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from desam_nnunet.encoders.base import Features, ImageSpec
+from desam_nnunet.encoders.registry import OURS, row_of
+from desam_nnunet.encoders.weights import load_encoder
 from desam_nnunet.networks.frame import Outline, SamNetwork
 from desam_nnunet.nnunet.model_folder import trained_plans
+from desam_nnunet.sam.tiles import TileToImage, ct_window
 from desam_nnunet.settings.resolve import read_own, read_sam, resolve_plans
 from desam_nnunet.settings.sections import Method, SamSection
 from desam_nnunet.system.files import TEMPORARY, replacing
-from desam_nnunet.training.checks import (
-    check_cases,
-    check_model_folder,
-    check_same_settings,
-    missing_labels,
-    settings_of,
-)
+from desam_nnunet.training import checks
 from desam_nnunet.training.losses import foreground_target
-from desam_nnunet.training.outline import outline_from_plans
 
 Batch = dict[str, Any]
 Inputs = Tensor | Features | tuple[Tensor, Tensor]
@@ -55,11 +52,7 @@ class SamTrainer(nnUNetTrainer):
     own: Any  # of the type that the method says
 
     def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int | str,
-        dataset_json: dict,
+        self, plans: dict, configuration: str, fold: int | str, dataset_json: dict,
         device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's signature
     ) -> None:
         resolve_plans(plans, configuration, dataset_json, self.method,
@@ -88,16 +81,10 @@ class SamTrainer(nnUNetTrainer):
 
     @classmethod
     def build_network_architecture(
-        cls,
-        plans_manager: PlansManager,
-        configuration_manager: ConfigurationManager,
-        num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
+        cls, plans_manager: PlansManager, configuration_manager: ConfigurationManager, num_input_channels: int,
+        num_output_channels: int, enable_deep_supervision: bool = True,
     ) -> nn.Module:
-        """As nnU-Net asks for it, in training and in prediction; errors as
-        :func:`~desam_nnunet.training.outline.outline_from_plans`.
-        """
+        """As nnU-Net asks for it, in training and in prediction; errors as :func:`outline_from_plans`."""
         return cls.build_network(outline_from_plans(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, cls.method, cls.image_of))
 
@@ -105,17 +92,16 @@ class SamTrainer(nnUNetTrainer):
         """The loss of a batch, and logits at tile size for nnU-Net's pseudo Dice.
 
         Args:
-            inputs: What :meth:`inputs_of` makes of the batch. target: (B, 1 or regions, H, W), as large as the tiles.
+            inputs: What :meth:`inputs_of` makes of the batch.
+            target: (B, 1 or regions, H, W), as large as the tiles.
         """
         raise NotImplementedError
 
     def inputs_of(self, batch: Batch) -> Inputs:
         """The tiles of a batch on the device, (B, C, H, W)."""
         if not torch.isfinite(batch["data"]).all():
-            raise ValueError(
-                f"A batch from the cases {', '.join(batch['keys'])} holds NaN or infinite values: repair or remove "
-                "the image and preprocess again."
-            )
+            raise ValueError(f"A batch from the cases {', '.join(batch['keys'])} holds NaN or infinite values: repair "
+                             "or remove the image and preprocess again.")
         return batch["data"].to(self.device, non_blocking=True)
 
     @property
@@ -150,10 +136,10 @@ class SamTrainer(nnUNetTrainer):
         if not self.was_initialized:
             self.initialize()
         folder = Path(self.output_folder)
-        check_model_folder(folder.parent, self.configuration_name, self._settings(), self.method)
+        checks.check_model_folder(folder.parent, self.configuration_name, self._settings(), self.method)
         training, validation = self.get_tr_and_val_datasets()
-        missing = missing_labels(check_cases(training, self.num_input_channels), self.label_manager)
-        check_cases(validation, self.num_input_channels)
+        missing = checks.missing_labels(checks.check_cases(training, self.num_input_channels), self.label_manager)
+        checks.check_cases(validation, self.num_input_channels)
         precision = str(self.bare_network.encoder.precision(self.device)).removeprefix("torch.")
         self.print_to_log_file(f"The encoder {self.sam.encoder} computes in {precision} on {self.device.type}.")
         if missing:
@@ -164,10 +150,8 @@ class SamTrainer(nnUNetTrainer):
         super().on_train_start()
 
     def train_step(self, batch: Batch) -> dict[str, np.ndarray]:
-        inputs, target = self._on_device(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
-            loss, _ = self.compute_loss(inputs, target)
+        loss, _, _ = self._evaluate(batch)
         self._step(loss)
         return {"loss": loss.detach().cpu().numpy()}
 
@@ -182,15 +166,12 @@ class SamTrainer(nnUNetTrainer):
         super().on_train_epoch_end(train_outputs)
 
     def validation_step(self, batch: Batch) -> dict[str, np.ndarray]:
-        inputs, target = self._on_device(batch)
-        with self._autocast():
-            loss, logits = self.compute_loss(inputs, target)
+        loss, logits, target = self._evaluate(batch)
         truth, labelled = foreground_target(target, self.target_labels)
-        predicted = self._foreground(logits)
-        mask = labelled[:, None].float()
-        tp, fp, fn, _ = get_tp_fp_fn_tn(predicted.float(), truth.float(), axes=[0, 2, 3], mask=mask)
-        counts = {"tp_hard": tp, "fp_hard": fp, "fn_hard": fn}
-        return {"loss": loss.cpu().numpy()} | {key: value.cpu().numpy() for key, value in counts.items()}
+        predicted, mask = self._foreground(logits).float(), labelled[:, None].float()
+        tp, fp, fn, _ = get_tp_fp_fn_tn(predicted, truth.float(), axes=[0, 2, 3], mask=mask)
+        results = {"loss": loss, "tp_hard": tp, "fp_hard": fp, "fn_hard": fn}
+        return {key: value.cpu().numpy() for key, value in results.items()}
 
     def save_checkpoint(self, filename: str) -> None:
         """Writes beside the file and renames, so that a kill never leaves half a checkpoint."""
@@ -201,18 +182,21 @@ class SamTrainer(nnUNetTrainer):
         """Refuses a checkpoint that was trained with other settings than the plans give now."""
         checkpoint = torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False)
         given = checkpoint["init_args"]
-        then = settings_of(given["plans"], self.configuration_name, given["dataset_json"], self.method)
-        check_same_settings(self._settings(), then, str(filename_or_checkpoint))
+        then = checks.settings_of(given["plans"], self.configuration_name, given["dataset_json"], self.method)
+        checks.check_same_settings(self._settings(), then, str(filename_or_checkpoint))
         super().load_checkpoint(filename_or_checkpoint)
 
     def _settings(self) -> dict[str, Any]:
-        return settings_of(self.plans_manager.plans, self.configuration_name, self.dataset_json, self.method)
+        return checks.settings_of(self.plans_manager.plans, self.configuration_name, self.dataset_json, self.method)
 
     def _on_device(self, batch: Batch) -> tuple[Inputs, Tensor]:
         return self.inputs_of(batch), batch["target"].to(self.device, non_blocking=True)
 
-    def _autocast(self) -> AbstractContextManager:
-        return torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()
+    def _evaluate(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, logits and target of a batch, under nnU-Net's autocast."""
+        inputs, target = self._on_device(batch)
+        with torch.autocast("cuda") if self.device.type == "cuda" else nullcontext():
+            return *self.compute_loss(inputs, target), target
 
     def _step(self, loss: Tensor) -> None:
         """One optimiser step, left out where the gradient is not finite.
@@ -232,10 +216,9 @@ class SamTrainer(nnUNetTrainer):
             self.optimizer.step()
         self._skipped = 0 if finite else self._skipped + 1
         if self._skipped >= _MAX_SKIPPED:
-            raise RuntimeError(
-                f"The loss was not finite in {_MAX_SKIPPED} iterations in a row: lower the learning rate in the "
-                "plans, or look for extreme intensities in the data. The last checkpoint is kept."
-            )
+            raise RuntimeError(f"The loss was not finite in {_MAX_SKIPPED} iterations in a row: lower the learning "
+                               "rate in the plans, or look for extreme intensities in the data. The last checkpoint is "
+                               "kept.")
 
     def _foreground(self, logits: Tensor) -> Tensor:
         """Predicted foreground classes or regions, (B, K, H, W) bool."""
@@ -243,3 +226,35 @@ class SamTrainer(nnUNetTrainer):
             return logits > 0
         classes = torch.arange(1, logits.shape[1], device=logits.device)
         return logits.argmax(1, keepdim=True) == classes[:, None, None]
+
+
+def outline_from_plans(
+    plans_manager: PlansManager, configuration_manager: ConfigurationManager, num_input_channels: int,
+    num_output_channels: int, method: Method, image_of: Callable[[ImageSpec], ImageSpec],
+) -> Outline:
+    """What a method's network is built from, as resolved sections say; loads the encoder that they name.
+
+    Raises:
+        ValueError, FileNotFoundError: Sections that are not resolved or not valid; weights that are not here or
+            not those that the model was trained with.
+    """
+    configuration = configuration_manager.configuration
+    section = read_sam(configuration)
+    own = read_own(configuration, method)
+    loaded = load_encoder(section.encoder, section.image_size, section.identity)
+    _warn_of_weights(section)
+    window: tuple[tuple[float, float], ...] = ()
+    if section.intensity == "window":
+        window = ct_window(plans_manager.foreground_intensity_properties_per_channel, num_input_channels)
+    to_image = TileToImage(image_of(loaded.encoder.spec.image), section.image_size, section.intensity, window)
+    return Outline(loaded, to_image, num_input_channels, num_output_channels, not section.regions, own)
+
+
+def _warn_of_weights(section: SamSection) -> None:
+    """Of encoders that are not what a user may take them for."""
+    row = row_of(section.encoder)
+    if section.identity.startswith("random:"):
+        print(f"Encoder {section.encoder}: RANDOM weights ({section.identity}), not pretrained. Good for tests and "
+              "comparisons.")
+    elif row is not None and row.distribution == OURS and section.identity == f"md5:{row.md5}":
+        print(f"Encoder {section.encoder}: pretrained on generated images, not SAM's own weights.")

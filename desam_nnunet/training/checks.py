@@ -22,49 +22,42 @@ _GEOMETRY = ("data_identifier", "patch_size", "spacing", "normalization_schemes"
              "resampling_fn_data", "resampling_fn_data_kwargs")
 _OF_CT = ("mean", "std", "percentile_00_5", "percentile_99_5")  # what CTNormalization takes from the fingerprint
 _DATASET = ("labels", "regions_class_order", "channel_names")
+Label = int | tuple[int, ...]  # one label, or those of a region
 
 
-def check_cases(dataset: nnUNetBaseDataset, num_channels: int) -> set[Any]:
-    """Looks at every case's channels and at its middle slice.
+def check_cases(dataset: nnUNetBaseDataset, num_channels: int) -> set[Label]:
+    """Looks at every case's channels and at its middle slice; returns the labels and regions that occur.
 
     One slice is enough to see what normalisation spreads over a case; the trainer looks at every batch too.
-
-    Returns:
-        The labels and regions that occur.
 
     Raises:
         ValueError: Naming the case that has another number of channels, or NaN or infinity.
     """
-    found: set[Any] = set()
+    found: set[Label] = set()
     for case in dataset.identifiers:
         data, _, _, properties = dataset.load_case(case)
         if data.shape[0] != num_channels:
-            raise ValueError(
-                f"Case {case} has {data.shape[0]} channel(s), but dataset.json names {num_channels}: "
-                "repair the images or dataset.json and preprocess again."
-            )
+            raise ValueError(f"Case {case} has {data.shape[0]} channel(s), but dataset.json names {num_channels}: "
+                             "repair the images or dataset.json and preprocess again.")
         if not np.isfinite(data[:, data.shape[1] // 2]).all():
-            raise ValueError(
-                f"Case {case} holds NaN or infinite values: repair or remove the image and preprocess again."
-            )
+            raise ValueError(f"Case {case} holds NaN or infinite values: repair or remove the image and preprocess "
+                             "again.")
         found |= {label for label, places in properties["class_locations"].items() if len(places) > 0}
     return found
 
 
-def missing_labels(found: set[Any], label_manager: LabelManager) -> list[Any]:
+def missing_labels(found: set[Label], label_manager: LabelManager) -> list[Label]:
     """The foreground labels or regions that occur in none of the cases looked at.
 
     Raises:
         ValueError: Not a single one occurs.
     """
-    keys = [tuple(map(int, label)) if isinstance(label, list | tuple) else int(label)
-            for label in foreground_of(label_manager)]
+    keys: list[Label] = [tuple(map(int, label)) if isinstance(label, list | tuple) else int(label)
+                         for label in foreground_of(label_manager)]
     missing = [label for label in keys if label not in found]
     if len(missing) == len(keys):
-        raise ValueError(
-            f"None of the labels {missing} occurs in any training case: check labelsTr and the labels in "
-            "dataset.json, and preprocess again."
-        )
+        raise ValueError(f"None of the labels {missing} occurs in any training case: check labelsTr and the labels in "
+                         "dataset.json, and preprocess again.")
     return missing
 
 
@@ -86,9 +79,8 @@ def settings_of(
             settings |= {f"channel {channel}'s {key}": known[key] for key in _OF_CT}
     settings |= {f"dataset.json {key}": dataset_json.get(key) for key in _DATASET}
     own = as_trained(method, configuration.get(method.name, {}))
-    for name, section in (("sam", configuration.get("sam", {})), (method.name, own)):
-        settings |= {f"{name}.{key}": value for key, value in section.items()}
-    return settings
+    settings |= {f"sam.{key}": value for key, value in configuration.get("sam", {}).items()}
+    return settings | {f"{method.name}.{key}": value for key, value in own.items()}
 
 
 def check_same_settings(now: dict[str, Any], then: dict[str, Any], what: str) -> None:
@@ -109,10 +101,8 @@ def check_same_settings(now: dict[str, Any], then: dict[str, Any], what: str) ->
     differing = [f"{key} was {then.get(key)!r} and is {value!r} now" for key, value in now.items()
                  if then.get(key) != value]
     if differing:
-        raise ValueError(
-            f"{what} was trained with other settings: {'; '.join(differing)}. Restore these values, train under "
-            "another plans name (-p), or remove what was trained."
-        )
+        raise ValueError(f"{what} was trained with other settings: {'; '.join(differing)}. Restore these values, train "
+                         "under another plans name (-p), or remove what was trained.")
 
 
 def _brought_architecture(encoder: str) -> Architecture | None:
@@ -125,9 +115,7 @@ def check_model_folder(model: Path, configuration_name: str, now: dict[str, Any]
     """Refuses other settings in a model folder that has checkpoints: all folds share its JSON files.
 
     A fold's own checkpoint counts too: it stays until training has made another, and predicts by these files.
-
-    Args:
-        now: Of the fold that is to be trained, from :func:`settings_of`.
+    `now` is :func:`settings_of` the fold that is to be trained.
     """
     if trained := trained_folds(model):
         plans, dataset_json = read_description(model)

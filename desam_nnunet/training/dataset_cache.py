@@ -10,13 +10,12 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from desam_nnunet.cache.build import Share
 from desam_nnunet.cache.store import Store
-from desam_nnunet.cache.views import not_started
+from desam_nnunet.cache.tiles import not_started
 from desam_nnunet.networks.frame import FrozenSamNetwork
 from desam_nnunet.nnunet.datasets import read_preprocessed
 from desam_nnunet.nnunet.model_folder import build_network
 from desam_nnunet.settings.resolve import read_sam, resolve_plans
-from desam_nnunet.training.cached import augmentation_of, build_missing, recipe_of
-from desam_nnunet.training.frozen import FrozenSamTrainer
+from desam_nnunet.training.frozen import FrozenSamTrainer, build_missing, builder_of
 from desam_nnunet.training.registry import find_trainer
 
 
@@ -41,28 +40,20 @@ def build_dataset(
     if not 0 <= part_id < num_parts:
         raise ValueError(f"-part_id {part_id} of -num_parts {num_parts} does not exist: parts count from 0.")
     plans, dataset_json, folder = read_preprocessed(dataset, plans_name)
-    trainer = _find_trainer(trainer_name)
+    trainer = find_trainer(trainer_name)
+    if not issubclass(trainer, FrozenSamTrainer):
+        raise ValueError(f"-tr {trainer_name} does not train on a frozen encoder's features, so it has nothing to "
+                         "cache.")
     resolve_plans(plans, configuration_name, dataset_json, trainer.method)
-    manager = PlansManager(plans)
-    configuration = manager.get_configuration(configuration_name)
+    configuration = PlansManager(plans).get_configuration(configuration_name)
     data_folder = folder / configuration.data_identifier
     if not data_folder.is_dir():
-        raise FileNotFoundError(
-            f"{data_folder} does not exist: run nnUNetv2_preprocess -d {dataset} -plans_name {plans_name} "
-            f"-c {configuration_name} first."
-        )
+        raise FileNotFoundError(f"{data_folder} does not exist: run nnUNetv2_preprocess -d {dataset} -plans_name "
+                                f"{plans_name} -c {configuration_name} first.")
     network = build_network(plans, dataset_json, configuration_name, trainer_name).to(device).eval()
     assert isinstance(network, FrozenSamNetwork)
-    sam = read_sam(configuration.configuration)
     data = infer_dataset_class(str(data_folder))(str(data_folder))
-    augmentation = augmentation_of(not_started(trainer, configuration), sam)
-    store = Store(folder, recipe_of(configuration, sam, network, device, augmentation))
-    build_missing(store, data, network, device, augmentation, Share(part_id, num_parts))
-    return store
-
-
-def _find_trainer(name: str) -> type[FrozenSamTrainer]:
-    trainer = find_trainer(name)
-    if not issubclass(trainer, FrozenSamTrainer):
-        raise ValueError(f"-tr {name} does not train on a frozen encoder's features, so it has nothing to cache.")
-    return trainer
+    sam = read_sam(configuration.configuration)
+    builder = builder_of(not_started(trainer, configuration), data, sam, network, device)
+    build_missing(builder, Share(part_id, num_parts))
+    return builder.store

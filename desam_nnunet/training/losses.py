@@ -5,10 +5,12 @@ DeSAM's mask loss is nnU-Net's own.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from nnunetv2.utilities.ddp_allgather import AllGatherGrad
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from desam_nnunet.sam.prompts import PointTargets
@@ -42,32 +44,26 @@ def score_loss(scores: Tensor, targets: PointTargets) -> Tensor:
     return (error * targets.valid).sum() / targets.valid.sum().clamp(min=1)
 
 
-class DiceCELoss(nn.Module):
+@dataclass
+class DiceCELoss:
     """Cross-entropy plus soft Dice with squared denominators, over the whole batch.
 
     Labels exclude each other (softmax); regions do not (sigmoid). Nothing is counted on the ignore label.
 
-    Args:
+    Attributes:
         ce, dice: Weights of the two.
         background: Whether the Dice of labels is a mean over the background as well.
         ddp: Whether the batch of the Dice is that of all processes together, as nnU-Net's batch Dice.
     """
 
-    def __init__(
-        self, label_manager: LabelManager, *, ce: float, dice: float, background: bool, ddp: bool = False
-    ) -> None:
-        super().__init__()
-        self.label_manager = label_manager
-        self.ce = ce
-        self.dice = dice
-        self.background = background
-        self.ddp = ddp
+    label_manager: LabelManager
+    ce: float
+    dice: float
+    background: bool
+    ddp: bool = False
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Args:
-            logits: (B, classes with background, or regions, H, W).
-            target: nnU-Net's, of the same height and width.
-        """
+    def __call__(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Of logits (B, classes with background, or regions, H, W) and nnU-Net's target of that height and width."""
         logits = logits.float()
         truth, labelled = foreground_target(target, self.label_manager)
         weight = labelled[:, None].float()  # B 1 H W

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, fields
 from typing import get_type_hints
 
 from desam_nnunet.settings.sections import SamSection
@@ -33,12 +33,9 @@ def _section(name: str, kind: type) -> str:
             "| key | type | default | effect |", "|---|---|---|---|"]
     for row in fields(kind):  # type: ignore[arg-type]
         effect = re.sub(r"\s+", " ", effects[row.name]).replace("``", "`")
-        rows.append(f"| `{name}.{row.name}` | {hints[row.name].__name__} | {_default(row)} | {effect} |")
+        default = row.metadata["default"] if row.default is MISSING else f"`{row.default}`"
+        rows.append(f"| `{name}.{row.name}` | {hints[row.name].__name__} | {default} | {effect} |")
     return "\n".join(rows) + "\n"
-
-
-def _default(row: Field) -> str:
-    return row.metadata["default"] if row.default is MISSING else f"`{row.default}`"
 
 
 if __name__ == "__main__":

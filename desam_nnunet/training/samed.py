@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from desam_nnunet.encoders.base import ImageSpec
@@ -17,10 +17,8 @@ from desam_nnunet.networks.frame import Outline
 from desam_nnunet.networks.samed.network import SAMed, build_samed
 from desam_nnunet.networks.samed.section import SAMED, SamedSection
 from desam_nnunet.sam.tiles import cut_padding
-from desam_nnunet.training.adapted import AdaptedSamTrainer
+from desam_nnunet.training.adapted import AdaptedSamTrainer, Optimization
 from desam_nnunet.training.losses import DiceCELoss
-
-_CE, _DICE = 0.2, 0.8
 
 
 class SAMedTrainer(AdaptedSamTrainer):
@@ -45,16 +43,11 @@ class SAMedTrainer(AdaptedSamTrainer):
         """Where SAM was trained on 0 to 255 less the mean of its pixels, SAMed is published with 0 to 1 as it is."""
         return ImageSpec(spec.multiple) if spec == SAM_IMAGE else spec
 
-    @property
-    def warmup(self) -> int:
-        return self.own.warmup
+    def configure_optimizers(self) -> Optimization:
+        return self.adamw(self.own.warmup, late=self.own.lr_after_step)
 
-    @property
-    def is_rate_set_after_step(self) -> bool:
-        return self.own.lr_after_step
-
-    def _build_loss(self) -> nn.Module:
-        return DiceCELoss(self.label_manager, ce=_CE, dice=_DICE, background=True, ddp=self.is_ddp)
+    def _build_loss(self) -> DiceCELoss:
+        return DiceCELoss(self.label_manager, ce=0.2, dice=0.8, background=True, ddp=self.is_ddp)
 
     def compute_loss(self, inputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The loss at a quarter of the input size, against the target's nearest pixels."""
