@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from desam_nnunet.networks.dbsam.network import DBSAM, build_dbsam
+from desam_nnunet.networks.dbsam.network import DBSAM
 from desam_nnunet.networks.dbsam.section import DBSAM as METHOD
 from desam_nnunet.networks.dbsam.section import DbsamSection
 from desam_nnunet.networks.frame import Outline
@@ -32,7 +32,7 @@ class DBSAMTrainer(AdaptedSamTrainer):
     @classmethod
     def build_network(cls, outline: Outline) -> DBSAM:
         own: DbsamSection = outline.section
-        return build_dbsam(outline, checkpointing=own.checkpointing, boxes=own.mask_tokens if cls.boxes else None)
+        return DBSAM(outline, checkpointing=own.checkpointing, boxes=own.mask_tokens if cls.boxes else None)
 
     @property
     def warmup(self) -> int:
