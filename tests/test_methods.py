@@ -12,7 +12,7 @@ from conftest import TRAINED, Workspace, nnunet, tiny_sections
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from desam_nnunet.commands.__main__ import main
-from desam_nnunet.published.samed_keys import official_samed_names
+from desam_nnunet.published.keys import official_samed_names
 
 METHOD_PLANS = "MethodPlans"
 METHODS = ("SAMedTrainer", "DBSAMTrainer", "SAMedTrainerS")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from desam_nnunet.nnunet.checkpoints import read_checkpoint
 from desam_nnunet.published.importing import save
-from desam_nnunet.published.samed_keys import official_samed_names
+from desam_nnunet.published.keys import official_samed_names
 
 _SAMED = ("SAMedTrainer", "SAMedTrainerS")
 
@@ -29,6 +29,5 @@ def export_samed(model: Path, fold: str, checkpoint_name: str, file: Path) -> No
     checkpoint = read_checkpoint(model, fold, checkpoint_name)
     trainer = checkpoint.get("trainer_name")
     if trainer not in _SAMED:
-        raise ValueError(f"{model} is of {trainer}: only {' and '.join(_SAMED)} have a published "
-                         "format.")
+        raise ValueError(f"{model} is of {trainer}: only {' and '.join(_SAMED)} have a published format.")
     save(official_samed_names(checkpoint["network_weights"]), file)

@@ -15,7 +15,7 @@ from desam_nnunet.encoders.sam_vit import SamViT
 from desam_nnunet.encoders.weights import State, check_state, find_weights, read_weights
 from desam_nnunet.nnunet.datasets import read_preprocessed
 from desam_nnunet.nnunet.model_folder import build_network, model_folder
-from desam_nnunet.published.desam_keys import IMAGE_ENCODER
+from desam_nnunet.published.keys import IMAGE_ENCODER
 from desam_nnunet.published.reading import Published, read_published
 from desam_nnunet.settings.resolve import given_section, resolve_plans
 from desam_nnunet.system.files import replacing
@@ -36,7 +36,9 @@ class Target(NamedTuple):
 
 
 class Imported(NamedTuple):
-    """Attributes:
+    """What has been written.
+
+    Attributes:
         trainer: To name after ``-tr``.
         pretrained: File for ``-pretrained_weights``.
         model: Folder for prediction; None where the data set has other classes.
@@ -69,14 +71,16 @@ def import_official(file: Path, target: Target, folder: Path | None = None) -> I
     _fix_section(plans, target.configuration, published, file)
     method = find_trainer(trainer).method
     resolve_plans(plans, target.configuration, dataset_json, method, _encoder_of(published, file))
-    _check_image_encoder(published.image_encoder, plans["configurations"][target.configuration]["sam"], file)
+    sam = plans["configurations"][target.configuration]["sam"]
+    _check_image_encoder(published.image_encoder, sam, file)
     folder = folder or model_folder(plans, target.configuration, trainer)
     if (folder / "plans.json").exists() or (folder / "pretrained_weights.pth").exists():
         raise FileExistsError(f"{folder} holds a model already: remove it or choose another folder with -o.")
-    complete = _check_network(published, plans, dataset_json, target.configuration, trainer, file)
+    network = build_network(plans, dataset_json, target.configuration, trainer)
+    has_same_outputs = _check_shapes(published.state, network.state_dict(), file)
     pretrained = folder / "pretrained_weights.pth"
     save({"network_weights": published.state}, pretrained)
-    if not complete:
+    if not has_same_outputs or (published.background and sam["regions"]):
         return Imported(trainer, pretrained, None, published.preparation)
     _write_model(folder, published.state, plans, dataset_json, target.configuration, trainer)
     shutil.copyfile(base / "dataset_fingerprint.json", folder / "dataset_fingerprint.json")
@@ -120,18 +124,12 @@ def _check_image_encoder(theirs: State, sam: dict[str, Any], file: Path) -> None
                          "the plans.")
 
 
-def _check_network(
-    published: Published, plans: dict[str, Any], dataset_json: dict[str, Any], name: str, trainer: str, file: Path
-) -> bool:
-    """Whether the state is a whole model of this data set: its outputs may differ, all else must fit."""
-    labels = PlansManager(plans).get_label_manager(dataset_json)
-    network = build_network(plans, dataset_json, name, trainer)
-    expected = {key: value.shape for key, value in network.state_dict().items()}
+def _check_shapes(state: State, ours: State, file: Path) -> bool:
+    """Whether the outputs are this data set's too. Raises: ValueError: Something else does not fit the network."""
+    expected = {key: value.shape for key, value in ours.items()}
     shared = {key: shape for key, shape in expected.items() if ".seg_layers." not in key}
-    state = published.state
     check_state({key: value for key, value in state.items() if ".seg_layers." not in key}, shared, str(file))
-    fits = not (published.background and labels.has_regions)
-    return fits and expected == {key: value.shape for key, value in state.items()}
+    return expected == {key: value.shape for key, value in state.items()}
 
 
 def _write_model(
@@ -149,7 +147,7 @@ def _write_model(
 
 
 def save(content: dict[str, Any], path: Path) -> None:
-    """Beside the file first, then renamed."""
+    """Writes beside the file first, then renames."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         torch.save(content, temporary)

@@ -6,8 +6,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from desam_nnunet.encoders.weights import State, read_weights
-from desam_nnunet.published.desam_keys import IMAGE_ENCODER, is_official, rename_official
-from desam_nnunet.published.samed_keys import adapts_decoder, is_official_samed, rename_official_samed
+from desam_nnunet.published.keys import (
+    IMAGE_ENCODER,
+    adapts_decoder,
+    is_official,
+    is_official_samed,
+    rename_official,
+    rename_official_samed,
+)
 
 _COMMON = """The published image preparation differs from nnU-Net's, which this model folder uses:
 {}
@@ -56,7 +62,7 @@ class Published(NamedTuple):
 
 
 def read_published(file: Path) -> Published:
-    """Raises: ValueError: Not a checkpoint of a known kind."""
+    """A file's checkpoint by our names. Raises: ValueError: It is not of a known kind."""
     state = read_weights(file)
     if is_official(state):
         return _desam(state, file)
