@@ -16,7 +16,7 @@ from desam_nnunet.networks.desam.network import DeSAM
 from desam_nnunet.networks.desam.pdmm import PDMM
 from desam_nnunet.networks.desam.prim import PRIM
 from desam_nnunet.networks.desam.prompters import GridPrompter, Prompter, WholeBoxPrompter
-from desam_nnunet.published.keys import is_official, rename_official
+from desam_nnunet.published.formats import is_official, rename_official
 from desam_nnunet.sam.prompts import Prompts, dense_positions, prompt_tokens, whole_box
 from desam_nnunet.sam.tiles import Geometry, TileToImage
 

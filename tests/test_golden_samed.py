@@ -17,7 +17,7 @@ from desam_nnunet.encoders.base import FeatureSpec, Level, LoadedEncoder
 from desam_nnunet.encoders.sam_vit import IMAGE, PATCH, SamViTEncoder, build_transformer
 from desam_nnunet.networks.frame import Outline
 from desam_nnunet.networks.samed.network import SAMed
-from desam_nnunet.published.keys import (
+from desam_nnunet.published.formats import (
     adapts_decoder,
     is_official_samed,
     official_samed_names,

@@ -14,7 +14,7 @@ from desam_nnunet.encoders.sam_vit import IMAGE
 from desam_nnunet.networks.frame import Outline
 from desam_nnunet.networks.samed.lora import AdaptedLinear, LowRank
 from desam_nnunet.networks.samed.network import SAMed
-from desam_nnunet.published.keys import official_samed_names
+from desam_nnunet.published.formats import official_samed_names
 from desam_nnunet.sam.tiles import TileToImage
 from desam_nnunet.training.samed import SAMedTrainer
 

@@ -97,10 +97,8 @@ class SamNetwork(nn.Module):
             ValueError: The tiles have another number of channels than planned, or hold NaN or infinity.
         """
         if tiles.shape[1] != self.num_channels:
-            raise ValueError(
-                f"The image has {tiles.shape[1]} channel(s), but the model was planned for {self.num_channels}: "
-                "give one file per planned channel (_0000, _0001, ...)."
-            )
+            raise ValueError(f"The image has {tiles.shape[1]} channel(s), but the model was planned for "
+                             f"{self.num_channels}: give one file per planned channel (_0000, _0001, ...).")
         if not torch.isfinite(tiles).all():
             raise ValueError("The image holds NaN or infinite values after preprocessing: repair or remove it.")
         return self.to_image(tiles)

@@ -35,10 +35,8 @@ def check_keys(name: str, kind: type, given: dict[str, Any]) -> None:
         if key not in types:
             raise ValueError(f"The plans' section '{name}' has an unknown key '{key}'. Valid keys: {valid}.")
         if not _has_type(value, types[key]):
-            raise ValueError(
-                f"The plans' key {name}.{key} is {value!r}, but must be of type {types[key].__name__}. "
-                f"Valid keys: {valid}."
-            )
+            raise ValueError(f"The plans' key {name}.{key} is {value!r}, but must be of type {types[key].__name__}. "
+                             f"Valid keys: {valid}.")
 
 
 def _key_types(name: str, kind: type) -> dict[str, type]:
@@ -46,11 +44,9 @@ def _key_types(name: str, kind: type) -> dict[str, type]:
     for row in fields(kind):
         has_factory = row.default_factory is not MISSING
         if hints[row.name] not in _TYPES or has_factory:
-            raise ValueError(
-                f"The section '{name}' ({kind.__name__}) has a field '{row.name}' of type {row.type}"
-                f"{' with a default_factory' if has_factory else ''}, but plans hold int, float, str and bool alone, "
-                "and a default must be a value."
-            )
+            made = " with a default_factory" if has_factory else ""
+            raise ValueError(f"The section '{name}' ({kind.__name__}) has a field '{row.name}' of type {row.type}"
+                             f"{made}, but plans hold int, float, str and bool alone, and a default must be a value.")
     return {row.name: hints[row.name] for row in fields(kind)}
 
 
@@ -64,10 +60,8 @@ def parse_section(name: str, kind: type[Section], given: dict[str, Any]) -> Sect
     missing = [row.name for row in fields(kind)  # type: ignore[arg-type]
                if row.default is MISSING and row.name not in given]
     if missing:
-        raise ValueError(
-            f"The plans' section '{name}' lacks {', '.join(missing)}: these plans were not resolved by training "
-            "with this package."
-        )
+        raise ValueError(f"The plans' section '{name}' lacks {', '.join(missing)}: these plans were not resolved by "
+                         "training with this package.")
     return kind(**given)
 
 
@@ -141,10 +135,8 @@ def _resolve_sam(given: dict[str, Any], normalization_schemes: list[str], region
     }
     section: SamSection = parse_section(SAM.name, SAM.section, defaults | given)
     if section.intensity == "window" and intensity_rule(normalization_schemes) != "window":
-        raise ValueError(
-            f"sam.intensity is 'window', which needs CTNormalization in every channel, but the plans have "
-            f"{', '.join(normalization_schemes)}: use 'percentile'."
-        )
+        raise ValueError(f"sam.intensity is 'window', which needs CTNormalization in every channel, but the plans have "
+                         f"{', '.join(normalization_schemes)}: use 'percentile'.")
     if section.regions != regions:
         raise ValueError(f"sam.regions is {section.regions}, but the data set's labels say {regions}: leave it out.")
     identity = identify(section.encoder, section.identity)
@@ -189,14 +181,11 @@ def _lacking(architecture: Architecture, method: Method) -> str:
 
 
 def _refuse_3d(manager: PlansManager, name: str) -> None:
-    if len(manager.get_configuration(name).patch_size) == 2:
-        return
     flat = [other for other in manager.available_configurations
             if len(manager.get_configuration(other).patch_size) == 2]
-    raise ValueError(
-        f"The configuration '{name}' is 3D, but SAM works on slices: use "
-        f"{' or '.join(flat) or 'a 2D configuration (the plans have none)'}."
-    )
+    if name not in flat:
+        raise ValueError(f"The configuration '{name}' is 3D, but SAM works on slices: use "
+                         f"{' or '.join(flat) or 'a 2D configuration (the plans have none)'}.")
 
 
 def given_section(configuration: dict[str, Any], name: str) -> dict[str, Any]:

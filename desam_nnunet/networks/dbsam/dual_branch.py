@@ -122,8 +122,7 @@ class Fusion(nn.Module):
         narrow = dim // _BOTTLENECK
         self.scores = nn.ModuleList(
             nn.Sequential(nn.Linear(dim, narrow), nn.SiLU(), nn.LayerNorm(narrow), nn.Linear(narrow, dim))
-            for _ in range(1 + LEVELS)
-        )
+            for _ in range(1 + LEVELS))
         self.feed = FeedForward(dim)
 
     def forward(self, tokens: Tensor, maps: Tensor) -> Tensor:
@@ -135,7 +134,5 @@ class Fusion(nn.Module):
 
 def _pixel_centres(height: int, width: int, device: torch.device) -> Tensor:
     """x and y of each pixel of a map, row by row, as shares of its size: (h·w, 2)."""
-    y = (torch.arange(height, device=device) + 0.5) / height
-    x = (torch.arange(width, device=device) + 0.5) / width
-    rows, columns = torch.meshgrid(y, x, indexing="ij")
-    return torch.stack([columns, rows], dim=-1).flatten(0, 1)
+    y, x = ((torch.arange(side, device=device) + 0.5) / side for side in (height, width))
+    return torch.cartesian_prod(y, x).flip(1)

@@ -71,10 +71,9 @@ class DBSAM(SamNetwork):
         geometry = self.geometry(tiles)
         if boxes is None:
             if not self.automatic:
-                raise ValueError(
-                    "This model was trained with boxes from the reference segmentation and can't segment without "
-                    "them: evaluate it with `desam boxes`, or train DBSAMTrainer, which needs none."
-                )
+                raise ValueError("This model was trained with boxes from the reference segmentation and can't segment "
+                                 "without them: evaluate it with `desam boxes`, or train DBSAMTrainer, which needs "
+                                 "none.")
             boxes = whole_box(geometry, len(tiles), tiles.device).boxes
         masks = self.decode(self.encode(tiles), Prompts(boxes=boxes))
         return self.tile_logits(masks, geometry).clamp(-MAX_LOGIT, MAX_LOGIT)

@@ -96,9 +96,7 @@ class PDMM(nn.Module):
         ValueError: The neck is finer than the masks.
     """
 
-    def __init__(
-        self, *, spec: FeatureSpec, prompt_dim: int, num_classes: int, mask_stride: int = MASK_STRIDE
-    ) -> None:
+    def __init__(self, *, spec: FeatureSpec, prompt_dim: int, num_classes: int, mask_stride: int = MASK_STRIDE) -> None:
         super().__init__()
         if spec.neck.stride < mask_stride:
             raise ValueError(f"desam.mask_stride is {mask_stride}, but the encoder's last map has a stride of "
@@ -122,8 +120,7 @@ class PDMM(nn.Module):
         return [path(deep[read]) for path, read in zip(self.contexts, self.reads, strict=True)]
 
     def forward(self, mask_embedding: Tensor, contexts: list[Tensor]) -> Tensor:
-        """Masks (B, K, S / mask_stride, S / mask_stride) of an embedding (B, C, h, w) and what :meth:`context` gives.
-        """
+        """Masks (B, K, S / stride, S / stride) of an embedding (B, C, h, w) and what :meth:`context` gives."""
         x = self.fusion(cat([mask_embedding, contexts[0]], dim=1))
         for up, context in zip(self.ups, contexts[1:], strict=True):
             x = up(x, context)

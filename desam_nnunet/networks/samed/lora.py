@@ -6,7 +6,7 @@ Source: Hu et al., LoRA, ICLR 2022, section 4; which layers, and how they start,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -68,8 +68,7 @@ class AdaptedLinear(nn.Module):
         Weights that were made in inference mode don't tell: :meth:`release` must be called when others are loaded.
         """
         weights = [self.weight, *(weight for update, _ in self._parts() for weight in update.parameters())]
-        versions = tuple(
-            (weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights)
+        versions = tuple((weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights)
         if self._merged is not None and versions == self._versions:
             return
         with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):  # rounded once, in the product
@@ -83,10 +82,10 @@ class AdaptedLinear(nn.Module):
         """Gives the merged weight's memory back."""
         self._merged = None
 
-    def _parts(self) -> Iterator[tuple[LowRank, slice | Tensor]]:
+    def _parts(self) -> list[tuple[LowRank, slice | Tensor]]:
         """The updates with their rows, which have come along to the layer's device."""
-        for number, (update, rows) in enumerate(*self._updates):
-            yield update, getattr(self, f"rows{number}", rows)
+        (updates,) = self._updates
+        return [(update, getattr(self, f"rows{number}", rows)) for number, (update, rows) in enumerate(updates)]
 
 
 def _added(whole: Tensor, rows: slice | Tensor, part: Tensor, dim: int) -> Tensor:

@@ -47,8 +47,8 @@ class SAMed(SamNetwork):
         self.checkpointing = checkpointing
         self.updates = nn.ModuleList(_adapt_qkv(row, rank, targets) for row in encoder.projections())
         self.decoder_updates = nn.ModuleDict(_adapt_transformer(transformer, rank, targets) if adapt_decoder else {})
-        modules = [module for part in held for module in part.modules()]
-        self._adapted = tuple(module for module in modules if isinstance(module, AdaptedLinear))
+        self._adapted = tuple(
+            module for part in held for module in part.modules() if isinstance(module, AdaptedLinear))
         self.prompt_encoder = outline.loaded.prompt_encoder.requires_grad_(False)
         self.prompt_encoder.no_mask_embed.requires_grad_(True)
         self.decoder = ClassDecoder(transformer, outline.num_outputs, frozen_transformer=adapt_decoder)
@@ -102,13 +102,13 @@ class SAMed(SamNetwork):
 def _adapt_qkv(projection: Projection, rank: int, targets: str) -> nn.ModuleDict:
     """Replaces a layer of the image encoder that makes queries, keys and values, in place."""
     base = getattr(projection.attention, projection.name)
-    updates: dict[str, LowRank] = {}
+    updates = {}
     for letter in targets:
         rows = projection.rows[letter]
         width = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
         updates[letter] = LowRank(base.in_features, width, rank)
-    adapted = AdaptedLinear(base, [(updates[letter], projection.rows[letter]) for letter in targets])
-    setattr(projection.attention, projection.name, adapted)
+    parts = [(update, projection.rows[letter]) for letter, update in updates.items()]
+    setattr(projection.attention, projection.name, AdaptedLinear(base, parts))
     return nn.ModuleDict(updates)
 
 
@@ -122,8 +122,7 @@ def _adapt_transformer(transformer: TwoWayTransformer, rank: int, targets: str) 
 
 
 def _adapt_projections(attention: Attention, rank: int, targets: str) -> nn.ModuleDict:
-    inputs, outputs = attention.embedding_dim, attention.internal_dim
-    updates = {letter: LowRank(inputs, outputs, rank) for letter in targets}
+    updates = {letter: LowRank(attention.embedding_dim, attention.internal_dim, rank) for letter in targets}
     for letter, update in updates.items():
         name = f"{letter}_proj"
         setattr(attention, name, AdaptedLinear(getattr(attention, name), [(update, None)]))

@@ -1,4 +1,4 @@
-"""Published checkpoints: their key names, to ours, and SAMed's back.
+"""The published formats: what a checkpoint is, and its keys by ours; SAMed's way back.
 
 Source: the key names of the published implementations. A DeSAM (Gao et al., MICCAI 2024) is a model's state dict with
 SAM's image and prompt encoder and a mask decoder that holds PRIM and, under ``pimm``, PDMM. A SAMed (Zhang and Liu,
@@ -10,10 +10,29 @@ from __future__ import annotations
 
 import re
 from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from desam_nnunet.encoders.weights import State
+from desam_nnunet.encoders.weights import State, read_weights
+
+_COMMON = """The published image preparation differs from nnU-Net's, which this model folder uses:
+{}
+Expect scores to differ from published ones; fine-tune with -pretrained_weights where they matter."""
+_DESAM = _COMMON.format(
+    """  published: percentiles 0.5 / 99.5 of the volume to 0-255 (zeros stay 0); here: of each tile, after nnU-Net's
+             normalisation, by the plans' rule
+  published: every slice squeezed to 256 x 256 and enlarged to 1024 x 1024; here: resampled to the plans'
+             spacing, cut into tiles, aspect kept, padded
+  published: no mirroring at prediction; here: the same
+  published: small islands and holes cleaned before a mask is chosen; here: nnU-Net's postprocessing""")
+_SAMED = _COMMON.format(
+    """  published: CT clipped to -125 to 275 and scaled to 0-1; here: by the plans' rule, from nnU-Net's normalisation
+  published: every slice reduced to 224 x 224 and enlarged to 512 x 512; here: resampled to the plans' spacing,
+             cut into tiles, aspect kept, padded
+  published: no mirroring at prediction; here: the same""")
+_PROCEDURE = {"grid": 9, "iou_threshold": 0.5, "grid_offset": 0.0, "through_input": True}
 
 _RENAMES = (
     (r"mask_decoder\.(transformer|iou_token|mask_tokens)\.", r"prim.\1."),
@@ -46,7 +65,60 @@ _MODULES = {
 }
 _NUMBERED = re.compile(rf"({'|'.join(_SEQUENCES)})_([ab])_(\d{{3}})")
 _FINAL = re.compile(r"fati_([qv])([ab])")
-_UPDATE = re.compile(r"(?:decoder_)?updates\..*\.([qkv])\.(?:down|up)\.weight")  # by our names
+
+
+class Published(NamedTuple):
+    """A checkpoint of one of the methods.
+
+    Attributes:
+        method: Name of the plans' section.
+        trainers: Which can use it; the first unless another is asked for.
+        state: By our key names.
+        width: Of the image encoder that it was trained on.
+        own: What it fixes in the method's section.
+        procedure: How it was published to predict, in the method's section, unless the plans say otherwise.
+        image_encoder: SAM's part of the file, by SAM's key names; empty where there is none.
+        preparation: In what the published image preparation differs.
+        background: Whether the first output is the background, so that the outputs are no regions.
+    """
+
+    method: str
+    trainers: tuple[str, ...]
+    state: State
+    width: int
+    own: dict[str, Any]
+    procedure: dict[str, Any]
+    image_encoder: State
+    preparation: str
+    background: bool
+
+
+def read_published(file: Path) -> Published:
+    """A file's checkpoint by our names. Raises: ValueError: It is not of a known kind."""
+    state = read_weights(file)
+    if is_official(state):
+        return _desam(state, file)
+    if is_official_samed(state):
+        return _samed(state)
+    raise ValueError(f"{file} is not a published DeSAM or SAMed checkpoint: it has neither a key mask_decoder.pimm nor "
+                     "w_a_000.")
+
+
+def _desam(state: State, file: Path) -> Published:
+    ours = rename_official(state)
+    key = "pdmm.contexts.0.block_init.conv1.weight"
+    if key not in ours:
+        raise ValueError(f"{file}: {key} is missing.")
+    encoder = {name: value for name, value in state.items() if name.startswith(IMAGE_ENCODER)}
+    return Published("desam", ("DeSAMTrainer", "DeSAMTrainerWholeBox"), ours, ours[key].shape[1], {}, _PROCEDURE,
+                     encoder, _DESAM, background=False)
+
+
+def _samed(state: State) -> Published:
+    trainer = "SAMedTrainerS" if adapts_decoder(state) else "SAMedTrainer"
+    rank, width = state["w_a_000"].shape
+    return Published("samed", (trainer,), rename_official_samed(state), width, {"rank": rank, "targets": "qv"}, {},
+                     {}, _SAMED, background=True)
 
 
 def is_official(state: State) -> bool:
@@ -60,13 +132,10 @@ def rename_official(state: State) -> State:
     Raises:
         ValueError: A key that no published checkpoint has.
     """
-    renamed = {}
-    for key, value in state.items():
-        if key.startswith(IMAGE_ENCODER) or _is_unused(key, value):
-            continue
-        name = _rename(key)
-        renamed[name] = value[:1] if name.startswith("prim.iou_head.seg_layers.") else value  # index 0 is used
-    return renamed
+    renamed = {_rename(key): value for key, value in state.items()
+               if not (key.startswith(IMAGE_ENCODER) or _is_unused(key, value))}
+    return {key: value[:1] if key.startswith("prim.iou_head.seg_layers.") else value  # index 0 is used
+            for key, value in renamed.items()}
 
 
 def _is_unused(key: str, value: Tensor) -> bool:
@@ -84,6 +153,7 @@ def _rename(key: str) -> str:
 
 
 def is_official_samed(state: State) -> bool:
+    """Whether `state` has the keys of a published SAMed checkpoint."""
     return "w_a_000" in state
 
 
@@ -93,7 +163,7 @@ def adapts_decoder(state: State) -> bool:
 
 
 def rename_official_samed(state: State) -> State:
-    """A published checkpoint by our key names."""
+    """A published SAMed's state under this package's keys."""
     return {_ours(key): value for key, value in state.items()}
 
 
@@ -103,7 +173,7 @@ def official_samed_names(state: State) -> State:
     Raises:
         ValueError: Low-rank updates of other projections than q and v, or a neck of our own, have no published name.
     """
-    letters = {match[1] for match in map(_UPDATE.fullmatch, state) if match}
+    letters = {key.split(".")[-3] for key in state if key.startswith(("updates.", "decoder_updates."))}
     if foreign := [key for key in state if key.startswith("neck.")]:
         raise ValueError(f"SAMed's format has no place for {foreign[0]}: it is for encoders that come with SAM.")
     if letters != set(_PAIR):
