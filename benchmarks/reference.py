@@ -92,8 +92,7 @@ def decode(network: DeSAM, features: Features, prompts: Prompts) -> tuple[Tensor
 def published_grid(network: DeSAM, features: Features, tile: Tensor) -> Tensor:
     """Logits (1, K + 1, H, W) of one tile: every prompt decoded, the best above the threshold kept."""
     geometry, asked = network.geometry(tile), grid_of(network)
-    points = point_grid(geometry, asked.side, tile.device).points
-    assert points is not None
+    points = point_grid(geometry, asked.side, tile.device)
     decoded = [decode(network, features, Prompts(points=chunk)) for chunk in points.split(PUBLISHED_BATCH)]
     masks, scores = (torch.cat(part) for part in zip(*decoded, strict=True))
     best_score, best_point = scores.max(0)

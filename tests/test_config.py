@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from typing import Any, get_type_hints
 
 import pytest
 
-from desam_nnunet.encoders.registry import ENCODERS
+from desam_nnunet.encoders.base import FeatureSpec, ImageSpec, Level
+from desam_nnunet.encoders.registry import ENCODERS, EncoderRow
+from desam_nnunet.encoders.sam_vit import SamViT
 from desam_nnunet.networks.dbsam.section import DBSAM
 from desam_nnunet.networks.desam.section import DESAM, DesamSection
 from desam_nnunet.networks.samed.section import SAMED
@@ -271,12 +273,68 @@ def resolved_with(method: Method, key: str, value: Any) -> dict[str, Any]:
     return plans
 
 
+@dataclass(frozen=True)
+class SlowSection(SamSection):
+    """The shared section with a key that is younger than models are."""
+
+    pace: int = field(default=1, metadata={AS_BEFORE: 9})
+
+
+def test_a_younger_key_of_the_shared_section_means_what_happened_before_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_plans(sam={"encoder": "vit_tiny"})
+    resolved(model)
+    shared = Method("sam", SlowSection, "")
+    for place in ("settings.resolve", "training.checks", "planning.plan"):
+        monkeypatch.setattr(f"desam_nnunet.{place}.SAM", shared)
+    assert read_sam(model["configurations"]["2d"]).pace == 9
+    assert settings_of(model, "2d", DATASET, DESAM)["sam.pace"] == 9
+    assert resolved(make_plans(sam={"encoder": "vit_tiny"}))["sam"]["pace"] == 1
+    assert resolved(make_plans(sam={"encoder": "vit_tiny"}), trained=model)["sam"]["pace"] == 9
+    assert resolved(make_plans(sam={"encoder": "vit_tiny", "pace": 3}), trained=model)["sam"]["pace"] == 3
+
+
+@dataclass(frozen=True)
+class Listed:
+    lr: float = 1e-4
+    sizes: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Optional:
+    limit: int | None = None
+    lr: float = 1e-4
+
+
+@dataclass(frozen=True)
+class Made:
+    name: str = field(default_factory=str)
+    lr: float = 1e-4
+
+
+@pytest.mark.parametrize(("section", "named"), [
+    (Listed, r"'sizes' of type list\[int\] with a default_factory"), (Optional, r"'limit' of type int \| None"),
+    (Made, "'name' of type str with a default_factory"),
+])
+def test_a_field_that_plans_can_not_give_is_named(section: type, named: str) -> None:
+    with pytest.raises(ValueError, match=rf"The section 'mine' \({section.__name__}\) has a field {named}, but plans "
+                                         "hold int, float, str and bool alone"):
+        resolved(make_plans(sam={"encoder": "vit_tiny"}), method=Method("mine", section, "MinePlans"))
+
+
+class FineViT(SamViT):
+    """A plain ViT whose maps are as fine as an eighth of the input."""
+
+    def spec(self, image_size: int) -> FeatureSpec:
+        return FeatureSpec((Level(32, 8),) * 3, Level(32, 8), ImageSpec(8))
+
+
 PLAIN = "vit_b, vit_l, vit_h, vit_tiny, vit_tiny_random"
 PROJECTIONS = "vit_b, vit_l, vit_h, mobile_sam, lite_medsam, vit_tiny, vit_tiny_random"
 
 
 @pytest.mark.parametrize(("method", "encoder", "needed", "able"), [
     (DBSAM, "lite_medsam", "plain ViT", PLAIN), (DBSAM, "timm_random/convnext_tiny", "plain ViT", PLAIN),
+    (DBSAM, "timm_random/vit_tiny_patch16_224", "plain ViT", PLAIN),
     (SAMED, "timm_random/convnext_tiny", "projections", PROJECTIONS),
 ])
 def test_an_encoder_that_a_method_can_not_work_on_is_refused_and_others_are_named(
@@ -285,6 +343,15 @@ def test_an_encoder_that_a_method_can_not_work_on_is_refused_and_others_are_name
     with pytest.raises(ValueError, match=f"The method {method.name} works inside the encoder and needs {needed} of it, "
                                          f"which '{encoder}' does not have: set sam.encoder to one of {able}\\.$"):
         resolved(make_plans(sam={"encoder": encoder}), method=method)
+
+
+def test_a_plain_vit_of_another_stride_is_refused_where_the_method_takes_one_alone(monkeypatch: pytest.MonkeyPatch
+                                                                                    ) -> None:
+    monkeypatch.setitem(ENCODERS, "fine", EncoderRow("fine", FineViT(32, 4, 2, (0, 1, 2, 3)), 64))
+    with pytest.raises(ValueError, match="dbsam works inside the encoder and needs maps at a stride of 16 pixels of "
+                                         f"it, which 'fine' does not have: set sam.encoder to one of {PLAIN}\\.$"):
+        resolved(make_plans(sam={"encoder": "fine"}), method=DBSAM)
+    assert resolved(make_plans(sam={"encoder": "fine"}))["sam"]["image_size"] == 64
 
 
 def test_methods_on_features_alone_take_every_encoder() -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import SIZE, TRAINED, tiny_sam
 from torch import nn
 from torch.nn import functional as F
 
+from desam_nnunet.encoders.registry import ENCODERS
 from desam_nnunet.encoders.sam_vit import IMAGE
 from desam_nnunet.networks.dbsam.dual_branch import BilateralExchange, ChannelAttention, Fusion, Stem
-from desam_nnunet.networks.dbsam.network import DBSAM, build_dbsam
+from desam_nnunet.networks.dbsam.network import DBSAM
 from desam_nnunet.networks.frame import Outline
 from desam_nnunet.sam.prompts import Prompts, dense_positions, prompt_tokens
 from desam_nnunet.sam.tiles import TileToImage
@@ -20,7 +23,7 @@ def build(*, classes: int = 1, background: bool = True, checkpointing: bool = Fa
           ) -> DBSAM:
     to_image = TileToImage(IMAGE, SIZE, "percentile")
     outline = Outline(tiny_sam(), to_image, 1, classes + background, background, None)
-    return build_dbsam(outline, checkpointing=checkpointing, boxes=boxes)
+    return DBSAM(outline, checkpointing=checkpointing, boxes=boxes)
 
 
 @pytest.mark.parametrize("level", [1, 2, 3, 4])
@@ -66,6 +69,19 @@ def test_fusion_weighs_the_maps_at_each_pixel_and_channel() -> None:
         assert ((fused >= every.amin(1)) & (fused <= every.amax(1))).all()
         fusion.scores[2][3].bias[5] = 1e4  # the second convolution map wins in channel 5
         torch.testing.assert_close(fusion(tokens, maps)[..., 5], maps[:, 1, ..., 5])
+
+
+@pytest.mark.parametrize("depth", [6, 3])
+def test_blocks_that_four_does_not_divide_are_spread_over_the_stages(depth: int) -> None:
+    size = replace(ENCODERS["vit_tiny"].architecture, depth=depth, global_blocks=tuple(range(depth)))
+    outline = Outline(size.blank(SIZE), TileToImage(IMAGE, SIZE, "percentile"), 1, 2, True, None)
+    network = DBSAM(outline, checkpointing=False)
+    order = []
+    for module in (*network.channel_attention, *network.exchanges):
+        module.register_forward_hook(lambda module, *_: order.append(type(module).__name__[0]))
+    network(torch.randn(1, 1, 96, 96)).square().sum().backward()
+    assert "".join(order) == {6: "CBCCBCBCCB", 3: "BCBCBCB"}[depth]
+    assert all(parameter.grad is not None for parameter in network.parameters() if parameter.requires_grad)
 
 
 def test_drop_path_and_dropout_are_off_at_prediction() -> None:

@@ -8,15 +8,17 @@ from pathlib import Path
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import Workspace, nnunet, tiny_sections
+from conftest import SIZE, Workspace, nnunet, tiny_sam, tiny_sections
+from test_network import with_scores
 
 import phantom
 from desam_nnunet._startup import VARIABLE
 from desam_nnunet.encoders.base import FeatureSpec, ImageSpec, Level
 from desam_nnunet.encoders.registry import ENCODERS, EncoderRow
 from desam_nnunet.encoders.weights import load_encoder
-from desam_nnunet.networks.frame import FrozenSamNetwork
+from desam_nnunet.networks.frame import ABSENT_LOGIT, FrozenSamNetwork, Outline
 from desam_nnunet.nnunet.lookup import look_up
+from desam_nnunet.sam.prompts import Prompts
 from desam_nnunet.sam.tiles import TileToImage
 from desam_nnunet.training.frozen import identity_of_maps
 
@@ -100,6 +102,22 @@ def test_another_prompt_rule_asks_a_trained_model_in_another_way(trained: Worksp
     chosen = theirs(section).choose(scores)
     assert chosen.present.tolist() == [False, True]
     assert chosen.prompt[1] == 1
+
+
+@torch.no_grad()
+def test_another_prompt_rule_predicts_through_the_network() -> None:
+    """The mask of the second best point, and only where two points say so."""
+    trainer = look_up("DeSAMTrainerTwoWitnesses")
+    section = trainer.method.section(grid=2, iou_threshold=0.5)
+    to_image = TileToImage(ENCODERS["vit_tiny"].architecture.spec(SIZE).image, SIZE, "unit")
+    network = trainer.build_network(Outline(tiny_sam(), to_image, 1, 3, True, section)).eval()
+    with_scores(network, [[0.6, 0.9], [0.2, 0.1], [0.9, 0.2], [0.1, 0.3]])  # 4 points, 2 classes
+    tile = torch.rand(1, 1, 64, 64)
+    logits, geometry = network(tile), network.geometry(tile)
+    point = network.prompter.points(geometry, tile.device)[:1]
+    masks, _ = network(network.encode(tile), Prompts(points=point))
+    torch.testing.assert_close(logits[:, 1], network.tile_logits(masks, geometry)[:, 1])
+    assert logits[:, 2].eq(ABSENT_LOGIT).all()
 
 
 def test_the_doctor_passes_by_what_is_no_trainer_and_no_usable_backbone(

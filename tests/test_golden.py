@@ -8,15 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from segment_anything.modeling import PromptEncoder
-from torch import Tensor
+from torch import Tensor, nn
 
-from desam_nnunet.encoders.base import Features, FeatureSpec, Level
+from desam_nnunet.encoders.base import Encoder, Features, FeatureSpec, Level
 from desam_nnunet.encoders.sam_vit import IMAGE, build_transformer
 from desam_nnunet.networks.desam.network import DeSAM
 from desam_nnunet.networks.desam.pdmm import PDMM
 from desam_nnunet.networks.desam.prim import PRIM
 from desam_nnunet.networks.desam.prompters import GridPrompter, Prompter, WholeBoxPrompter
-from desam_nnunet.published.desam_keys import is_official, rename_official
+from desam_nnunet.published.formats import is_official, rename_official
 from desam_nnunet.sam.prompts import Prompts, dense_positions, prompt_tokens, whole_box
 from desam_nnunet.sam.tiles import Geometry, TileToImage
 
@@ -44,7 +44,7 @@ def features(golden: dict[str, Tensor]) -> Features:
 
 def published(official: dict[str, Tensor], prompter: Prompter) -> DeSAM:
     network = DeSAM(
-        encoder=None,
+        encoder=Encoder(nn.Identity(), SPEC, "golden"),  # features are given
         prompt_encoder=PromptEncoder(DIM, (GRID, GRID), (SIZE, SIZE), mask_in_chans=16),
         prim=PRIM(transformer=build_transformer(DIM, mlp_dim=128), num_classes=1, iou_hidden=DIM),
         pdmm=PDMM(spec=SPEC, prompt_dim=DIM, num_classes=1),

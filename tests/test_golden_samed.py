@@ -9,14 +9,15 @@ from typing import NamedTuple
 import pytest
 import torch
 from safetensors import safe_open
-from segment_anything.modeling import ImageEncoderViT, PromptEncoder
+from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder
 from torch import Tensor, nn
 
 from desam_nnunet.encoders.attention import use_exact_attention
-from desam_nnunet.encoders.base import FeatureSpec, Level
+from desam_nnunet.encoders.base import FeatureSpec, Level, LoadedEncoder
 from desam_nnunet.encoders.sam_vit import IMAGE, PATCH, SamViTEncoder, build_transformer
+from desam_nnunet.networks.frame import Outline
 from desam_nnunet.networks.samed.network import SAMed
-from desam_nnunet.published.samed_keys import (
+from desam_nnunet.published.formats import (
     adapts_decoder,
     is_official_samed,
     official_samed_names,
@@ -64,12 +65,13 @@ def published(golden: Golden, *, exact: bool) -> SAMed:
         module.load_state_dict({key.removeprefix(name): value for key, value in golden.sam.items()
                                 if key.startswith(name)})
     spec = FeatureSpec((Level(sizes["encoder_dim"], PATCH),) * (len(blocks) - 1), Level(dim, PATCH), IMAGE)
-    network = SAMed(
-        encoder=SamViTEncoder(use_exact_attention(vit) if exact else vit, spec, "golden", blocks[:-1]),
-        prompt_encoder=PromptEncoder(dim, (side, side), (sizes["image_size"],) * 2, mask_in_chans=16),
-        transformer=transformer, to_image=TileToImage(SAMedTrainer.image_of(IMAGE), sizes["image_size"], "unit"),
-        num_channels=3, outputs=sizes["num_classes"] + 1, rank=sizes["rank"],
-        adapt_decoder=adapts_decoder(golden.checkpoint))
+    loaded = LoadedEncoder(
+        SamViTEncoder(use_exact_attention(vit) if exact else vit, spec, "golden", blocks[:-1]),
+        PromptEncoder(dim, (side, side), (sizes["image_size"],) * 2, mask_in_chans=16),
+        MaskDecoder(transformer_dim=dim, transformer=transformer))
+    to_image = TileToImage(SAMedTrainer.image_of(IMAGE), sizes["image_size"], "unit")
+    network = SAMed(Outline(loaded, to_image, 3, sizes["num_classes"] + 1, True, None), rank=sizes["rank"],
+                    targets="qv", adapt_decoder=adapts_decoder(golden.checkpoint))
     network.encoder.dtype = torch.float32  # also where the CPU has bfloat16
     network.load_state_dict(rename_official_samed(golden.checkpoint))
     return network.eval()

@@ -26,7 +26,7 @@ from desam_nnunet.networks.desam.prompters import GridPrompter
 from desam_nnunet.networks.frame import Outline
 from desam_nnunet.sam.tiles import TileToImage
 
-# Our keys under the published names, the way back from desam_keys.py, written out by hand.
+# Our keys under the published names, the way back from published/formats.py, written out by hand.
 PUBLISHED = (
     (r"^prim\.(transformer|iou_token|mask_tokens)\.", r"mask_decoder.\1."),
     (r"^prim\.iou_head\.layers\.(\d)\.", r"mask_decoder.iou_prediction_head.layers.\1."),

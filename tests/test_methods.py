@@ -12,7 +12,7 @@ from conftest import TRAINED, Workspace, nnunet, tiny_sections
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from desam_nnunet.commands.__main__ import main
-from desam_nnunet.published.samed_keys import official_samed_names
+from desam_nnunet.published.formats import official_samed_names
 
 METHOD_PLANS = "MethodPlans"
 METHODS = ("SAMedTrainer", "DBSAMTrainer", "SAMedTrainerS")
@@ -81,7 +81,7 @@ def test_samed_goes_out_and_comes_back(planned: Workspace, trainer: str, tmp_pat
     predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(model), ("all",))
     back = official_samed_names(predictor.network.state_dict())
-    assert back.keys() == published.keys()
+    assert back.keys() == published.formats()
     assert all(torch.equal(back[key], value) for key, value in published.items())
 
 

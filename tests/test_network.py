@@ -20,7 +20,13 @@ from desam_nnunet.encoders.sam_vit import IMAGE, build_sam, build_transformer
 from desam_nnunet.networks.desam.network import DeSAM, build_desam
 from desam_nnunet.networks.desam.pdmm import PDMM
 from desam_nnunet.networks.desam.prim import PRIM
-from desam_nnunet.networks.desam.prompters import GridPrompter, Prompter, WholeBoxPrompter
+from desam_nnunet.networks.desam.prompters import (
+    GridPrompter,
+    PointPrompter,
+    Prompter,
+    SinglePrompter,
+    WholeBoxPrompter,
+)
 from desam_nnunet.networks.frame import ABSENT_LOGIT, Outline
 from desam_nnunet.sam.prompts import Prompts, point_grid
 from desam_nnunet.sam.tiles import TileToImage, logits_to_tile
@@ -63,7 +69,7 @@ def test_one_class_is_the_mask_of_the_best_point() -> None:
     assert logits.shape == (1, 2, 48, 64)
     assert logits[:, 0].eq(0).all()
     geometry = network.geometry(tile)
-    best = point_grid(geometry, 3, tile.device).points[4:5]
+    best = point_grid(geometry, 3, tile.device)[4:5]
     masks, _ = network(network.encode(tile), Prompts(points=best))
     torch.testing.assert_close(logits[:, 1:], logits_to_tile(masks, geometry))
 
@@ -74,7 +80,7 @@ def test_classes_take_their_own_best_points_and_absent_ones_the_constant() -> No
     tile = torch.randn(1, 1, 64, 64)
     logits = network(tile)
     geometry = network.geometry(tile)
-    points = point_grid(geometry, 3, tile.device).points
+    points = point_grid(geometry, 3, tile.device)
     for channel, point in ((0, 0), (2, 1)):
         masks, _ = network(network.encode(tile), Prompts(points=points[point : point + 1]))
         torch.testing.assert_close(logits[0, channel + 1], logits_to_tile(masks, geometry)[0, channel])
@@ -176,12 +182,12 @@ def test_every_trained_parameter_gets_a_gradient(prompter: Prompter, mask_stride
     network = make(2, prompter, mask_stride=mask_stride)
     tiles = torch.randn(2, 1, 64, 64)
     point, box = torch.full((2, 1, 2), 9.0), torch.tensor([[0.0, 0, 64, 64]] * 2)
-    prompts = Prompts(points=point) if prompter.reads_scores else Prompts(boxes=box)
+    prompts = Prompts(points=point) if isinstance(prompter, PointPrompter) else Prompts(boxes=box)
     masks, scores = network(network.encode(tiles), prompts)
     (masks.square().mean() + (0 if scores is None else scores.square().mean())).backward()
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     assert all(parameter.grad is not None for parameter in trained)
-    assert (scores is None) != prompter.reads_scores
+    assert (scores is None) == isinstance(prompter, SinglePrompter)
 
 
 @torch.no_grad()
@@ -215,9 +221,11 @@ def test_through_the_input_masks_are_enlarged_before_they_come_to_the_tile(
     """As published: masks to the encoder's input, its padding cut, and that to the tile."""
     network, tile = make(1, prompter, through_input=True, mask_stride=mask_stride), torch.randn(1, 1, 48, 64)
     logits, geometry = network(tile), network.geometry(tile)
-    prompts = prompter.prompts(geometry, tile.device)
-    if prompter.reads_scores:
-        prompts = prompts.one(network.scores(network.encode(tile), geometry)[:, 0].argmax())
+    if isinstance(prompter, PointPrompter):
+        best = network.scores(network.encode(tile), geometry)[:, 0].argmax()
+        prompts = Prompts(points=prompter.points(geometry, tile.device)[best][None])
+    else:
+        prompts = prompter.prompts(geometry, 1, tile.device)
     masks, _ = network(network.encode(tile), prompts)
     enlarged = F.interpolate(masks, size=(SIZE, SIZE), mode="bilinear")[..., :96, :]
     torch.testing.assert_close(logits[:, 1:], F.interpolate(enlarged, size=(48, 64), mode="bilinear"))

@@ -30,28 +30,19 @@ def drawn(target: torch.Tensor, labelled: torch.Tensor | None = None, times: int
 
 
 def test_grid_holds_the_cells_centres_of_the_tile_not_of_its_padding() -> None:
-    points = point_grid(Geometry((50, 100), 64), 2, CPU).points
+    points = point_grid(Geometry((50, 100), 64), 2, CPU)
     expected = [[16, 8], [48, 8], [16, 24], [48, 24]]  # of 32 x 64, counted from the edge as published
     assert points[:, 0].tolist() == expected
-    moved = point_grid(Geometry((50, 100), 64), 2, CPU, offset=-0.5).points  # pixel centres at whole numbers
+    moved = point_grid(Geometry((50, 100), 64), 2, CPU, offset=-0.5)  # pixel centres at whole numbers
     assert moved[:, 0].tolist() == [[15.5, 7.5], [47.5, 7.5], [15.5, 23.5], [47.5, 23.5]]
 
 
 def test_published_grid() -> None:
     """The published code asks at the centres of nine cells of 1024 pixels, (i + 0.5) / 9 of the side."""
-    points = point_grid(Geometry((256, 256), 1024), 9, CPU).points[:, 0]
+    points = point_grid(Geometry((256, 256), 1024), 9, CPU)[:, 0]
     expected = torch.tensor([(i + 0.5) / 9 * 1024 for i in range(9)])
     torch.testing.assert_close(points[:9, 0], expected)
     torch.testing.assert_close(points[::9, 1], expected)
-
-
-def test_prompts_are_taken_apart_and_repeated() -> None:
-    points = torch.randn(5, 1, 2)
-    assert [part.points.tolist() for part in Prompts(points=points).split(2)] == [
-        points[:2].tolist(), points[2:4].tolist(), points[4:].tolist()]
-    assert torch.equal(Prompts(points=points).one(torch.tensor(3)).points, points[3:4])
-    box = torch.tensor([[0.0, 0, 4, 5]])
-    assert torch.equal(Prompts(boxes=box).expand(3).boxes, box.repeat(3, 1))
 
 
 def test_whole_box_is_the_tile() -> None:

@@ -13,8 +13,8 @@ from desam_nnunet.encoders.registry import ENCODERS
 from desam_nnunet.encoders.sam_vit import IMAGE
 from desam_nnunet.networks.frame import Outline
 from desam_nnunet.networks.samed.lora import AdaptedLinear, LowRank
-from desam_nnunet.networks.samed.network import SAMed, build_samed
-from desam_nnunet.published.samed_keys import official_samed_names
+from desam_nnunet.networks.samed.network import SAMed
+from desam_nnunet.published.formats import official_samed_names
 from desam_nnunet.sam.tiles import TileToImage
 from desam_nnunet.training.samed import SAMedTrainer
 
@@ -23,7 +23,7 @@ def build(loaded: LoadedEncoder | None = None, *, size: int = SIZE, outputs: int
           **settings: Any) -> SAMed:
     given = {"rank": 4, "targets": "qv", "adapt_decoder": False, "checkpointing": False} | settings
     to_image = TileToImage(SAMedTrainer.image_of(IMAGE), size, "percentile")
-    return build_samed(Outline(loaded or tiny_sam(), to_image, channels, outputs, True, None), **given)
+    return SAMed(Outline(loaded or tiny_sam(), to_image, channels, outputs, True, None), **given)
 
 
 def shake(network: SAMed) -> SAMed:
@@ -173,6 +173,12 @@ def test_an_update_reaches_its_rows_alone(rows: slice | torch.Tensor | None) -> 
     layer.merge()
     with torch.no_grad():
         torch.testing.assert_close(layer(x), expected)
+
+
+def test_the_rows_of_an_update_move_along_and_are_in_no_checkpoint() -> None:
+    layer = AdaptedLinear(torch.nn.Linear(6, 8), [(LowRank(6, 3, rank=2), torch.tensor([4, 0, 7]))])
+    assert layer.state_dict().keys() == {"weight", "bias"}
+    assert [rows.device.type for rows in layer.to("meta").buffers()] == ["meta"]
 
 
 def test_the_cache_is_not_for_adapted_encoders(workspace: Workspace) -> None:

@@ -58,9 +58,9 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
-    from desam_nnunet.published.importing import Target, import_official
+    from desam_nnunet.published.exchange import import_official
 
-    imported = import_official(options.file, Target(options.d, options.p, options.c, options.tr), options.o)
+    imported = import_official(options.file, options.d, options.p, options.c, options.tr, options.o)
     print(f"For nnUNetv2_train -tr {imported.trainer} -pretrained_weights: {imported.pretrained}")
     if imported.model is None:
         print("The data set has other classes than the checkpoint, so there is no model folder: fine-tune first.")
@@ -71,7 +71,7 @@ def _import(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from desam_nnunet.published.exporting import export_samed
+    from desam_nnunet.published.exchange import export_samed
 
     export_samed(options.model, options.f, options.chk, options.file)
     print(f"Written to {options.file}")

@@ -20,6 +20,7 @@ from desam_nnunet.cross_site.pictures import REFERENCE, chosen_cases, outline, s
 from desam_nnunet.cross_site.study import CHECKPOINT, SCORES, Study
 from desam_nnunet.evaluation.scores import classes_of, read_rows
 from desam_nnunet.networks.desam.network import DeSAM
+from desam_nnunet.networks.desam.prompters import PointPrompter
 
 
 class ScoreMap(NamedTuple):
@@ -87,9 +88,9 @@ def _score_map(network: DeSAM, image: torch.Tensor, labels: np.ndarray, number: 
     """Of an image (1, C, H, W), from the slice of this number before preprocessing."""
     geometry = network.geometry(image)
     scores = network.scores(network.with_neck(network.encode(image)), geometry)
+    assert isinstance(network.prompter, PointPrompter)
     present, best = network.prompter.choose(scores)
-    points = network.prompter.prompts(geometry, image.device).points
-    assert points is not None
+    points = network.prompter.points(geometry, image.device)
     height, width = geometry.scaled
     scale = torch.tensor([geometry.tile[1] / width, geometry.tile[0] / height])
     places = (points[:, 0] + 0.5) * scale - 0.5

@@ -29,6 +29,7 @@ from desam_nnunet.cross_site.pictures import draw_cases
 from desam_nnunet.cross_site.score_maps import draw_scores
 from desam_nnunet.cross_site.study import CHECKPOINT, Study, method_of
 from desam_nnunet.evaluation.scores import classes_of, score_cases, write_rows
+from desam_nnunet.networks.desam.prompters import PointPrompter
 from desam_nnunet.nnunet.lookup import look_up
 from desam_nnunet.nnunet.model_folder import read_description
 from desam_nnunet.planning.facts import CONFIGURATION, SPLITS, STOCK_PLANS
@@ -194,7 +195,7 @@ def _reads_scores(study: Study, source: str, trainer: str) -> bool:
         return False
     plans, _ = read_description(study.model(source, trainer))
     configuration = PlansManager(plans).get_configuration(CONFIGURATION).configuration
-    return kind.prompter(read_own(configuration, kind.method)).reads_scores
+    return isinstance(kind.prompter(read_own(configuration, kind.method)), PointPrompter)
 
 
 def _write_plans(study: Study, source: str) -> None:

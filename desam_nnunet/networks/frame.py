@@ -26,9 +26,7 @@ class Outline(NamedTuple):
     """What a method's network is built from, whatever the method.
 
     Attributes:
-        loaded: The encoder and SAM's parts.
-        to_image: Maps nnU-Net's tiles to the encoder's images.
-        num_channels: Channels of the tiles.
+        num_channels: Of the tiles.
         num_outputs: Channels of the logits: foreground classes and background, or regions.
         background: Whether the first output is the background.
         section: The method's settings, resolved; the method knows their type.
@@ -51,11 +49,8 @@ class SamNetwork(nn.Module):
     """Maps tiles (B, C, H, W) to logits of their size, no nonlinearity applied.
 
     Args:
-        held: Modules with frozen weights that are known by reference. They are no submodules, so that no
-            checkpoint, optimiser or DDP bucket ever sees them, but they move along to another device. The first is
-            the encoder.
-        to_image: Maps nnU-Net's tiles to the encoder's images.
-        num_channels: Channels of the tiles.
+        held: Frozen modules, the encoder first. They are no submodules, so that no checkpoint, optimiser or DDP bucket
+            ever sees them, but they move along to another device.
         background: Whether a background channel, which is 0 by definition, is put in front of the masks' logits.
         mask_stride: Pixels of the encoder's input along a side of a mask's pixel.
     """
@@ -102,33 +97,29 @@ class SamNetwork(nn.Module):
             ValueError: The tiles have another number of channels than planned, or hold NaN or infinity.
         """
         if tiles.shape[1] != self.num_channels:
-            raise ValueError(
-                f"The image has {tiles.shape[1]} channel(s), but the model was planned for {self.num_channels}: "
-                "give one file per planned channel (_0000, _0001, ...)."
-            )
+            raise ValueError(f"The image has {tiles.shape[1]} channel(s), but the model was planned for "
+                             f"{self.num_channels}: give one file per planned channel (_0000, _0001, ...).")
         if not torch.isfinite(tiles).all():
             raise ValueError("The image holds NaN or infinite values after preprocessing: repair or remove it.")
         return self.to_image(tiles)
 
 
 class FrozenSamNetwork(SamNetwork):
-    """Decodes features that training does not change: ``network(tiles)`` predicts, ``network(features, prompts)`` is
-    what training calls, because DDP and torch.compile see nothing but ``forward``.
+    """Decodes features that training does not change: a method adds :meth:`decode` and :meth:`predict`.
 
-    It owns encoding, the memory of the volume's features, and the devices; a method adds :meth:`decode` and
-    :meth:`predict`.
+    ``network(tiles)`` predicts, ``network(features, prompts)`` is what training calls, because DDP and torch.compile
+    see nothing but ``forward``.
 
     Args:
-        encoder: Frozen; None for a decoder that is given features alone.
         neck: Trained, where the encoder has none of its own.
     """
 
     def __init__(
-        self, *, encoder: Encoder | None, to_image: TileToImage, num_channels: int, background: bool,
+        self, *, encoder: Encoder, to_image: TileToImage, num_channels: int, background: bool,
         neck: nn.Module | None = None, mask_stride: int = MASK_STRIDE,
     ) -> None:
-        super().__init__(held=[] if encoder is None else [encoder], to_image=to_image, num_channels=num_channels,
-                         background=background, mask_stride=mask_stride)
+        super().__init__(held=[encoder], to_image=to_image, num_channels=num_channels, background=background,
+                         mask_stride=mask_stride)
         self.neck = neck or nn.Identity()
         self.memory = FeatureMemory()
 
@@ -140,23 +131,18 @@ class FrozenSamNetwork(SamNetwork):
         """Logits (B, outputs, H, W) of tiles, from their features."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor | Features, prompts: Prompts | None = None) -> Any:
-        """Args:
-            x: A batch of tiles (B, C, H, W), or their features.
-            prompts: With features only, one per image.
-
-        Returns:
-            For tiles what :meth:`predict` gives, for features what :meth:`decode` gives.
+    def forward(self, x: Tensor | Features, prompts: Prompts | None = None) -> Tensor | tuple[Tensor, Tensor | None]:
+        """What :meth:`predict` gives for tiles (B, C, H, W), or :meth:`decode` for features and a prompt per image.
 
         Raises:
-            ValueError: The tiles have another number of channels than planned, or hold NaN or infinity.
+            ValueError: As :meth:`images`.
         """
         if isinstance(x, Tensor):
             return self._predict(x).clamp(-MAX_LOGIT, MAX_LOGIT)
         return self.decode(self.with_neck(x), prompts or Prompts())
 
     def with_neck(self, features: Features) -> Features:
-        """As the decoder reads them."""
+        """Features as the decoder reads them."""
         return features._replace(neck=self.neck(features.neck))
 
     @uncompiled
@@ -168,9 +154,9 @@ class FrozenSamNetwork(SamNetwork):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenSamNetwork:
         """Forgets the features that lie on another device."""
-        before = self._places()
+        before = self.encoder.place
         super()._apply(fn, recurse)
-        if before != self._places():
+        if before != self.encoder.place:
             self.memory.clear()
         return self
 
@@ -185,24 +171,17 @@ class FrozenSamNetwork(SamNetwork):
         self.memory.weights_loaded(next((value.data_ptr() for value in state_dict.values()), 0))
         return super().load_state_dict(state_dict, *args, **options)
 
-    def _places(self) -> list[tuple[torch.device, torch.dtype]]:
-        return [self.encoder.place] if self.held else []
-
     @uncompiled
     def _predict(self, tiles: Tensor) -> Tensor:
         """Predicts, without the features of other tiles if a device's memory is too small for both."""
         try:
-            return self._predict_tiles(tiles)
+            return self.predict(self.with_neck(self._remembered(tiles)), self.geometry(tiles))
         except torch.OutOfMemoryError:
             if len(self.memory) == 0:
                 raise
         self.memory.clear()
         self.memory.budget = 0
-        return self._predict_tiles(tiles)
-
-    @uncompiled
-    def _predict_tiles(self, tiles: Tensor) -> Tensor:
-        return self.predict(self.with_neck(self._remembered(tiles)), self.geometry(tiles))
+        return self._predict(tiles)
 
     @uncompiled
     def _remembered(self, tiles: Tensor) -> Features:

@@ -23,7 +23,7 @@ from desam_nnunet.planning.facts import CONFIGURATION, FOLDS, SPLITS, STOCK_PLAN
 from desam_nnunet.planning.fit import Machine, choose_encoder
 from desam_nnunet.planning.request import Request
 from desam_nnunet.sam.tiles import intensity_rule
-from desam_nnunet.settings.resolve import check_keys
+from desam_nnunet.settings.resolve import SAM, check_keys
 from desam_nnunet.settings.sections import AS_BEFORE, DTYPES, Method, SamSection
 from desam_nnunet.system.files import replace_file
 from desam_nnunet.system.machine import device_is_here, memory_limit
@@ -78,7 +78,7 @@ def choose(facts: Facts, request: Request, machine: Machine) -> tuple[dict[str, 
     fit, why = choose_encoder(facts, request, machine)
     storage = fit.storage.value
     schedule = choose_schedule(storage.views * fit.tiles * (FOLDS - 1) // FOLDS, fit.batch.value)
-    sam: dict[str, Any] = {
+    sam: dict[str, Any] = _published_procedure(SAM) | {
         "encoder": fit.encoder, "image_size": fit.image.value, "intensity": intensity_rule(list(facts.schemes)),
         "features": storage.features, "views": storage.views, "cache_dtype": storage.dtype,
         "epochs": schedule.value.epochs, "iterations_per_epoch": schedule.value.iterations,

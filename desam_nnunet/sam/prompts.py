@@ -29,21 +29,6 @@ class Prompts(NamedTuple):
     points: Tensor | None = None
     boxes: Tensor | None = None
 
-    def split(self, size: int) -> list[Prompts]:
-        """Points, at most `size` at a time."""
-        assert self.points is not None
-        return [Prompts(points=chunk) for chunk in self.points.split(size)]
-
-    def one(self, number: Tensor) -> Prompts:
-        """One of the points."""
-        assert self.points is not None
-        return Prompts(points=self.points[number][None])
-
-    def expand(self, batch: int) -> Prompts:
-        """One box for each of a batch of images."""
-        assert self.boxes is not None
-        return Prompts(boxes=self.boxes.expand(batch, -1))
-
 
 class PointTargets(NamedTuple):
     """What the IoU head should say of the points drawn.
@@ -93,9 +78,7 @@ def whole_box(geometry: Geometry, batch: int, device: torch.device) -> Prompts:
     return Prompts(boxes=torch.tensor([[0.0, 0.0, width, height]], device=device).expand(batch, -1))
 
 
-def point_grid(
-    geometry: Geometry, points_per_side: int, device: torch.device, offset: float = 0.0
-) -> Prompts:
+def point_grid(geometry: Geometry, points_per_side: int, device: torch.device, offset: float = 0.0) -> Tensor:
     """Centres of the cells of a grid over the tile, row by row: points (N, 1, 2), N its square.
 
     Args:
@@ -104,7 +87,7 @@ def point_grid(
     height, width = geometry.scaled
     steps = (torch.arange(points_per_side, device=device) + 0.5) / points_per_side
     y, x = torch.meshgrid(steps * height + offset, steps * width + offset, indexing="ij")
-    return Prompts(points=torch.stack([x, y], dim=-1).reshape(-1, 1, 2))
+    return torch.stack([x, y], dim=-1).reshape(-1, 1, 2)
 
 
 def sample_points(target: Tensor, labelled: Tensor, geometry: Geometry) -> tuple[Prompts, PointTargets]:

@@ -6,12 +6,12 @@ in the ``plans.json`` of the model folder.
 
 from __future__ import annotations
 
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, fields, replace
 from typing import Any, TypeVar, get_type_hints
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from desam_nnunet.encoders.base import Architecture
+from desam_nnunet.encoders.base import MIN_IMAGE_SIZE, Architecture
 from desam_nnunet.encoders.registry import ENCODERS, row_of
 from desam_nnunet.encoders.sam_vit import SamViT
 from desam_nnunet.encoders.weights import check_identity, identify, known_row
@@ -19,6 +19,7 @@ from desam_nnunet.sam.tiles import intensity_rule
 from desam_nnunet.settings.sections import AS_BEFORE, DEFAULT_ENCODER, Method, SamSection
 
 SAM = Method("sam", SamSection, "")
+_TYPES = (int, float, str, bool)
 Section = TypeVar("Section")
 
 
@@ -26,65 +27,70 @@ def check_keys(name: str, kind: type, given: dict[str, Any]) -> None:
     """Checks the names and types of the keys that are given.
 
     Raises:
-        ValueError: An unknown or ill-typed key; the message lists the valid ones.
+        ValueError: An unknown or ill-typed key, with the valid ones; a field that no plans can give.
     """
-    hints = get_type_hints(kind)
-    valid = ", ".join(f"{key} ({hints[key].__name__})" for key in hints)
+    types = _key_types(name, kind)
+    valid = ", ".join(f"{key} ({hint.__name__})" for key, hint in types.items())
     for key, value in given.items():
-        if key not in hints:
+        if key not in types:
             raise ValueError(f"The plans' section '{name}' has an unknown key '{key}'. Valid keys: {valid}.")
-        if not _has_type(value, hints[key]):
-            raise ValueError(
-                f"The plans' key {name}.{key} is {value!r}, but must be of type {hints[key].__name__}. "
-                f"Valid keys: {valid}."
-            )
+        if not _has_type(value, types[key]):
+            raise ValueError(f"The plans' key {name}.{key} is {value!r}, but must be of type {types[key].__name__}. "
+                             f"Valid keys: {valid}.")
+
+
+def _key_types(name: str, kind: type) -> dict[str, type]:
+    hints = get_type_hints(kind)
+    for row in fields(kind):
+        has_factory = row.default_factory is not MISSING
+        if hints[row.name] not in _TYPES or has_factory:
+            made = " with a default_factory" if has_factory else ""
+            raise ValueError(f"The section '{name}' ({kind.__name__}) has a field '{row.name}' of type {row.type}"
+                             f"{made}, but plans hold int, float, str and bool alone, and a default must be a value.")
+    return {row.name: hints[row.name] for row in fields(kind)}
 
 
 def parse_section(name: str, kind: type[Section], given: dict[str, Any]) -> Section:
     """Checks every key and type of a section that is complete but for defaults.
 
     Raises:
-        ValueError: An unknown, missing or ill-typed key; the message lists the valid ones.
+        ValueError: As :func:`check_keys`, or a key is missing.
     """
     check_keys(name, kind, given)
     missing = [row.name for row in fields(kind)  # type: ignore[arg-type]
                if row.default is MISSING and row.name not in given]
     if missing:
-        raise ValueError(
-            f"The plans' section '{name}' lacks {', '.join(missing)}: these plans were not resolved by training "
-            "with this package."
-        )
+        raise ValueError(f"The plans' section '{name}' lacks {', '.join(missing)}: these plans were not resolved by "
+                         "training with this package.")
     return kind(**given)
 
 
 def read_sam(configuration: dict[str, Any]) -> SamSection:
     """The shared section of a model's configuration."""
-    return parse_section(SAM.name, SamSection, given_section(configuration, SAM.name))
+    return read_own(configuration, SAM)
 
 
 def read_own(configuration: dict[str, Any], method: Method) -> Any:
     """The method's section of a model's configuration, of the method's own type."""
-    return parse_section(method.name, method.section, as_trained(method, given_section(configuration, method.name)))
+    return parse_section(method.name, method.section, as_trained(configuration, method))
 
 
-def as_trained(method: Method, given: dict[str, Any]) -> dict[str, Any]:
+def as_trained(configuration: dict[str, Any], method: Method) -> dict[str, Any]:
     """A section of a trained model: keys that did not exist yet mean what happened before they did."""
-    before = {row.name: row.metadata[AS_BEFORE] for row in fields(method.section) if AS_BEFORE in row.metadata}
-    return before | given
+    return _before(method) | given_section(configuration, method.name)
+
+
+def _before(method: Method) -> dict[str, Any]:
+    return {row.name: row.metadata[AS_BEFORE] for row in fields(method.section) if AS_BEFORE in row.metadata}
 
 
 def resolve_plans(
-    plans: dict[str, Any],
-    configuration_name: str,
-    dataset_json: dict[str, Any],
-    method: Method,
-    default_encoder: str = DEFAULT_ENCODER,
-    trained: dict[str, Any] | None = None,
+    plans: dict[str, Any], configuration_name: str, dataset_json: dict[str, Any], method: Method,
+    default_encoder: str = DEFAULT_ENCODER, trained: dict[str, Any] | None = None,
 ) -> None:
     """Fills the sections ``sam`` and the method's of one configuration with everything that is not given.
 
-    They are written into `plans`. On stock plans (no section ``sam``) the batch size is lowered as
-    well, see :class:`~desam_nnunet.settings.sections.Method`.
+    On stock plans (no section ``sam``) the batch size is lowered as well, to the method's.
 
     Args:
         plans: nnU-Net's plans, changed in place.
@@ -104,23 +110,22 @@ def resolve_plans(
         own["batch_size"] = min(configuration["batch_size"], method.batch_size)
     regions = manager.get_label_manager(dataset_json).has_regions
     schemes = configuration["normalization_schemes"]
-    given = {"encoder": default_encoder} | given_section(configuration, "sam")
+    model = trained["configurations"][configuration_name] if trained else None
+    given = {"encoder": default_encoder} | _given_or_trained(configuration, model, SAM)
     sam = _resolve_sam(given, schemes, regions, method)
     own["sam"] = asdict(sam)
-    defaults = method.defaults(sam) | _younger_keys(trained, configuration_name, method)
-    own[method.name] = asdict(parse_section(
-        method.name, method.section, defaults | given_section(configuration, method.name)))
+    given = method.defaults(sam) | _given_or_trained(configuration, model, method)
+    own[method.name] = asdict(parse_section(method.name, method.section, given))
 
 
-def _younger_keys(trained: dict[str, Any] | None, configuration_name: str, method: Method) -> dict[str, Any]:
-    """What a trained model has for the keys that it may be older than."""
-    if trained is None:
-        return {}
-    section = as_trained(method, given_section(trained["configurations"][configuration_name], method.name))
-    return {row.name: section[row.name] for row in fields(method.section) if AS_BEFORE in row.metadata}
+def _given_or_trained(configuration: dict[str, Any], model: dict[str, Any] | None, method: Method) -> dict[str, Any]:
+    """What plans give of a section, and what a trained model has for the keys that it may be older than."""
+    younger = {key: as_trained(model, method)[key] for key in _before(method)} if model else {}
+    return younger | given_section(configuration, method.name)
 
 
 def _resolve_sam(given: dict[str, Any], normalization_schemes: list[str], regions: bool, method: Method) -> SamSection:
+    check_keys(SAM.name, SAM.section, given)
     own_size = _own_image_size(given["encoder"])
     defaults = {
         "identity": "",
@@ -128,12 +133,10 @@ def _resolve_sam(given: dict[str, Any], normalization_schemes: list[str], region
         "intensity": intensity_rule(normalization_schemes),
         "regions": regions,
     }
-    section = parse_section(SAM.name, SamSection, defaults | given)
+    section: SamSection = parse_section(SAM.name, SAM.section, defaults | given)
     if section.intensity == "window" and intensity_rule(normalization_schemes) != "window":
-        raise ValueError(
-            f"sam.intensity is 'window', which needs CTNormalization in every channel, but the plans have "
-            f"{', '.join(normalization_schemes)}: use 'percentile'."
-        )
+        raise ValueError(f"sam.intensity is 'window', which needs CTNormalization in every channel, but the plans have "
+                         f"{', '.join(normalization_schemes)}: use 'percentile'.")
     if section.regions != regions:
         raise ValueError(f"sam.regions is {section.regions}, but the data set's labels say {regions}: leave it out.")
     identity = identify(section.encoder, section.identity)
@@ -142,41 +145,47 @@ def _resolve_sam(given: dict[str, Any], normalization_schemes: list[str], region
     architecture = known_row(section.encoder).architecture
     architecture.check_image_size(section.image_size)
     check_offers(section.encoder, architecture, method)
-    resolved = asdict(section) | {"identity": identity}
     if not method.frozen_features:
-        resolved |= {"features": "online", "views": 1}
-    return parse_section(SAM.name, SamSection, resolved)
+        section = replace(section, features="online", views=1)
+    return replace(section, identity=identity)
 
 
-def _own_image_size(encoder: Any) -> int:
+def _own_image_size(encoder: str) -> int:
     """The input side that an encoder was trained with; of a file like SAM's, that of SAM, as it always was."""
-    row = row_of(encoder) if isinstance(encoder, str) else None
-    if row is not None or not isinstance(encoder, str):
-        return (row or ENCODERS[DEFAULT_ENCODER]).image_size
+    default = ENCODERS[DEFAULT_ENCODER].image_size
     try:
-        shaped = known_row(encoder)
+        row = known_row(encoder)
     except (ValueError, OSError):  # said again, and with what to do, once the section has been checked
-        return ENCODERS[DEFAULT_ENCODER].image_size
-    return ENCODERS[DEFAULT_ENCODER].image_size if isinstance(shaped.architecture, SamViT) else shaped.image_size
+        return default
+    return default if row_of(encoder) is None and isinstance(row.architecture, SamViT) else row.image_size
 
 
 def check_offers(encoder: str, architecture: Architecture, method: Method) -> None:
-    """Raises: ValueError: The method asks of the encoder what it does not have; those that have it are named."""
-    if method.needs and method.needs not in architecture.offers:
-        able = ", ".join(row.name for row in ENCODERS.values() if method.needs in row.architecture.offers)
-        raise ValueError(f"The method {method.name} works inside the encoder and needs {method.needs} of it, which "
+    """Refuses an encoder that has not what the method asks of it.
+
+    Raises:
+        ValueError: Naming what it lacks, and the encoders that have it.
+    """
+    if lacking := _lacking(architecture, method):
+        able = ", ".join(row.name for row in ENCODERS.values() if not _lacking(row.architecture, method))
+        raise ValueError(f"The method {method.name} works inside the encoder and needs {lacking} of it, which "
                          f"'{encoder}' does not have: set sam.encoder to one of {able}.")
 
 
+def _lacking(architecture: Architecture, method: Method) -> str:
+    if method.needs not in ("", *architecture.offers):
+        return method.needs
+    if method.stride and {level.stride for level in architecture.spec(MIN_IMAGE_SIZE).maps} != {method.stride}:
+        return f"maps at a stride of {method.stride} pixels"
+    return ""
+
+
 def _refuse_3d(manager: PlansManager, name: str) -> None:
-    if len(manager.get_configuration(name).patch_size) == 2:
-        return
     flat = [other for other in manager.available_configurations
             if len(manager.get_configuration(other).patch_size) == 2]
-    raise ValueError(
-        f"The configuration '{name}' is 3D, but SAM works on slices: use "
-        f"{' or '.join(flat) or 'a 2D configuration (the plans have none)'}."
-    )
+    if name not in flat:
+        raise ValueError(f"The configuration '{name}' is 3D, but SAM works on slices: use "
+                         f"{' or '.join(flat) or 'a 2D configuration (the plans have none)'}.")
 
 
 def given_section(configuration: dict[str, Any], name: str) -> dict[str, Any]:
@@ -188,6 +197,5 @@ def given_section(configuration: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _has_type(value: Any, kind: type) -> bool:
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    """A whole number is a float too; a bool is a bool alone."""
+    return isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)

@@ -11,7 +11,7 @@ from desam_nnunet.sam.tiles import INTENSITY_RULES
 FEATURES = ("online", "cached")
 DTYPES = ("float16", "int8")
 DEFAULT_ENCODER = "vit_b"
-AS_BEFORE = "as before"  # of a field's metadata: what its absence means in plans that are older than the key
+AS_BEFORE = "as before"  # in a field's metadata, any section's: what its absence means in older plans than the key is
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,14 @@ class Method:
 
     Attributes:
         name: Of its section in the plans.
-        section: A dataclass of what stands there, with a field ``lr``. A field whose metadata has
-            :data:`AS_BEFORE` may be missing in older plans, where that value is meant.
+        section: A dataclass of what stands there, with a field ``lr``; fields are of type int, float, str or bool.
         plans_name: That ``desam plan`` gives.
         batch_size: At most this on plans without our sections, which may ask for many more.
         image_size: The input side is at most this, unless it is given; None for no bound.
         frozen_features: Whether the encoder's output never changes, so that it can be stored.
         needs: What it asks of an encoder's architecture, see
             :class:`~desam_nnunet.encoders.base.Architecture`; empty for features alone.
+        stride: Of every map, in pixels, where it takes no other; 0 for any.
         defaults: What defaults of its section depend on the shared one.
     """
 
@@ -86,10 +86,11 @@ class Method:
     image_size: int | None = None
     frozen_features: bool = False
     needs: str = ""
+    stride: int = 0
     defaults: Callable[[SamSection], dict[str, Any]] = lambda _: {}
 
 
 def require(holds: bool, key: str, value: object, expected: str) -> None:
-    """Raises: ValueError: The plans' key has a value that is not allowed."""
+    """Refuses a value of the plans' key with a ValueError that says what is expected."""
     if not holds:
         raise ValueError(f"The plans' key {key} is {value!r}, but must be {expected}.")

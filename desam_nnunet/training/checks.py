@@ -15,7 +15,7 @@ from desam_nnunet.encoders.base import Architecture
 from desam_nnunet.encoders.registry import ENCODERS, row_of
 from desam_nnunet.nnunet.labels import foreground_of
 from desam_nnunet.nnunet.model_folder import read_description, trained_folds
-from desam_nnunet.settings.resolve import as_trained
+from desam_nnunet.settings.resolve import SAM, as_trained
 from desam_nnunet.settings.sections import Method
 
 _GEOMETRY = ("data_identifier", "patch_size", "spacing", "normalization_schemes", "use_mask_for_norm",
@@ -78,9 +78,9 @@ def settings_of(
             known = plans["foreground_intensity_properties_per_channel"][str(channel)]
             settings |= {f"channel {channel}'s {key}": known[key] for key in _OF_CT}
     settings |= {f"dataset.json {key}": dataset_json.get(key) for key in _DATASET}
-    own = as_trained(method, configuration.get(method.name, {}))
-    settings |= {f"sam.{key}": value for key, value in configuration.get("sam", {}).items()}
-    return settings | {f"{method.name}.{key}": value for key, value in own.items()}
+    for section in (SAM, method):
+        settings |= {f"{section.name}.{key}": value for key, value in as_trained(configuration, section).items()}
+    return settings
 
 
 def check_same_settings(now: dict[str, Any], then: dict[str, Any], what: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from desam_nnunet.evaluation.boxes import Case, score, segment_cases
-from desam_nnunet.networks.dbsam.network import DBSAM, build_dbsam
+from desam_nnunet.networks.dbsam.network import DBSAM
 from desam_nnunet.networks.dbsam.section import DBSAM as METHOD
 from desam_nnunet.networks.dbsam.section import DbsamSection
 from desam_nnunet.networks.frame import Outline
@@ -44,7 +44,7 @@ class DBSAMTrainer(AdaptedSamTrainer):
     @classmethod
     def build_network(cls, outline: Outline) -> DBSAM:
         own: DbsamSection = outline.section
-        return build_dbsam(outline, checkpointing=own.checkpointing, boxes=own.mask_tokens if cls.boxes else None)
+        return DBSAM(outline, checkpointing=own.checkpointing, boxes=own.mask_tokens if cls.boxes else None)
 
     def configure_optimizers(self) -> Optimization:
         return self.adamw(self.num_iterations_per_epoch)

@@ -10,16 +10,19 @@ from torch import Tensor
 
 from desam_nnunet.encoders.base import Features
 from desam_nnunet.networks.desam.network import DeSAM, build_desam
-from desam_nnunet.networks.desam.prompters import GridPrompter, Prompter, WholeBoxPrompter
+from desam_nnunet.networks.desam.prompters import GridPrompter, Prompter, SinglePrompter, WholeBoxPrompter
 from desam_nnunet.networks.desam.section import DESAM, DesamSection
 from desam_nnunet.networks.frame import Outline
-from desam_nnunet.sam.prompts import sample_points, whole_box
+from desam_nnunet.sam.prompts import sample_points
 from desam_nnunet.training.frozen import FrozenSamTrainer
 from desam_nnunet.training.losses import foreground_target, score_loss
 
 
 class DeSAMTrainer(FrozenSamTrainer):
-    """Trains with one sampled point per tile; predicts with a grid of points."""
+    """Trains with one sampled point per tile; predicts with a grid of points.
+
+    Where another prompter asks one prompt alone, that one is trained with, and no scores are.
+    """
 
     method = DESAM
 
@@ -36,12 +39,17 @@ class DeSAMTrainer(FrozenSamTrainer):
 
     def compute_loss(self, features: Features, target: Tensor) -> tuple[Tensor, Tensor]:
         network = self.bare_network
+        assert isinstance(network, DeSAM)
         geometry = network.geometry(target)
-        truth, labelled = foreground_target(target, self.label_manager)
-        prompts, point_targets = sample_points(truth, labelled, geometry)
+        if isinstance(network.prompter, SinglePrompter):
+            prompts, point_targets = network.prompter.prompts(geometry, len(target), target.device), None
+        else:
+            truth, labelled = foreground_target(target, self.label_manager)
+            prompts, point_targets = sample_points(truth, labelled, geometry)
         masks, scores = self.network(features, prompts)
         logits = network.tile_logits(masks, geometry)
-        return self.loss(logits, target) + score_loss(scores, point_targets), logits
+        loss = self.loss(logits, target)
+        return (loss if point_targets is None else loss + score_loss(scores, point_targets)), logits
 
 
 class DeSAMTrainerWholeBox(DeSAMTrainer):
@@ -50,10 +58,3 @@ class DeSAMTrainerWholeBox(DeSAMTrainer):
     @classmethod
     def prompter(cls, section: DesamSection) -> Prompter:
         return WholeBoxPrompter()
-
-    def compute_loss(self, features: Features, target: Tensor) -> tuple[Tensor, Tensor]:
-        network = self.bare_network
-        geometry = network.geometry(target)
-        masks, _ = self.network(features, whole_box(geometry, len(target), target.device))
-        logits = network.tile_logits(masks, geometry)
-        return self.loss(logits, target), logits

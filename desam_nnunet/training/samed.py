@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from desam_nnunet.encoders.base import ImageSpec
 from desam_nnunet.encoders.sam_vit import IMAGE as SAM_IMAGE
 from desam_nnunet.networks.frame import Outline
-from desam_nnunet.networks.samed.network import SAMed, build_samed
+from desam_nnunet.networks.samed.network import SAMed
 from desam_nnunet.networks.samed.section import SAMED, SamedSection
 from desam_nnunet.sam.tiles import cut_padding
 from desam_nnunet.training.adapted import AdaptedSamTrainer, Optimization
@@ -35,8 +35,8 @@ class SAMedTrainer(AdaptedSamTrainer):
     @classmethod
     def build_network(cls, outline: Outline) -> SAMed:
         own: SamedSection = outline.section
-        return build_samed(outline, rank=own.rank, targets=own.targets, adapt_decoder=cls.adapt_decoder,
-                           checkpointing=own.checkpointing)
+        return SAMed(outline, rank=own.rank, targets=own.targets, adapt_decoder=cls.adapt_decoder,
+                     checkpointing=own.checkpointing)
 
     @classmethod
     def image_of(cls, spec: ImageSpec) -> ImageSpec:

@@ -13,13 +13,7 @@ from torch.nn import functional as F
 
 
 class DeformableAttention(nn.Module):
-    """Each head of a query reads a few points around the query's place on each map, where the query tells it to.
-
-    Args:
-        dim: Channels, a multiple of `heads`.
-        levels: How many maps there are.
-        points: Of each head on each map.
-    """
+    """Each head of a query reads a few `points` around the query's place on each map, where the query tells it to."""
 
     def __init__(self, dim: int, heads: int, levels: int, points: int = 4) -> None:
         super().__init__()
@@ -31,13 +25,11 @@ class DeformableAttention(nn.Module):
         self._start()
 
     def forward(self, queries: Tensor, places: Tensor, maps: Tensor) -> Tensor:
-        """Args:
-            queries: (B, Q, C).
+        """What the queries (B, Q, C) read, (B, Q, C).
+
+        Args:
             places: Of the queries, (Q, 2): x and y as shares of width and height, 0 to 1.
             maps: (B, L, h, w, C). Beyond their borders they are zero.
-
-        Returns:
-            (B, Q, C).
         """
         batch, count, _ = queries.shape
         height, width = maps.shape[2:4]

@@ -62,7 +62,7 @@ class Stem(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Args: images: (B, 3, S, S). Returns: (B, S/16, S/16, D)."""
+        """The map (B, S/16, S/16, D) of images (B, 3, S, S)."""
         side = images.shape[-1] >> self.level
         small = F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
         return self.norm(self.layers(small).permute(0, 2, 3, 1))  # B D h w -> B h w D
@@ -102,7 +102,7 @@ class BilateralExchange(nn.Module):
         self.map_feed = FeedForward(dim)
 
     def forward(self, tokens: Tensor, maps: Tensor) -> tuple[Tensor, Tensor]:
-        """Args: tokens: (B, h, w, D). maps: (B, L, h, w, D). Returns: Both, changed."""
+        """Both changed, tokens (B, h, w, D) and maps (B, L, h, w, D)."""
         batch, levels, height, width, _ = maps.shape
         places = _pixel_centres(height, width, tokens.device)
         token_values, map_values = self.token_norm(tokens), self.map_norm(maps)
@@ -122,12 +122,11 @@ class Fusion(nn.Module):
         narrow = dim // _BOTTLENECK
         self.scores = nn.ModuleList(
             nn.Sequential(nn.Linear(dim, narrow), nn.SiLU(), nn.LayerNorm(narrow), nn.Linear(narrow, dim))
-            for _ in range(1 + LEVELS)
-        )
+            for _ in range(1 + LEVELS))
         self.feed = FeedForward(dim)
 
     def forward(self, tokens: Tensor, maps: Tensor) -> Tensor:
-        """Args: tokens: (B, h, w, D). maps: (B, L, h, w, D). Returns: (B, h, w, D)."""
+        """One map (B, h, w, D) of tokens (B, h, w, D) and maps (B, L, h, w, D)."""
         together = torch.cat([tokens[:, None], maps], dim=1)
         scores = torch.stack([score(one) for score, one in zip(self.scores, together.unbind(1), strict=True)], dim=1)
         return self.feed((scores.softmax(1) * together).sum(1))
@@ -135,7 +134,5 @@ class Fusion(nn.Module):
 
 def _pixel_centres(height: int, width: int, device: torch.device) -> Tensor:
     """x and y of each pixel of a map, row by row, as shares of its size: (h·w, 2)."""
-    y = (torch.arange(height, device=device) + 0.5) / height
-    x = (torch.arange(width, device=device) + 0.5) / width
-    rows, columns = torch.meshgrid(y, x, indexing="ij")
-    return torch.stack([columns, rows], dim=-1).flatten(0, 1)
+    y, x = ((torch.arange(side, device=device) + 0.5) / side for side in (height, width))
+    return torch.cartesian_prod(y, x).flip(1)

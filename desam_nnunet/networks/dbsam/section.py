@@ -27,4 +27,4 @@ class DbsamSection:
         require(self.mask_tokens in (1, 4), "dbsam.mask_tokens", self.mask_tokens, "1 or 4")
 
 
-DBSAM = Method("dbsam", DbsamSection, "DBSAMPlans", batch_size=2, needs="plain ViT")
+DBSAM = Method("dbsam", DbsamSection, "DBSAMPlans", batch_size=2, needs="plain ViT", stride=16)

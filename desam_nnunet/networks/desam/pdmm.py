@@ -21,12 +21,9 @@ class SqueezeExcitation(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        narrow = max(1, channels // SE_REDUCTION)
         self.fc = nn.Sequential(
-            nn.Linear(channels, max(1, channels // SE_REDUCTION), bias=False),
-            nn.ReLU(),
-            nn.Linear(max(1, channels // SE_REDUCTION), channels, bias=False),
-            nn.Sigmoid(),
-        )
+            nn.Linear(channels, narrow, bias=False), nn.ReLU(), nn.Linear(narrow, channels, bias=False), nn.Sigmoid())
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.fc(x.mean((2, 3)))[:, :, None, None]
@@ -61,18 +58,14 @@ class ContextPath(nn.Module):
         doublings = (level.stride // stride).bit_length() - 1
         self.averaged = max(1, stride // level.stride)
         self.block_init = SRB(level.channels, width)
-        self.ups = nn.ModuleList(
+        self.ups = nn.Sequential(*(
             nn.Sequential(nn.ConvTranspose2d(width, width, 2, 2, bias=False), SRB(width, width))
-            for _ in range(doublings)
-        )
+            for _ in range(doublings)))
 
     def forward(self, feature: Tensor) -> Tensor:
         if self.averaged > 1:
             feature = F.avg_pool2d(feature, self.averaged)
-        x = self.block_init(feature)
-        for up in self.ups:
-            x = up(x)
-        return x
+        return self.ups(self.block_init(feature))
 
 
 class UpBlock(nn.Module):
@@ -90,23 +83,20 @@ class UpBlock(nn.Module):
 class PDMM(nn.Module):
     """Mask logits from the encoder's intermediate outputs and a mask embedding.
 
-    Level 0 works at the stride of the neck and reads the encoder's deepest intermediate output, the next ones at half
-    the stride of the one before, as far as the masks' stride, and read the next shallower output. There are as many
-    levels as outputs, three, or more where masks finer than published are asked for: these read the shallowest.
+    Level 0 works at the stride of the neck and reads the encoder's deepest intermediate output; each next one works at
+    half the stride, as far as the masks', and reads the next shallower output. There are as many levels as outputs,
+    three, or more where masks finer than published are asked for: these read the shallowest.
 
     Args:
-        spec: Of the encoder's outputs.
         prompt_dim: Channels of the mask embedding, C; the levels are C, C/2, C/4, ... wide.
         num_classes: Foreground classes or regions, K.
-        mask_stride: Of the masks, in pixels of the encoder's input.
+        mask_stride: Pixels of the encoder's input along a side of a mask's pixel.
 
     Raises:
         ValueError: The neck is finer than the masks.
     """
 
-    def __init__(
-        self, *, spec: FeatureSpec, prompt_dim: int, num_classes: int, mask_stride: int = MASK_STRIDE
-    ) -> None:
+    def __init__(self, *, spec: FeatureSpec, prompt_dim: int, num_classes: int, mask_stride: int = MASK_STRIDE) -> None:
         super().__init__()
         if spec.neck.stride < mask_stride:
             raise ValueError(f"desam.mask_stride is {mask_stride}, but the encoder's last map has a stride of "
@@ -125,22 +115,12 @@ class PDMM(nn.Module):
         self.seg_layers = nn.Conv2d(widths[-1], num_classes, 1, bias=False)
 
     def context(self, levels: tuple[Tensor, ...]) -> list[Tensor]:
-        """The part that sees no prompt: per level (B, width, S / stride, S / stride).
-
-        Args:
-            levels: The encoder's outputs, shallow to deep, each (B, D, h, w).
-        """
+        """The part that sees no prompt, per level (B, width, S / stride, S / stride), of the encoder's outputs."""
         deep = levels[::-1]
         return [path(deep[read]) for path, read in zip(self.contexts, self.reads, strict=True)]
 
     def forward(self, mask_embedding: Tensor, contexts: list[Tensor]) -> Tensor:
-        """Args:
-            mask_embedding: (B, C, h, w).
-            contexts: From :meth:`context`.
-
-        Returns:
-            (B, K, S / mask_stride, S / mask_stride).
-        """
+        """Masks (B, K, S / stride, S / stride) of an embedding (B, C, h, w) and what :meth:`context` gives."""
         x = self.fusion(cat([mask_embedding, contexts[0]], dim=1))
         for up, context in zip(self.ups, contexts[1:], strict=True):
             x = up(x, context)

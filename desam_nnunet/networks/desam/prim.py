@@ -19,7 +19,7 @@ NUM_MASK_TOKENS = 4  # SAM's; they carry no mask here, but they take part in the
 
 
 class PrimOutput(NamedTuple):
-    """Attributes: mask_embedding: (N, C, h, w). iou: (N, K) raw scores, None where they are not asked for."""
+    """The mask embedding (N, C, h, w), and raw scores (N, K), None where they are not asked for."""
 
     mask_embedding: Tensor
     iou: Tensor | None
@@ -44,7 +44,7 @@ class IoUHead(nn.Module):
 
 
 class PRIM(nn.Module):
-    """Args: transformer: SAM's. num_classes: Foreground classes or regions, K. iou_hidden: Width of the IoU head."""
+    """SAM's transformer as the source has it, with one IoU score for each of K foreground classes or regions."""
 
     def __init__(self, *, transformer: TwoWayTransformer, num_classes: int, iou_hidden: int) -> None:
         super().__init__()
@@ -56,12 +56,12 @@ class PRIM(nn.Module):
         self.iou_head = IoUHead(dim, iou_hidden, num_classes)
 
     def forward(self, image: Tensor, positions: Tensor, sparse: Tensor, *, score: bool) -> PrimOutput:
-        """Args:
-            image: Neck output plus dense prompt embedding, (N, C, h, w); (1, C, h, w) where all prompts are on
-                one image.
+        """Mask embedding and, if wanted, scores of N prompts.
+
+        Args:
+            image: Neck output plus dense prompt embedding, (N, C, h, w), or (1, C, h, w) for all prompts.
             positions: Dense positional encoding, (1, C, h, w).
             sparse: Prompt tokens, (N, T, C).
-            score: Whether the IoU scores are wanted; whole-box mode has no use for them.
         """
         output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
         tokens = torch.cat([output_tokens.expand(len(sparse), -1, -1), sparse], dim=1)
@@ -85,12 +85,10 @@ class PRIM(nn.Module):
 
     def load_from_sam(self, decoder: MaskDecoder) -> None:
         """Starts from SAM's mask decoder; each class's IoU output starts from SAM's output 0, the one DeSAM uses."""
-        self.transformer.load_state_dict(decoder.transformer.state_dict())
-        self.iou_token.load_state_dict(decoder.iou_token.state_dict())
-        self.mask_tokens.load_state_dict(decoder.mask_tokens.state_dict())
+        for name in ("transformer", "iou_token", "mask_tokens"):
+            getattr(self, name).load_state_dict(getattr(decoder, name).state_dict())
         *hidden, last = decoder.iou_prediction_head.layers
-        for ours, theirs in zip(self.iou_head.layers, hidden, strict=True):
-            ours.load_state_dict(theirs.state_dict())
+        self.iou_head.layers.load_state_dict(nn.ModuleList(hidden).state_dict())
         with torch.no_grad():
-            self.iou_head.seg_layers.weight.copy_(last.weight[:1].expand_as(self.iou_head.seg_layers.weight))
-            self.iou_head.seg_layers.bias.copy_(last.bias[:1].expand_as(self.iou_head.seg_layers.bias))
+            self.iou_head.seg_layers.weight.copy_(last.weight[:1])
+            self.iou_head.seg_layers.bias.copy_(last.bias[:1])

@@ -18,47 +18,49 @@ from desam_nnunet.sam.tiles import Geometry
 
 
 class Choice(NamedTuple):
-    """Attributes: present: (K,) bool, whether a class is in the tile. prompt: (K,), whose mask each class takes."""
+    """Which classes are in a tile, (K,) bool, and the number of the point whose mask each class takes, (K,)."""
 
     present: Tensor
     prompt: Tensor
 
 
-class Prompter(ABC):
-    """Given to the network, which asks all prompts of each tile and takes each class's mask from the one chosen."""
+class PointPrompter(ABC):
+    """Asks points, and chooses by PRIM's scores of them, which are trained: whether the point lies on the class."""
 
     @abstractmethod
-    def prompts(self, geometry: Geometry, device: torch.device) -> Prompts:
-        """All prompts of one tile: N points (N, 1, 2), or one box (1, 4)."""
-
-    @property
-    @abstractmethod
-    def reads_scores(self) -> bool:
-        """Whether PRIM's scores are wanted, and so trained."""
+    def points(self, geometry: Geometry, device: torch.device) -> Tensor:
+        """The points of a tile (N, 1, 2), N from 1 on: x and y in pixels of the encoder's input."""
 
     @abstractmethod
     def choose(self, scores: Tensor) -> Choice:
-        """Args: scores: PRIM's, raw, (N, K)."""
+        """The choice among the points of one tile, from their raw scores (N, K)."""
+
+
+class SinglePrompter(ABC):
+    """Asks one prompt of a tile, from which every class takes its mask. It is trained with; no score is."""
+
+    @abstractmethod
+    def prompts(self, geometry: Geometry, batch: int, device: torch.device) -> Prompts:
+        """The prompt of each tile of a batch: points (B, 1, 2) or boxes (B, 4)."""
+
+
+Prompter = PointPrompter | SinglePrompter
 
 
 @dataclass(frozen=True)
-class GridPrompter(Prompter):
+class GridPrompter(PointPrompter):
     """Points at the centres of a grid's cells; a class whose best score is not above the threshold is absent.
 
     Attributes:
         side: Points per side.
-        threshold: Of the scores.
-        offset: Added to the centres, in pixels of the encoder's input; 0 is published, see
-            :class:`~desam_nnunet.networks.desam.section.DesamSection`.
+        offset: Added to the centres, see :class:`~desam_nnunet.networks.desam.section.DesamSection`.
     """
 
     side: int = 9
     threshold: float = 0.5
     offset: float = 0.0
 
-    reads_scores = True
-
-    def prompts(self, geometry: Geometry, device: torch.device) -> Prompts:
+    def points(self, geometry: Geometry, device: torch.device) -> Tensor:
         return point_grid(geometry, self.side, device, self.offset)
 
     def choose(self, scores: Tensor) -> Choice:
@@ -66,14 +68,8 @@ class GridPrompter(Prompter):
         return Choice(best > self.threshold, point)
 
 
-class WholeBoxPrompter(Prompter):
-    """One box around the whole tile; every class takes its mask from it."""
+class WholeBoxPrompter(SinglePrompter):
+    """One box around the whole tile."""
 
-    reads_scores = False
-
-    def prompts(self, geometry: Geometry, device: torch.device) -> Prompts:
-        return whole_box(geometry, 1, device)
-
-    def choose(self, scores: Tensor) -> Choice:
-        classes = scores.new_zeros(scores.shape[1], dtype=torch.int64)
-        return Choice(torch.ones_like(classes, dtype=torch.bool), classes)
+    def prompts(self, geometry: Geometry, batch: int, device: torch.device) -> Prompts:
+        return whole_box(geometry, batch, device)

@@ -39,32 +39,26 @@ class AdaptedLinear(nn.Module):
     them, and keeps the layer aside.
 
     Args:
-        base: The layer.
-        updates: What is added, with the outputs that each is added to: None for all of them.
+        updates: What is added to the layer, with the outputs that each is added to: None for all of them.
     """
 
     def __init__(self, base: nn.Linear, updates: Sequence[tuple[LowRank, slice | Tensor | None]]) -> None:
         super().__init__()
         self.weight = base.weight.requires_grad_(False)
         self.bias = None if base.bias is None else base.bias.requires_grad_(False)
-        self._updates = (tuple(updates),)
+        everything = slice(0, base.out_features)
+        self._updates = ([(update, everything if rows is None else rows) for update, rows in updates],)
+        for number, (_, rows) in enumerate(updates):
+            if isinstance(rows, Tensor):
+                self.register_buffer(f"rows{number}", rows, persistent=False)
         self._merged: Tensor | None = None
         self._versions: tuple[tuple[int, int], ...] = ()  # of the weights that were merged
-
-    @property
-    def in_features(self) -> int:
-        return self.weight.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        return self.weight.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
         if self._merged is not None and not torch.is_grad_enabled():
             return F.linear(x, self._merged, self.bias)
-        (updates,) = self._updates
         y = F.linear(x, self.weight, self.bias)
-        for update, rows in updates:
+        for update, rows in self._parts():
             y = _added(y, rows, update(x), dim=-1)
         return y
 
@@ -73,15 +67,13 @@ class AdaptedLinear(nn.Module):
 
         Weights that were made in inference mode don't tell: :meth:`release` must be called when others are loaded.
         """
-        (updates,) = self._updates
-        weights = [self.weight, *(layer.weight for update, _ in updates for layer in (update.down, update.up))]
-        versions = tuple(
-            (weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights)
+        weights = [self.weight, *(weight for update, _ in self._parts() for weight in update.parameters())]
+        versions = tuple((weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights)
         if self._merged is not None and versions == self._versions:
             return
         with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):  # rounded once, in the product
             merged = self.weight.clone()
-            for update, rows in updates:
+            for update, rows in self._parts():
                 merged = _added(merged, rows, update.weight, dim=0)
             self._merged = merged
         self._versions = versions
@@ -90,17 +82,15 @@ class AdaptedLinear(nn.Module):
         """Gives the merged weight's memory back."""
         self._merged = None
 
+    def _parts(self) -> list[tuple[LowRank, slice | Tensor]]:
+        """The updates with their rows, which have come along to the layer's device."""
+        (updates,) = self._updates
+        return [(update, getattr(self, f"rows{number}", rows)) for number, (update, rows) in enumerate(updates)]
 
-def _added(whole: Tensor, rows: slice | Tensor | None, part: Tensor, dim: int) -> Tensor:
+
+def _added(whole: Tensor, rows: slice | Tensor, part: Tensor, dim: int) -> Tensor:
     """`whole`, which nobody else holds, with `part` added to some of its rows along `dim`; in place for a slice."""
-    if rows is None:
-        return whole + part
     if isinstance(rows, Tensor):
-        return whole.index_add(dim, rows.to(whole.device), part)
+        return whole.index_add(dim, rows, part)
     whole.narrow(dim, rows.start, rows.stop - rows.start).add_(part)
     return whole
-
-
-def low_rank_updates(inputs: int, outputs: int, rank: int, targets: str) -> dict[str, LowRank]:
-    """One update for each of the `targets`, letters of ``qkv``."""
-    return {letter: LowRank(inputs, outputs, rank) for letter in targets}

@@ -10,59 +10,49 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from segment_anything.modeling import PromptEncoder, TwoWayTransformer
+from segment_anything.modeling import TwoWayTransformer
 from segment_anything.modeling.transformer import Attention
 from torch import Tensor, nn
 
-from desam_nnunet.encoders.base import Encoder, Projection
+from desam_nnunet.encoders.base import Projection
 from desam_nnunet.networks.frame import MAX_LOGIT, Outline, SamNetwork, mean_over_groups, uncompiled
-from desam_nnunet.networks.samed.lora import AdaptedLinear, LowRank, low_rank_updates
+from desam_nnunet.networks.samed.lora import AdaptedLinear, LowRank
 from desam_nnunet.sam.class_decoder import UPSCALING, ClassDecoder
 from desam_nnunet.sam.prompts import Prompts, dense_positions, prompt_tokens
-from desam_nnunet.sam.tiles import TileToImage
+
+_ATTENTIONS = {"self": "self_attn", "token_to_image": "cross_attn_token_to_image",
+               "image_to_token": "cross_attn_image_to_token"}
 
 
 class SAMed(SamNetwork):
     """``network(tiles)`` gives logits at tile size, ``network(tiles, low_resolution=True)`` what training calls.
 
+    Class tokens, hyper-networks and IoU head start fresh, the rest from SAM. Of the prompt encoder only the embedding
+    of "no mask" is used, and so trained.
+
     Args:
-        encoder: Frozen; the layers that make queries, keys and values are replaced by adapted ones, in place.
-        prompt_encoder: SAM's. Only its embedding of "no mask" is used, and so trained.
-        transformer: SAM's two-way transformer; trained, or adapted where `adapt_decoder`.
-        outputs: Classes with background, or regions.
-        rank, targets: Of the low-rank updates; targets are letters of ``qkv``.
-        adapt_decoder: SAMed_s: the transformer is frozen and gets low-rank updates as well.
-        checkpointing: Whether the encoder's blocks are computed again in the backward pass.
-        neck: Trained, where the encoder has none of its own.
+        outline: Layers of its encoder are replaced by adapted ones, in place.
+        rank, targets, checkpointing: See :class:`~desam_nnunet.networks.samed.section.SamedSection`.
+        adapt_decoder: SAMed_s: the decoder's transformer is frozen and gets low-rank updates as well.
     """
 
     def __init__(
-        self,
-        *,
-        encoder: Encoder,
-        prompt_encoder: PromptEncoder,
-        transformer: TwoWayTransformer,
-        to_image: TileToImage,
-        num_channels: int,
-        outputs: int,
-        rank: int = 4,
-        targets: str = "qv",
-        adapt_decoder: bool = False,
-        checkpointing: bool = False,
-        neck: nn.Module | None = None,
+        self, outline: Outline, *, rank: int, targets: str, adapt_decoder: bool, checkpointing: bool = False
     ) -> None:
+        encoder, transformer = outline.loaded.encoder, outline.loaded.mask_decoder.transformer
         held: list[nn.Module] = [encoder, transformer] if adapt_decoder else [encoder]
-        super().__init__(held=held, to_image=to_image, num_channels=num_channels, background=False,
+        super().__init__(held=held, to_image=outline.to_image, num_channels=outline.num_channels, background=False,
                          mask_stride=encoder.spec.neck.stride // UPSCALING)
-        self.neck = neck or nn.Identity()
+        self.neck = outline.loaded.neck or nn.Identity()
         self.checkpointing = checkpointing
         self.updates = nn.ModuleList(_adapt_qkv(row, rank, targets) for row in encoder.projections())
         self.decoder_updates = nn.ModuleDict(_adapt_transformer(transformer, rank, targets) if adapt_decoder else {})
-        modules = [module for part in held for module in part.modules()]
-        self._adapted = tuple(module for module in modules if isinstance(module, AdaptedLinear))
-        self.prompt_encoder = prompt_encoder.requires_grad_(False)
+        self._adapted = tuple(
+            module for part in held for module in part.modules() if isinstance(module, AdaptedLinear))
+        self.prompt_encoder = outline.loaded.prompt_encoder.requires_grad_(False)
         self.prompt_encoder.no_mask_embed.requires_grad_(True)
-        self.decoder = ClassDecoder(transformer, outputs, frozen_transformer=adapt_decoder)
+        self.decoder = ClassDecoder(transformer, outline.num_outputs, frozen_transformer=adapt_decoder)
+        self.decoder.load_from_sam(outline.loaded.mask_decoder, heads=False)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
         self._release()
@@ -74,15 +64,10 @@ class SAMed(SamNetwork):
 
     @uncompiled
     def forward(self, tiles: Tensor, *, low_resolution: bool = False) -> Tensor:
-        """Args:
-            tiles: (B, C, H, W).
-            low_resolution: Whether to return the decoder's own logits, padding included.
-
-        Returns:
-            Logits (B, outputs, H, W), no nonlinearity applied.
+        """Logits (B, outputs, H, W) of tiles (B, C, H, W); at low resolution the decoder's own, padding included.
 
         Raises:
-            ValueError: The tiles have another number of channels than planned, or hold NaN or infinity.
+            ValueError: As :meth:`images`.
         """
         masks = self.decode(self.encode(tiles))
         if low_resolution:
@@ -91,7 +76,7 @@ class SAMed(SamNetwork):
 
     @uncompiled
     def encode(self, tiles: Tensor) -> Tensor:
-        """The adapted encoder's neck (B, C, h, w), in float32; channel groups are encoded one by one and averaged.
+        """The adapted encoder's neck (B, C, h, w) in float32, a mean over groups of channels.
 
         Without gradients each adapted layer becomes one product first, until gradients are wanted again.
         """
@@ -114,50 +99,31 @@ class SAMed(SamNetwork):
             layer.release()
 
 
-def build_samed(
-    outline: Outline, *, rank: int, targets: str, adapt_decoder: bool, checkpointing: bool
-) -> SAMed:
-    """A SAMed on an encoder: class tokens, hyper-networks and IoU head start fresh, the rest from SAM."""
-    loaded = outline.loaded
-    network = SAMed(
-        encoder=loaded.encoder, prompt_encoder=loaded.prompt_encoder, transformer=loaded.mask_decoder.transformer,
-        to_image=outline.to_image, num_channels=outline.num_channels, outputs=outline.num_outputs, rank=rank,
-        targets=targets, adapt_decoder=adapt_decoder, checkpointing=checkpointing, neck=loaded.neck)
-    network.decoder.load_from_sam(loaded.mask_decoder, heads=False)
-    return network
-
-
 def _adapt_qkv(projection: Projection, rank: int, targets: str) -> nn.ModuleDict:
     """Replaces a layer of the image encoder that makes queries, keys and values, in place."""
     base = getattr(projection.attention, projection.name)
-    updates: dict[str, LowRank] = {}
+    updates = {}
     for letter in targets:
         rows = projection.rows[letter]
         width = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
-        updates |= low_rank_updates(base.in_features, width, rank, letter)
-    adapted = AdaptedLinear(base, [(updates[letter], projection.rows[letter]) for letter in targets])
-    setattr(projection.attention, projection.name, adapted)
+        updates[letter] = LowRank(base.in_features, width, rank)
+    parts = [(update, projection.rows[letter]) for letter, update in updates.items()]
+    setattr(projection.attention, projection.name, AdaptedLinear(base, parts))
     return nn.ModuleDict(updates)
 
 
 def _adapt_transformer(transformer: TwoWayTransformer, rank: int, targets: str) -> dict[str, nn.Module]:
     """Replaces projections of all attentions of the decoder's transformer, in place, and freezes the rest."""
     transformer.requires_grad_(False)
-    layers = transformer.layers
-    return {
-        "self": nn.ModuleList(_adapt_projections(layer.self_attn, rank, targets) for layer in layers),
-        "token_to_image": nn.ModuleList(
-            _adapt_projections(layer.cross_attn_token_to_image, rank, targets) for layer in layers),
-        "image_to_token": nn.ModuleList(
-            _adapt_projections(layer.cross_attn_image_to_token, rank, targets) for layer in layers),
-        "final": nn.ModuleList([_adapt_projections(transformer.final_attn_token_to_image, rank, targets)]),
-    }
+    attentions = {key: [getattr(layer, name) for layer in transformer.layers] for key, name in _ATTENTIONS.items()}
+    attentions["final"] = [transformer.final_attn_token_to_image]
+    return {key: nn.ModuleList(_adapt_projections(attention, rank, targets) for attention in group)
+            for key, group in attentions.items()}
 
 
 def _adapt_projections(attention: Attention, rank: int, targets: str) -> nn.ModuleDict:
-    base = attention.q_proj
-    updates = low_rank_updates(base.in_features, base.out_features, rank, targets)
-    for letter in targets:
+    updates = {letter: LowRank(attention.embedding_dim, attention.internal_dim, rank) for letter in targets}
+    for letter, update in updates.items():
         name = f"{letter}_proj"
-        setattr(attention, name, AdaptedLinear(getattr(attention, name), [(updates[letter], None)]))
+        setattr(attention, name, AdaptedLinear(getattr(attention, name), [(update, None)]))
     return nn.ModuleDict(updates)

@@ -1,4 +1,4 @@
-"""``desam weights import``: a published checkpoint as a model folder of nnU-Net's."""
+"""``desam weights import`` and ``export``: published checkpoints as model folders of nnU-Net's, and SAMed back."""
 
 from __future__ import annotations
 
@@ -13,30 +13,21 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from desam_nnunet.encoders.registry import ENCODERS
 from desam_nnunet.encoders.sam_vit import SamViT
 from desam_nnunet.encoders.weights import State, check_state, find_weights, read_weights
+from desam_nnunet.nnunet.checkpoints import read_checkpoint
 from desam_nnunet.nnunet.datasets import read_preprocessed
 from desam_nnunet.nnunet.model_folder import build_network, model_folder
-from desam_nnunet.published.desam_keys import IMAGE_ENCODER
-from desam_nnunet.published.reading import Published, read_published
+from desam_nnunet.published.formats import IMAGE_ENCODER, Published, official_samed_names, read_published
 from desam_nnunet.settings.resolve import given_section, resolve_plans
 from desam_nnunet.system.files import replacing
 from desam_nnunet.training.registry import find_trainer
 
-
-class Target(NamedTuple):
-    """Where a checkpoint goes: the data set and plans that give it geometry and labels.
-
-    Attributes:
-        trainer: None for the one that the checkpoint was trained with, as far as it tells.
-    """
-
-    dataset: str
-    plans: str
-    configuration: str
-    trainer: str | None = None
+_SAMED = ("SAMedTrainer", "SAMedTrainerS")
 
 
 class Imported(NamedTuple):
-    """Attributes:
+    """What has been written.
+
+    Attributes:
         trainer: To name after ``-tr``.
         pretrained: File for ``-pretrained_weights``.
         model: Folder for prediction; None where the data set has other classes.
@@ -49,36 +40,42 @@ class Imported(NamedTuple):
     preparation: str
 
 
-def import_official(file: Path, target: Target, folder: Path | None = None) -> Imported:
+def import_official(
+    file: Path, dataset: str, plans_name: str, configuration: str, trainer: str | None, folder: Path | None
+) -> Imported:
     """Writes a published checkpoint for ``-pretrained_weights`` and, where the classes fit, as a model folder.
 
     Args:
         file: A published DeSAM or SAMed checkpoint, a state dict by its official key names.
+        dataset, plans_name, configuration: Give it geometry and labels.
+        trainer: None for the one that the checkpoint was trained with, as far as it tells.
         folder: Where to write; nnU-Net's own place in ``nnUNet_results`` where None.
 
     Raises:
-        ValueError: Not such a checkpoint, its image encoder is not the SAM file found here, or its shapes do not
-            fit.
+        ValueError: Not such a checkpoint, its image encoder is not the SAM file found here, or its shapes do not fit.
         FileExistsError: There is a model already.
     """
     published = read_published(file)
-    trainer = target.trainer or published.trainers[0]
+    trainer = trainer or published.trainers[0]
     if trainer not in published.trainers:
         raise ValueError(f"{file} is a checkpoint for {' or '.join(published.trainers)}, not for -tr {trainer}.")
-    plans, dataset_json, base = read_preprocessed(target.dataset, target.plans)
-    _fix_section(plans, target.configuration, published, file)
+    plans, dataset_json, base = read_preprocessed(dataset, plans_name)
+    _fix_section(plans, configuration, published, file)
     method = find_trainer(trainer).method
-    resolve_plans(plans, target.configuration, dataset_json, method, _encoder_of(published, file))
-    _check_image_encoder(published.image_encoder, plans["configurations"][target.configuration]["sam"], file)
-    folder = folder or model_folder(plans, target.configuration, trainer)
+    resolve_plans(plans, configuration, dataset_json, method, _encoder_of(published, file))
+    sam = plans["configurations"][configuration]["sam"]
+    _check_image_encoder(published.image_encoder, sam, file)
+    folder = folder or model_folder(plans, configuration, trainer)
     if (folder / "plans.json").exists() or (folder / "pretrained_weights.pth").exists():
         raise FileExistsError(f"{folder} holds a model already: remove it or choose another folder with -o.")
-    complete = _check_network(published, plans, dataset_json, target.configuration, trainer, file)
+    network = build_network(plans, dataset_json, configuration, trainer)
+    has_same_outputs = _check_shapes(published.state, network.state_dict(), file)
     pretrained = folder / "pretrained_weights.pth"
-    save({"network_weights": published.state}, pretrained)
-    if not complete:
+    _save({"network_weights": published.state}, pretrained)
+    if not has_same_outputs or (published.background and sam["regions"]):
         return Imported(trainer, pretrained, None, published.preparation)
-    _write_model(folder, published.state, plans, dataset_json, target.configuration, trainer)
+    init_args = {"configuration": configuration, "plans": plans, "fold": "all", "dataset_json": dataset_json}
+    _write_model(folder, published.state, trainer, init_args)
     shutil.copyfile(base / "dataset_fingerprint.json", folder / "dataset_fingerprint.json")
     return Imported(trainer, pretrained, folder, published.preparation)
 
@@ -120,36 +117,50 @@ def _check_image_encoder(theirs: State, sam: dict[str, Any], file: Path) -> None
                          "the plans.")
 
 
-def _check_network(
-    published: Published, plans: dict[str, Any], dataset_json: dict[str, Any], name: str, trainer: str, file: Path
-) -> bool:
-    """Whether the state is a whole model of this data set: its outputs may differ, all else must fit."""
-    labels = PlansManager(plans).get_label_manager(dataset_json)
-    network = build_network(plans, dataset_json, name, trainer)
-    expected = {key: value.shape for key, value in network.state_dict().items()}
+def _check_shapes(state: State, ours: State, file: Path) -> bool:
+    """Whether the outputs are this data set's too. Raises: ValueError: Something else does not fit the network."""
+    expected = {key: value.shape for key, value in ours.items()}
     shared = {key: shape for key, shape in expected.items() if ".seg_layers." not in key}
-    state = published.state
     check_state({key: value for key, value in state.items() if ".seg_layers." not in key}, shared, str(file))
-    fits = not (published.background and labels.has_regions)
-    return fits and expected == {key: value.shape for key, value in state.items()}
+    return expected == {key: value.shape for key, value in state.items()}
 
 
-def _write_model(
-    folder: Path, state: State, plans: dict[str, Any], dataset_json: dict[str, Any], configuration: str, trainer: str
-) -> None:
+def _write_model(folder: Path, state: State, trainer: str, init_args: dict[str, Any]) -> None:
     checkpoint = {
         "network_weights": state,
         "trainer_name": trainer,
-        "init_args": {"configuration": configuration, "plans": plans, "fold": "all", "dataset_json": dataset_json},
+        "init_args": init_args,
         "inference_allowed_mirroring_axes": None,  # no published prediction mirrors
     }
-    save(checkpoint, folder / "fold_all" / "checkpoint_final.pth")
-    (folder / "dataset.json").write_text(json.dumps(dataset_json, indent=4))
-    (folder / "plans.json").write_text(json.dumps(plans, indent=4))
+    _save(checkpoint, folder / "fold_all" / "checkpoint_final.pth")
+    for name, key in (("dataset.json", "dataset_json"), ("plans.json", "plans")):
+        (folder / name).write_text(json.dumps(init_args[key], indent=4))
 
 
-def save(content: dict[str, Any], path: Path) -> None:
-    """Beside the file first, then renamed."""
+def _save(content: dict[str, Any], path: Path) -> None:
+    """Writes beside the file first, then renames."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         torch.save(content, temporary)
+
+
+def export_samed(model: Path, fold: str, checkpoint_name: str, file: Path) -> None:
+    """Writes one fold's weights by the published key names: low-rank matrices, prompt encoder, mask decoder.
+
+    The image encoder is not in it, as in the published files.
+
+    Args:
+        model: nnU-Net's model folder, ``<trainer>__<plans>__<configuration>``.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        FileExistsError: `file` exists.
+        ValueError: The checkpoint is not a SAMed, has updates without a published name, or can't be read.
+    """
+    if file.exists():
+        raise FileExistsError(f"{file} exists: remove it or choose another name.")
+    checkpoint = read_checkpoint(model, fold, checkpoint_name)
+    trainer = checkpoint.get("trainer_name")
+    if trainer not in _SAMED:
+        raise ValueError(f"{model} is of {trainer}: only {' and '.join(_SAMED)} have a published format.")
+    _save(official_samed_names(checkpoint["network_weights"]), file)
