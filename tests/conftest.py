@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import phantom
 from desam_nnunet.encoders.base import LoadedEncoder
@@ -39,6 +40,18 @@ def tiny_sam() -> LoadedEncoder:
     loaded = load_encoder("vit_tiny", SIZE)
     loaded.encoder.dtype = torch.float32
     return loaded
+
+
+class Operations(TorchDispatchMode):
+    """Attributes: names: Of PyTorch's operations, in order. Numbers of Python's become a tensor by ``lift_fresh``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 class Workspace(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from conftest import tiny_sam
+from conftest import Operations, tiny_sam
 
 from desam_nnunet.sam.prompts import (
     Prompts,
@@ -52,6 +52,14 @@ def test_prompts_are_taken_apart_and_repeated() -> None:
     assert torch.equal(Prompts(points=points).one(torch.tensor(3)).points, points[3:4])
     box = torch.tensor([[0.0, 0, 4, 5]])
     assert torch.equal(Prompts(boxes=box).expand(3).boxes, box.repeat(3, 1))
+
+
+def test_boxes_are_made_on_the_device() -> None:
+    geometry, target = Geometry((50, 100), 64), torch.ones(1, 1, 50, 100, dtype=torch.bool)
+    with Operations() as seen:
+        whole_box(geometry, 2, CPU)
+        sample_boxes(target, geometry)
+    assert "lift_fresh" not in seen.names
 
 
 def test_whole_box_is_the_tile() -> None:

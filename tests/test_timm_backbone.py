@@ -97,6 +97,13 @@ def test_a_size_that_is_no_multiple_of_the_largest_stride_is_refused() -> None:
         load_encoder("timm_random/convnext_tiny", 80)
 
 
+def test_a_model_that_can_not_compute_again_keeps_what_it_needs() -> None:
+    """timm's Twins refuses checkpointing, which changes memory alone."""
+    encoder = load_encoder("timm_random/twins_svt_small", SIZE).encoder
+    images = torch.randn(1, 3, SIZE, SIZE)
+    assert torch.equal(encoder.neck(images, recompute=True), encoder.neck(images))
+
+
 def test_only_plain_vits_offer_their_projections() -> None:
     """Of a pyramid, the stages behind the neck would be adapted for nothing."""
     offers = {model: TimmBackbone(model).offers for model in MODELS}

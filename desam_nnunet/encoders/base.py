@@ -10,7 +10,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from segment_anything.modeling import MaskDecoder, PromptEncoder
@@ -19,18 +19,14 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from desam_nnunet.encoders.precision import encoder_dtype
+from desam_nnunet.encoders.random_weights import drawn
 
 State = dict[str, Tensor]
 MIN_IMAGE_SIZE = 64
 
 
 class Level(NamedTuple):
-    """A map of an encoder.
-
-    Attributes:
-        channels: How many.
-        stride: Pixels of the input along a side of one of its pixels, a power of two.
-    """
+    """A map of an encoder, and its stride: pixels of the input along a side of one of its own, a power of two."""
 
     channels: int
     stride: int
@@ -42,8 +38,7 @@ class ImageSpec:
 
     Attributes:
         multiple: Of which the input's side is one, in pixels.
-        highest: Of the intensities, which begin at 0.
-        mean, std: Taken out of them, channel by channel, in the same units.
+        highest: Of the intensities, which begin at 0; `mean` and `std` are in the same units.
         resize: ``bilinear`` (with a filter where images shrink), or ``area``.
         rescale: Whether each image is stretched to its own minimum and maximum once it has been resized.
     """
@@ -58,13 +53,7 @@ class ImageSpec:
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """What an encoder gives for one input size.
-
-    Attributes:
-        levels: Intermediate maps, shallow to deep.
-        neck: The last map, which prompts are asked of.
-        image: What it wants.
-    """
+    """What an encoder gives for one input size: intermediate maps, shallow to deep, and the neck's, for the prompts."""
 
     levels: tuple[Level, ...]
     neck: Level
@@ -92,12 +81,7 @@ class FeatureSpec:
 
 
 class Features(NamedTuple):
-    """What the frozen encoder says of a batch of tiles.
-
-    Attributes:
-        levels: Intermediate maps, shallow to deep, each (B, channels, S / stride, S / stride) with S the input's side.
-        neck: The last map, of the same layout.
-    """
+    """The maps that a :class:`FeatureSpec` names, each (B, channels, S / stride, S / stride), S the input's side."""
 
     levels: tuple[Tensor, ...]
     neck: Tensor
@@ -116,17 +100,12 @@ class Features(NamedTuple):
         return self.map(lambda x: x[number : number + 1])
 
     def sample(self, number: int) -> Features:
-        """One sample's part of a batch, as views without the batch dimension."""
+        """One sample of a batch, as views without the batch dimension."""
         return self.map(lambda x: x[number])
 
 
 class Projection(NamedTuple):
-    """A linear layer of an attention that makes queries, keys and values at once.
-
-    Attributes:
-        attention: The module that holds it, as `name`.
-        rows: Of its outputs, by the letters ``q``, ``k`` and ``v``.
-    """
+    """An attention's linear layer for queries, keys and values: which of its outputs are ``q``, ``k`` and ``v``."""
 
     attention: nn.Module
     name: str
@@ -137,11 +116,8 @@ class PlainViT(NamedTuple):
     """A vision transformer taken apart, for methods that work between its blocks.
 
     Attributes:
-        embed: Images (B, 3, S, S) to tokens (B, h, w, D).
-        blocks: Tokens to tokens of the same shape.
+        embed: Images (B, 3, S, S) to tokens (B, h, w, D), with D `dim`; blocks keep this shape.
         neck: (B, D, h, w) to the neck's map.
-        dim: D.
-        heads: Of each attention.
     """
 
     embed: Callable[[Tensor], Tensor]
@@ -155,9 +131,7 @@ class Encoder(nn.Module):
     """A network with frozen weights, always in eval mode. Families say how it is run and what it can be asked for.
 
     Args:
-        network: With its weights loaded.
-        spec: Of its features.
-        identity: Names the weights beyond doubt, see :func:`desam_nnunet.encoders.weights.load_encoder`.
+        identity: Names the weights beyond doubt, see :func:`desam_nnunet.encoders.weights.identify`.
 
     Attributes:
         dtype: Precision of the matrix products; None, from the start, for what suits the device of the images. What
@@ -178,7 +152,7 @@ class Encoder(nn.Module):
         Args:
             images: (B, 3, S, S), as the spec's image says.
             levels: Whether the intermediate maps are wanted.
-            recompute: Whether what the network keeps for the backward pass is computed again there.
+            recompute: Whether to save memory by computing again in the backward pass, as far as the network can.
 
         Returns:
             In float32.
@@ -235,12 +209,9 @@ class Encoder(nn.Module):
 
 
 class LoadedEncoder(NamedTuple):
-    """An encoder for one input size, with what of SAM stands around it.
+    """An encoder for one input size, with SAM's prompt encoder and mask decoder; fresh ones where it came without.
 
     Attributes:
-        encoder: Frozen.
-        prompt_encoder: SAM's, frozen; a fresh one for an encoder that did not come with SAM.
-        mask_decoder: SAM's, a start for ours; likewise.
         neck: Fresh, to be trained, where the encoder has none of its own: brings its last map to the prompts' width.
         trained: Whether prompt encoder and mask decoder hold pretrained weights.
     """
@@ -284,16 +255,16 @@ class Architecture(ABC):
     def load(self, state: State, image_size: int, identity: str) -> LoadedEncoder:
         """With the values of a weights file that has been checked against :meth:`shapes`."""
 
-    @abstractmethod
     def random_state(self) -> State:
         """Random weights, the same on every machine."""
+        return drawn(self.shapes())
 
     def unused(self, key: str) -> bool:
         """Whether files may hold `key`, which nothing here uses."""
         return False
 
-    def check_image_size(self, size: Any) -> None:
-        """Raises: ValueError: Not a size that it takes."""
+    def check_image_size(self, size: int) -> None:
+        """Refuses a size that it does not take, with a ValueError."""
         multiple = self.spec(MIN_IMAGE_SIZE).image.multiple
         if size < MIN_IMAGE_SIZE or size % multiple:
             raise ValueError(f"The plans' key sam.image_size is {size!r}, but must be a multiple of {multiple}, at "

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -51,7 +52,8 @@ class TimmEncoder(Encoder):
         self.neck_map = neck
 
     def run(self, images: Tensor, *, levels: bool = True, recompute: bool = False) -> Features:
-        self._model.set_grad_checkpointing(recompute and torch.is_grad_enabled())
+        with suppress(AssertionError, NotImplementedError):  # of models that can't: they keep what they need
+            self._model.set_grad_checkpointing(recompute and torch.is_grad_enabled())
         maps = [x.float().contiguous() for x in self.network(images)]
         neck = maps.pop(self.neck_map)
         return Features(tuple(maps) if levels else (), neck)

@@ -90,7 +90,10 @@ def dense_positions(prompt_encoder: PromptEncoder) -> Tensor:
 def whole_box(geometry: Geometry, batch: int, device: torch.device) -> Prompts:
     """A box around the whole tile, padding excluded."""
     height, width = geometry.scaled
-    return Prompts(boxes=torch.tensor([[0.0, 0.0, width, height]], device=device).expand(batch, -1))
+    boxes = torch.zeros(batch, 4, device=device)
+    boxes[:, 2].fill_(width)
+    boxes[:, 3].fill_(height)
+    return Prompts(boxes=boxes)
 
 
 def point_grid(
@@ -162,8 +165,8 @@ def sample_boxes(
     sides = torch.stack([right - left, bottom - top] * 2, dim=1)
     largest = (sides / 4).clamp(max=_BOX_SHIFT * geometry.image_size)
     boxes = boxes + largest * (2 * torch.rand(boxes.shape, device=device, generator=generator) - 1)
-    limit = boxes.new_tensor([width, height, width, height])
-    return Prompts(boxes=boxes.clamp(min=0).minimum(limit)), chosen
+    x, y = boxes[:, 0::2].clamp(0, width), boxes[:, 1::2].clamp(0, height)
+    return Prompts(boxes=torch.stack([x, y], dim=2).flatten(1)), chosen
 
 
 def extent(occupied: Tensor) -> Tensor:
