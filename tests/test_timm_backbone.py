@@ -10,9 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from desam_nnunet.encoders.base import Level
-from desam_nnunet.encoders.registry import named
 from desam_nnunet.encoders.timm_backbone import TimmBackbone
-from desam_nnunet.encoders.weights import identify, load_encoder
+from desam_nnunet.encoders.weights import find_row, identify, load_encoder
 
 MODELS = ("vit_small_patch16_dinov3", "sam2_hiera_tiny", "convnext_tiny", "repvit_m1_1")
 SIZE = 64
@@ -85,9 +84,9 @@ def test_a_file_of_another_model_is_refused_by_its_keys(tmp_path: Path, monkeypa
 
 def test_models_that_no_decoder_here_can_read_are_refused() -> None:
     with pytest.raises(ValueError, match="timm has no model 'convnext_tinny': did you mean convnext_tiny"):
-        named("timm/convnext_tinny")
+        find_row("timm/convnext_tinny")
     with pytest.raises(ValueError, match="a stride of 14 pixels"):
-        named("timm_random/vit_small_patch14_dinov2")
+        find_row("timm_random/vit_small_patch14_dinov2")
     with pytest.raises(FileNotFoundError, match="No weights file .*: desam weights get timm/repvit_m1_1"):
         load_encoder("timm/repvit_m1_1", SIZE)
 

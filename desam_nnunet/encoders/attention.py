@@ -55,12 +55,11 @@ class ExactBlock(nn.Module):
 
 
 class ExactAttention(nn.Module):
-    """SAM's ``Attention`` with its division into windows, of normalised tokens (B, H, W, D) to tokens of the same shape.
+    """SAM's ``Attention`` with its division into windows: normalised tokens (B, H, W, D) to tokens of the same shape.
 
-    ``qkv`` is called, so that an adapter in its place is used.
-
-    SAM pads the tokens with zeros to whole windows and attends to the padding. Here only tokens that exist are
-    projected: what padding becomes is the same everywhere, and what it would read is thrown away.
+    ``qkv`` is called, so that an adapter in its place is used. SAM pads the tokens with zeros to whole windows and
+    attends to the padding. Here only tokens that exist are projected: what padding becomes is the same everywhere, and
+    what it would read is thrown away.
 
     Args:
         window: Side of a window in tokens; 0 for global attention.

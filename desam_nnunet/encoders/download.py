@@ -11,9 +11,9 @@ import timm
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from desam_nnunet.encoders.registry import ENCODERS, TIMM, EncoderRow, row_of
+from desam_nnunet.encoders.registry import ENCODERS, TIMM, row_by_name
 from desam_nnunet.encoders.timm_backbone import TimmBackbone
-from desam_nnunet.encoders.weights import download_folder, file_hash, is_published
+from desam_nnunet.encoders.weights import download_folder, wrong_hash
 from desam_nnunet.system.files import replacing
 
 _CHUNK = 1 << 20
@@ -32,7 +32,7 @@ def download(name: str, *, url: str | None = None) -> Path:
         ValueError: No weights are published for `name`, or what arrived is not the published file.
         OSError: The folder can't be written, or there is no way to the server; the message says what to do.
     """
-    row = row_of(name)
+    row = row_by_name(name)
     if row is not None and row.distribution:
         raise ValueError(f"'{name}' needs no download: its weights come with the package {row.distribution}; where "
                          f"they are missing, {row.remedy}.")
@@ -43,7 +43,7 @@ def download(name: str, *, url: str | None = None) -> Path:
     target = _writable_folder() / row.file
     if isinstance(row.architecture, TimmBackbone):
         return target if target.is_file() else _fetch_from_timm(row.architecture, target)
-    if target.is_file() and is_published(target, row):
+    if target.is_file() and not wrong_hash(target, row):
         return target
     partial = target.with_name(target.name + ".part")
     try:
@@ -53,7 +53,12 @@ def download(name: str, *, url: str | None = None) -> Path:
             f"{row.file} could not be downloaded from {url or row.url} ({type(error).__name__}). Run the "
             f"command again to continue, or fetch the file on another machine and put it into {target.parent}."
         ) from error
-    _verify(partial, row)
+    if wrong := wrong_hash(partial, row):
+        partial.unlink()
+        name, digest, expected = wrong
+        raise ValueError(
+            f"What arrived for {row.name} is not the published file ({name.upper().replace('SHA', 'SHA-')} {digest}, "
+            f"expected {expected}) and was removed: run the command again.")
     partial.replace(target)
     return target
 
@@ -109,14 +114,3 @@ def _fetch(url: str, partial: Path) -> None:
             os.fsync(stream.fileno())
             if length and stream.tell() < total:
                 raise requests.ConnectionError("the connection was cut")
-
-
-def _verify(partial: Path, row: EncoderRow) -> None:
-    if not is_published(partial, row):
-        name, expected = ("MD5", row.md5) if row.md5 else ("SHA-256", row.sha256)
-        digest = file_hash(partial, name.replace("-", "").lower())
-        partial.unlink()
-        raise ValueError(
-            f"What arrived for {row.name} is not the published file ({name} {digest}, expected {expected}) and was "
-            "removed: run the command again."
-        )

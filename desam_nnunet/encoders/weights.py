@@ -24,7 +24,7 @@ from torch import Tensor
 
 from desam_nnunet.encoders.base import Architecture, LoadedEncoder, State
 from desam_nnunet.encoders.random_weights import RANDOM_IDENTITY
-from desam_nnunet.encoders.registry import ENCODERS, OURS, EncoderRow, row_of
+from desam_nnunet.encoders.registry import ENCODERS, OURS, EncoderRow, row_by_name
 from desam_nnunet.system.files import damage_told
 
 _PACKAGE = Path(__file__).parent
@@ -53,7 +53,7 @@ def find_weights(encoder: str, identity: str | None = None) -> Path | None:
         FileNotFoundError: It is nowhere; the message says where it was looked for and what to do.
         ValueError: `encoder` is neither a known name nor looks like a path.
     """
-    row = row_of(encoder)
+    row = row_by_name(encoder)
     if row is not None and (row.is_random or (row.distribution == OURS and identity == RANDOM_IDENTITY)):
         return None  # before vit_tiny had weights it meant random ones, and models of that time go on
     path = Path(row.file if row else encoder).expanduser()
@@ -74,7 +74,7 @@ def find_weights(encoder: str, identity: str | None = None) -> Path | None:
         raise FileNotFoundError(f"No weights file {path.name} in {searched}: {remedy}.")
     if not identity:
         return present[0]
-    return next((place for place in present if identity == f"md5:{file_md5(place)}"), present[0])
+    return next((place for place in present if identity == f"md5:{file_hash(place)}"), present[0])
 
 
 def is_here(encoder: str) -> bool:
@@ -86,49 +86,36 @@ def is_here(encoder: str) -> bool:
     return True
 
 
-def identify(encoder: str, wanted: str | None = None) -> str:
+def identify(encoder: str, expected: str | None = None) -> str:
     """Names the weights of `encoder` beyond doubt: ``md5:<hash of the file>`` or the random generator and seed.
 
     Args:
-        wanted: Of several files the one with this identity is looked at, if there is one.
+        expected: Of several files the one with this identity is looked at, if there is one.
 
     Raises:
         FileNotFoundError, ValueError: As :func:`find_weights`; or a published file's hash is not the known one.
     """
-    path, row = find_weights(encoder, wanted), row_of(encoder)
+    path, row = find_weights(encoder, expected), row_by_name(encoder)
     if path is None:
         assert row is not None
         return row.random_identity
-    md5 = file_md5(path)
-    if row is not None and f"md5:{md5}" != wanted:
-        check_published(path, row)
-    return f"md5:{md5}"
+    identity = f"md5:{file_hash(path)}"
+    if row is not None and identity != expected and (wrong := wrong_hash(path, row)):
+        name, digest, published = wrong
+        raise ValueError(
+            f"{path} is not the published {row.name} file: its {name.upper()} is {digest}, expected {published}. It "
+            f"is truncated or another file: remove it and {row.remedy}, or give its path as the encoder if it holds "
+            "your own weights.")
+    return identity
 
 
-def check_published(path: Path, row: EncoderRow) -> None:
-    """Raises: ValueError: The file is not the one that is published under the row's name."""
-    for name, expected in (("md5", row.md5), ("sha256", row.sha256)):
-        if expected and (digest := file_hash(path, name)) != expected:
-            raise ValueError(
-                f"{path} is not the published {row.name} file: its {name.upper()} is {digest}, expected {expected}. It "
-                f"is truncated or another file: remove it and {row.remedy}, or give its path as the encoder if it "
-                "holds your own weights."
-            )
-
-
-def architecture_of(encoder: str) -> Architecture:
-    """The architecture of an encoder that is given by name or by file; a file is read for it.
+def find_row(encoder: str) -> EncoderRow:
+    """The row of an encoder that is given by name, or of the one that a file is shaped like, which is read for it.
 
     Raises:
         FileNotFoundError, ValueError: As :func:`find_weights` and :func:`row_of_state`.
     """
-    return known_row(encoder).architecture
-
-
-def known_row(encoder: str) -> EncoderRow:
-    """The row of an encoder that is given by name, or of the one that a file is shaped like."""
-    row = row_of(encoder)
-    if row is not None:
+    if row := row_by_name(encoder):
         return row
     path = find_weights(encoder)
     assert path is not None  # only a name can be without a file
@@ -156,51 +143,49 @@ def load_encoder(encoder: str, image_size: int, expected_identity: str | None = 
     identity = identify(encoder, expected_identity)
     if expected_identity is not None:
         check_identity(encoder, identity, expected_identity)
-    path, row = find_weights(encoder, identity), row_of(encoder)
+    path, row = find_weights(encoder, identity), row_by_name(encoder)
     if path is None:
         assert row is not None
         row.architecture.check_image_size(image_size)
-        loaded = row.architecture.load(row.architecture.random_state(), image_size, identity)
-        return loaded._replace(trained=False)
-    state = {key: value.float() if value.is_floating_point() else value  # also half precision's
-             for key, value in read_weights(path).items()}
-    row = _check_row(row, state, path) if row else row_of_state(state, path)
-    row.architecture.check_image_size(image_size)
-    used = {key: value for key, value in state.items() if not row.architecture.unused(key)}
-    return row.architecture.load(used, image_size, identity)
+        return row.architecture.load(row.architecture.random_state(), image_size, identity)._replace(trained=False)
+    state = read_weights(path)
+    architecture = _architecture_of(state, row, path)
+    architecture.check_image_size(image_size)
+    used = {key: value.float() if value.is_floating_point() else value  # also half precision's
+            for key, value in state.items() if not architecture.unused(key)}
+    return architecture.load(used, image_size, identity)
 
 
-def _check_row(row: EncoderRow, state: State, path: Path) -> EncoderRow:
-    """Raises: ValueError: The file holds another encoder than its name says."""
-    if row.name in ENCODERS:
-        shaped = row_of_state(state, path)
-        if shaped.architecture != row.architecture:
-            raise ValueError(f"{path} holds {shaped.name} weights, but the encoder is '{row.name}'.")
-    else:
+def _architecture_of(state: State, row: EncoderRow | None, path: Path) -> Architecture:
+    """What a file holds; a ValueError where that is another encoder than its name says."""
+    if row is not None and row.name not in ENCODERS:
         check_architecture(state, row, path)
-    return row
+        return row.architecture
+    shaped = row_of_state(state, path)
+    if row is not None and shaped.architecture != row.architecture:
+        raise ValueError(f"{path} holds {shaped.name} weights, but the encoder is '{row.name}'.")
+    return shaped.architecture
 
 
 def describe_file(path: Path) -> str:
     """What a weights file holds, and whether it is a published one."""
-    row, md5 = row_of_state(read_weights(path), path), file_md5(path)
+    row = row_of_state(read_weights(path), path)
     what = "not one of the published files"
-    if any((row.md5, row.sha256)) and is_published(path, row):
+    if (row.md5 or row.sha256) and not wrong_hash(path, row):
         what = f"{row.name} of this package" if row.distribution == OURS else f"the published {row.name}"
-    return f"{path}: {row.name}, MD5 {md5}, {what}"
+    return f"{path}: {row.name}, MD5 {file_hash(path)}, {what}"
 
 
-def is_published(path: Path, row: EncoderRow) -> bool:
-    """Whether a file is the one that is published under the row's name."""
-    try:
-        check_published(path, row)
-    except ValueError:
-        return False
-    return True
+def wrong_hash(path: Path, row: EncoderRow) -> tuple[str, str, str] | None:
+    """A hash that a file has and the one published under the row's name has not: its name, the file's, the expected."""
+    for name, expected in (("md5", row.md5), ("sha256", row.sha256)):
+        if expected and (digest := file_hash(path, name)) != expected:
+            return name, digest, expected
+    return None
 
 
 def check_identity(encoder: str, found: str, expected: str) -> None:
-    """Raises: ValueError: The weights found are not the expected ones."""
+    """Refuses other weights than the expected ones, with a ValueError."""
     if found != expected:
         remedy = f"put that weights file into {download_folder()}"
         if not expected.startswith("md5:"):
@@ -239,7 +224,7 @@ def row_of_state(state: State, path: Path | str) -> EncoderRow:
 
 
 def check_architecture(state: State, row: EncoderRow, path: Path | str) -> None:
-    """Raises: ValueError: Keys or shapes are not those of the row's encoder."""
+    """Refuses keys or shapes that are not those of the row's encoder, with a ValueError."""
     used = {key: value for key, value in state.items() if not row.architecture.unused(key)}
     check_state(used, row.architecture.shapes(), f"{path} as {row.name}")
 
@@ -268,13 +253,8 @@ def check_state(state: State, expected: dict[str, torch.Size], what: str) -> Non
         raise ValueError(f"{what}: {'; '.join(problems[:3])}{more}.")
 
 
-def file_md5(path: Path) -> str:
-    """MD5 of a file, the hash under which SAM's files are published."""
-    return file_hash(path, "md5")
-
-
-def file_hash(path: Path, name: str) -> str:
-    """The hash of a file by one of hashlib's names; remembered while the file is unchanged."""
+def file_hash(path: Path, name: str = "md5") -> str:
+    """The hash of a file by one of hashlib's names, MD5 as of SAM's files; remembered while the file is unchanged."""
     stat = path.stat()
     return _hash_file(name, str(path), stat.st_size, stat.st_mtime_ns)
 

@@ -12,9 +12,9 @@ from typing import Any, TypeVar, get_type_hints
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from desam_nnunet.encoders.base import Architecture
-from desam_nnunet.encoders.registry import ENCODERS, row_of
+from desam_nnunet.encoders.registry import ENCODERS, row_by_name
 from desam_nnunet.encoders.sam_vit import SamViT
-from desam_nnunet.encoders.weights import check_identity, identify, known_row
+from desam_nnunet.encoders.weights import check_identity, find_row, identify
 from desam_nnunet.sam.tiles import intensity_rule
 from desam_nnunet.settings.sections import AS_BEFORE, DEFAULT_ENCODER, Method, SamSection
 
@@ -139,7 +139,7 @@ def _resolve_sam(given: dict[str, Any], normalization_schemes: list[str], region
     identity = identify(section.encoder, section.identity)
     if section.identity:
         check_identity(section.encoder, identity, section.identity)
-    architecture = known_row(section.encoder).architecture
+    architecture = find_row(section.encoder).architecture
     architecture.check_image_size(section.image_size)
     check_offers(section.encoder, architecture, method)
     resolved = asdict(section) | {"identity": identity}
@@ -150,11 +150,11 @@ def _resolve_sam(given: dict[str, Any], normalization_schemes: list[str], region
 
 def _own_image_size(encoder: Any) -> int:
     """The input side that an encoder was trained with; of a file like SAM's, that of SAM, as it always was."""
-    row = row_of(encoder) if isinstance(encoder, str) else None
+    row = row_by_name(encoder) if isinstance(encoder, str) else None
     if row is not None or not isinstance(encoder, str):
         return (row or ENCODERS[DEFAULT_ENCODER]).image_size
     try:
-        shaped = known_row(encoder)
+        shaped = find_row(encoder)
     except (ValueError, OSError):  # said again, and with what to do, once the section has been checked
         return ENCODERS[DEFAULT_ENCODER].image_size
     return ENCODERS[DEFAULT_ENCODER].image_size if isinstance(shaped.architecture, SamViT) else shaped.image_size

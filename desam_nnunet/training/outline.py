@@ -7,7 +7,7 @@ from collections.abc import Callable
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from desam_nnunet.encoders.base import ImageSpec
-from desam_nnunet.encoders.registry import OURS, row_of
+from desam_nnunet.encoders.registry import OURS, row_by_name
 from desam_nnunet.encoders.weights import load_encoder
 from desam_nnunet.networks.frame import Outline
 from desam_nnunet.sam.tiles import TileToImage, ct_window
@@ -42,7 +42,7 @@ def outline_from_plans(
 
 def _say_what_it_is(section: SamSection) -> None:
     """Of encoders that are not what a user may take them for."""
-    row = row_of(section.encoder)
+    row = row_by_name(section.encoder)
     if section.identity.startswith("random:"):
         print(f"Encoder {section.encoder}: RANDOM weights ({section.identity}), not pretrained. Good for tests and "
               "comparisons.")
