@@ -6,7 +6,6 @@ global attention); Kirillov et al., Segment Anything, ICCV 2023 (the neck).
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -199,14 +198,6 @@ class Encoder(nn.Module):
         weight = next(self.network.parameters())
         return weight.device, weight.dtype
 
-    def checksum(self) -> str:
-        """SHA-256 over every weight's name and bytes: equal before and after training, or it was not frozen."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.network.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
-
 
 class LoadedEncoder(NamedTuple):
     """An encoder for one input size, with SAM's prompt encoder and mask decoder; fresh ones where it came without.
@@ -229,11 +220,9 @@ class LoadedEncoder(NamedTuple):
 
 
 class Architecture(ABC):
-    """A network in one size, known before any weights are read; one class per family.
+    """A network in one size, known before any weights are read; one class per family, which tables name.
 
-    Attributes:
-        family: Its name in tables.
-        offers: What adapting methods can ask of it: ``projections``, ``plain ViT``.
+    What it `offers` is what adapting methods can ask of it: ``projections``, ``plain ViT``.
     """
 
     family: ClassVar[str]

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from desam_nnunet.encoders.registry import ENCODERS, TIMM, row_by_name
 from desam_nnunet.encoders.timm_backbone import TimmBackbone
-from desam_nnunet.encoders.weights import download_folder, wrong_hash
+from desam_nnunet.encoders.weights import search_folders, wrong_hash
 from desam_nnunet.system.files import replacing
 
 _CHUNK = 1 << 20
@@ -78,16 +78,14 @@ def _fetch_from_timm(backbone: TimmBackbone, target: Path) -> Path:
 
 
 def _writable_folder() -> Path:
-    folder = download_folder()
+    folder = search_folders()[0]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
-        raise PermissionError(
-            f"The weights folder {folder} can't be written ({error.strerror}): set DESAM_WEIGHTS to a folder that "
-            "can."
-        ) from error
+        raise PermissionError(f"The weights folder {folder} can't be written ({error.strerror}): set DESAM_WEIGHTS to "
+                              "a folder that can.") from error
 
 
 def _fetch(url: str, partial: Path) -> None:

@@ -138,12 +138,10 @@ def _imported_row(encoder: str) -> EncoderRow:
 
 @lru_cache(maxsize=32)
 def _timm_row(encoder: str) -> EncoderRow:
-    prefix = TIMM if encoder.startswith(TIMM) else TIMM_RANDOM
-    architecture = TimmBackbone(encoder.removeprefix(prefix))
-    row = EncoderRow(encoder, architecture, architecture.image_size)
-    if prefix == TIMM_RANDOM:
+    architecture = TimmBackbone(encoder.partition("/")[2])
+    row, published = EncoderRow(encoder, architecture, architecture.image_size), architecture.published
+    if encoder.startswith(TIMM_RANDOM):
         return row
-    published = architecture.published
     return replace(
         row, file=f"{architecture.model}.safetensors", licence=published.license or "not stated",
         trained_on=f"what timm's tag '{published.tag}' says" if published.tag else "what timm's model card says")

@@ -18,7 +18,6 @@ import timm
 import torch
 from segment_anything.modeling import Sam
 from timm.models.tiny_vit import Attention
-from timm.models.tiny_vit import TinyVit as TimmTinyViT
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -43,11 +42,17 @@ _UNUSED = re.compile(r"image_encoder\.(norm_head|head)\.")  # MobileSAM's file k
 
 
 class TinyViTWithNeck(nn.Module):
-    """timm's network, changed as :func:`_build_vit` says, and SAM's neck."""
+    """timm's network without its head, whose last stage keeps its resolution, and SAM's neck."""
 
     def __init__(self, stem_stride: int) -> None:
         super().__init__()
-        self.vit = _build_vit(stem_stride)
+        vit: Any = timm.create_model("tiny_vit_5m_224", num_classes=0)
+        vit.head = nn.Identity()
+        vit.stages[-1].downsample.conv2.conv.stride = (1, 1)
+        if stem_stride == 1:
+            for layer in (vit.patch_embed.conv1, vit.patch_embed.conv2):
+                layer.conv = nn.Conv2d(layer.conv.in_channels, layer.conv.out_channels, 1, bias=False)
+        self.vit = vit
         self.neck = build_neck(_WIDTHS[-1], _DIM)
 
 
@@ -110,17 +115,6 @@ class TinyViT(Architecture):
     def _assembled(self, sam: Sam, image_size: int, identity: str) -> LoadedEncoder:
         encoder = TinyViTEncoder(sam.image_encoder, self.spec(image_size), identity)
         return LoadedEncoder(encoder, sam.prompt_encoder.requires_grad_(False).eval(), sam.mask_decoder)
-
-
-def _build_vit(stem_stride: int) -> TimmTinyViT:
-    """timm's network without its head, whose last stage keeps its resolution."""
-    vit: Any = timm.create_model("tiny_vit_5m_224", num_classes=0)
-    vit.head = nn.Identity()
-    vit.stages[-1].downsample.conv2.conv.stride = (1, 1)
-    if stem_stride == 1:
-        for layer in (vit.patch_embed.conv1, vit.patch_embed.conv2):
-            layer.conv = nn.Conv2d(layer.conv.in_channels, layer.conv.out_channels, 1, bias=False)
-    return vit
 
 
 @lru_cache(maxsize=2)

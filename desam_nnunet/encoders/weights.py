@@ -3,11 +3,11 @@
 Where a named encoder's file is looked for, in this order (after the package of the index that brings it, if one does):
 
 1. the folder in the environment variable ``DESAM_WEIGHTS``,
-2. ``$XDG_CACHE_HOME/desam_nnunet`` (``~/.cache/desam_nnunet``), where ``desam weights get`` writes,
+2. ``$XDG_CACHE_HOME/desam_nnunet`` (``~/.cache/desam_nnunet``); ``desam weights get`` writes to the first of these two,
 3. torch.hub's ``checkpoints`` folder, where other SAM software leaves its downloads.
 
-An encoder given as a path is taken from there; where that path does not exist (a model that moved to
-another machine), a file of the same name is looked for in the same folders.
+An encoder given as a path is taken from there; where that path does not exist (a model that moved to another machine),
+a file of the same name is looked for in the same folders.
 """
 
 from __future__ import annotations
@@ -20,26 +20,18 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, hub
 
 from desam_nnunet.encoders.base import Architecture, LoadedEncoder, State
 from desam_nnunet.encoders.random_weights import RANDOM_IDENTITY
 from desam_nnunet.encoders.registry import ENCODERS, OURS, EncoderRow, row_by_name
 from desam_nnunet.system.files import damage_told
 
-_PACKAGE = Path(__file__).parent
-
-
-def download_folder() -> Path:
-    """Where ``desam weights get`` writes: ``DESAM_WEIGHTS``, else the user's cache folder."""
-    if folder := os.environ.get("DESAM_WEIGHTS"):
-        return Path(folder).expanduser()
-    return _user_cache()
-
 
 def search_folders() -> list[Path]:
-    """The folders in which weights are looked for, in order, whether they exist or not."""
-    folders = [download_folder(), _user_cache(), Path(torch.hub.get_dir()) / "checkpoints"]
+    """The folders in which weights are looked for, in order, whether they exist or not; downloads go to the first."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "desam_nnunet"
+    folders = [Path(os.environ.get("DESAM_WEIGHTS") or cache).expanduser(), cache, Path(hub.get_dir(), "checkpoints")]
     return list(dict.fromkeys(folders))
 
 
@@ -58,10 +50,8 @@ def find_weights(encoder: str, identity: str | None = None) -> Path | None:
         return None  # before vit_tiny had weights it meant random ones, and models of that time go on
     path = Path(row.file if row else encoder).expanduser()
     if row is None and path.suffix == "" and path.parent == Path() and not path.is_file():
-        raise ValueError(
-            f"Unknown encoder '{encoder}': give one of {', '.join(ENCODERS)}, timm/<a model of timm's>, or the path of "
-            "a weights file."
-        )
+        raise ValueError(f"Unknown encoder '{encoder}': give one of {', '.join(ENCODERS)}, timm/<a model of timm's>, "
+                         "or the path of a weights file.")
     places = [folder / path.name for folder in search_folders()]
     if row is None or path.is_absolute():
         places.insert(0, path)
@@ -128,11 +118,9 @@ def _row_of_file(path: Path, _modified: int) -> EncoderRow:
 
 
 def load_encoder(encoder: str, image_size: int, expected_identity: str | None = None) -> LoadedEncoder:
-    """Loads an encoder for one input size.
+    """Loads an encoder, a name or a file shaped like one, for one input size; position tables are interpolated.
 
     Args:
-        encoder: A name, or the path of a file with a state dict of one of the named shapes.
-        image_size: Input side in pixels. Position tables of another size are interpolated.
         expected_identity: What the model was trained with; another identity is refused.
 
     Raises:
@@ -187,35 +175,25 @@ def wrong_hash(path: Path, row: EncoderRow) -> tuple[str, str, str] | None:
 def check_identity(encoder: str, found: str, expected: str) -> None:
     """Refuses other weights than the expected ones, with a ValueError."""
     if found != expected:
-        remedy = f"put that weights file into {download_folder()}"
+        remedy = f"put that weights file into {search_folders()[0]}"
         if not expected.startswith("md5:"):
             remedy = "these random weights are not made by this version of desam_nnunet; train again"
-        raise ValueError(
-            f"The encoder '{encoder}' found here is {found}, but the plans were trained or made with {expected}: "
-            f"{remedy}."
-        )
+        raise ValueError(f"The encoder '{encoder}' found here is {found}, but the plans were trained or made with "
+                         f"{expected}: {remedy}.")
 
 
 def read_weights(path: Path) -> State:
-    """A SAM state dict read from `path`, PyTorch's format or ``.safetensors``, without unpickling code.
-
-    Raises:
-        ValueError: The file can't be read as a dict of tensors.
-    """
+    """A state dict in PyTorch's format or ``.safetensors``, read without unpickling code; else a ValueError."""
     with damage_told(f"{path} can't be read as weights", ": it is truncated or not a weights file. Fetch it again"):
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(
-            path, map_location="cpu", weights_only=True)
+        is_safe = path.suffix == ".safetensors"
+        state = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} does not hold a state dict (names to tensors) as SAM's files do.")
     return state
 
 
 def row_of_state(state: State, path: Path | str) -> EncoderRow:
-    """The first row whose keys and shapes `state` has, all of them.
-
-    Raises:
-        ValueError: None fits; the message names what differs from the nearest one.
-    """
+    """The first row whose keys and shapes `state` has, all of them; a ValueError says where the nearest differs."""
     nearest = max(ENCODERS.values(), key=lambda row: _likeness(state, row.architecture))
     if _likeness(state, nearest.architecture) < 0.5:
         raise ValueError(f"{path} is not a SAM file: it has no image encoder of a known size ({', '.join(ENCODERS)}).")
@@ -236,18 +214,11 @@ def _likeness(state: State, architecture: Architecture) -> float:
 
 
 def check_state(state: State, expected: dict[str, torch.Size], what: str) -> None:
-    """Compares every key and shape.
-
-    Raises:
-        ValueError: Naming up to three missing, unknown or misshapen keys.
-    """
+    """Compares every key and shape; a ValueError names up to three that are missing, unknown or misshapen."""
     problems = [f"{key} is missing" for key in expected if key not in state]
     problems += [f"{key} is unknown" for key in state if key not in expected]
-    problems += [
-        f"{key} is {tuple(state[key].shape)}, not {tuple(shape)}"
-        for key, shape in expected.items()
-        if key in state and state[key].shape != shape
-    ]
+    problems += [f"{key} is {tuple(state[key].shape)}, not {tuple(shape)}" for key, shape in expected.items()
+                 if key in state and state[key].shape != shape]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(f"{what}: {'; '.join(problems[:3])}{more}.")
@@ -271,13 +242,9 @@ def _hash_file(name: str, path: str, size: int, modified: int) -> str:
 def _in_distribution(row: EncoderRow) -> list[Path]:
     """Where the installed package that brings the row's file has it, without importing that package."""
     if row.distribution == OURS:
-        return [_PACKAGE / row.file]
+        return [Path(__file__).with_name(row.file)]
     try:
         brought = files(row.distribution) or []
     except PackageNotFoundError:
         return []
     return [Path(str(file.locate())) for file in brought if file.name == row.file]
-
-
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "desam_nnunet"

@@ -25,11 +25,9 @@ MASK_STRIDE = 4  # of SAM's and DeSAM's masks: a tile's sides are whole multiple
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where a tile lies in the encoder's square input.
+    """Where a tile of some height and width lies in the encoder's square input, of which `image_size` is the side.
 
     Attributes:
-        tile: Height and width of the tile in its own pixels.
-        image_size: Side of the encoder's input.
         mask_stride: Pixels of the input along a side of a mask's pixel, a power of two.
     """
 
@@ -53,13 +51,10 @@ class Geometry:
 
 
 class TileToImage(nn.Module):
-    """Turns nnU-Net's preprocessed tiles (B, C, H, W) into the images (B, G, 3, S, S) that an encoder wants.
-
-    G is the number of channel groups.
+    """Turns nnU-Net's preprocessed tiles (B, C, H, W) into images (B, G, 3, S, S) as `spec` has them, G channel groups.
 
     Args:
-        spec: Of these images.
-        image_size: Their side.
+        image_size: S.
         intensity: One of ``percentile`` (0.5 to 99.5 of each tile and channel), ``window`` (fixed) and
             ``unit`` ([0, 1] data).
         window: For ``window`` only: per channel the lower and upper bound in the data's own units.
