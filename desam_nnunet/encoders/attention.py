@@ -89,8 +89,15 @@ class ExactAttention(nn.Module):
 
     def _attend_in_windows(self, x: Tensor, padding: Tensor) -> Tensor:
         """Attention on whole rows of windows; `padding` (3 D) is what a zero token is projected to."""
-        windows, padded = window_partition(self._fill_windows(self.qkv(x), padding), self.window)
-        return self.proj(window_unpartition(self._attend(windows), self.window, padded, x.shape[1:3]))
+        qkv = self.qkv(x)
+        batch, height, width, _ = qkv.shape
+        rows, columns = (side + -side % self.window for side in (height, width))
+        if (rows, columns) != (height, width):
+            filled = padding.repeat(batch, rows, columns, 1)
+            filled[:, :height, :width] = qkv
+            qkv = filled
+        windows, padded = window_partition(qkv, self.window)
+        return self.proj(window_unpartition(self._attend(windows), self.window, padded, (height, width)))
 
     def _attend(self, qkv: Tensor) -> Tensor:
         """Attention within each image or window: (B, H, W, 3 D) -> (B, H, W, D)."""
@@ -108,16 +115,6 @@ class ExactAttention(nn.Module):
             attended = _appended(q, k, v, torch.cat([rows, columns], dim=-1), places, self.scale)
         return attended.transpose(1, 2).flatten(2).unflatten(1, (height, width))
 
-    def _fill_windows(self, qkv: Tensor, padding: Tensor) -> Tensor:
-        """Appends rows and columns of `padding` (3 D) up to whole windows."""
-        batch, height, width, _ = qkv.shape
-        rows, columns = (side + -side % self.window for side in (height, width))
-        if (rows, columns) == (height, width):
-            return qkv
-        filled = padding.repeat(batch, rows, columns, 1)
-        filled[:, :height, :width] = qkv
-        return filled
-
 
 def relative_table(table: Tensor, size: int) -> Tensor:
     """Embeddings (size, size, d) of every pair of query and key position along one axis.
@@ -125,9 +122,8 @@ def relative_table(table: Tensor, size: int) -> Tensor:
     Args:
         table: Embeddings of the distances (L, d), interpolated linearly where `size` needs another L, as SAM does.
     """
-    distances = 2 * size - 1
-    if len(table) != distances:
-        table = F.interpolate(table.T[None], size=distances, mode="linear")[0].T  # L d -> 1 d L -> L' d
+    if len(table) != 2 * size - 1:
+        table = F.interpolate(table.T[None], size=2 * size - 1, mode="linear")[0].T  # L d -> 1 d L -> L' d
     return table.flip(0).unfold(0, size, 1).flip(0).transpose(1, 2)  # size d size -> size size d
 
 

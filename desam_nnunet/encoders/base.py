@@ -146,15 +146,12 @@ class Encoder(nn.Module):
         self.eval()
 
     def run(self, images: Tensor, *, levels: bool = True, recompute: bool = False) -> Features:
-        """Runs the network under the autocast that is in force, with gradients where these are enabled.
+        """Runs the network under the autocast that is in force, with gradients where these are enabled, to float32.
 
         Args:
             images: (B, 3, S, S), as the spec's image says.
             levels: Whether the intermediate maps are wanted.
             recompute: Whether to save memory by computing again in the backward pass, as far as the network can.
-
-        Returns:
-            In float32.
         """
         raise NotImplementedError
 

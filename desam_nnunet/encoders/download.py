@@ -68,10 +68,8 @@ def _fetch_from_timm(backbone: TimmBackbone, target: Path) -> Path:
     try:
         model = timm.create_model(backbone.model, pretrained=True, num_classes=0)
     except Exception as error:  # of whatever hub it asks
-        raise ConnectionError(
-            f"timm could not bring the weights of {backbone.model} ({type(error).__name__}). Run the command again, or "
-            f"save their state dict on another machine as {target}."
-        ) from error
+        raise ConnectionError(f"timm could not bring the weights of {backbone.model} ({type(error).__name__}). Run the "
+                              f"command again, or save their state dict on another machine as {target}.") from error
     with replacing(target) as temporary:
         save_file({key: value.contiguous() for key, value in model.state_dict().items()}, temporary)
     return target

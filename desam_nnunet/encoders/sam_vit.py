@@ -7,7 +7,7 @@ outputs are levels, Gao et al., DeSAM, MICCAI 2024.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
@@ -60,9 +60,7 @@ class SamViTEncoder(Encoder):
         return self.network.patch_embed(images) + self.network.pos_embed
 
 
-def read_features(
-    vit: ImageEncoderViT, x: Tensor, level_blocks: tuple[int, ...], recompute: bool = False
-) -> Features:
+def read_features(vit: ImageEncoderViT, x: Tensor, level_blocks: tuple[int, ...], recompute: bool = False) -> Features:
     """Blocks and neck on the first block's input (B, S/16, S/16, D); levels are the outputs of some blocks."""
     levels = []
     for index, block in enumerate(vit.blocks):
@@ -105,7 +103,8 @@ class SamViT(Architecture):
         return FeatureSpec(levels, Level(self.prompt_dim, PATCH), IMAGE)
 
     def shapes(self) -> dict[str, torch.Size]:
-        return _shapes(self)
+        with torch.device("meta"):
+            return {key: value.shape for key, value in build_sam(self).state_dict().items()}
 
     def blank(self, image_size: int, identity: str = "") -> LoadedEncoder:
         return self._assembled(build_sam(self, image_size), image_size, identity)
@@ -130,18 +129,8 @@ class SamViT(Architecture):
         return LoadedEncoder(encoder, sam.prompt_encoder.requires_grad_(False).eval(), sam.mask_decoder)
 
 
-@lru_cache(maxsize=8)
-def _shapes(size: SamViT) -> dict[str, torch.Size]:
-    with torch.device("meta"):
-        return {key: value.shape for key, value in build_sam(size).state_dict().items()}
-
-
 def build_sam(size: SamViT, image_size: int | None = None) -> Sam:
-    """SAM's own modules, with the package's default initialisation.
-
-    Args:
-        image_size: Input side in pixels, a multiple of 16; that of the pretrained position tables where None.
-    """
+    """SAM's own modules, freshly initialised, for an input of `image_size` pixels or that of the pretrained tables."""
     image_size = image_size or size.tables
     vit = ImageEncoderViT(
         image_size, PATCH, embed_dim=size.embed_dim, depth=size.depth, num_heads=size.heads, out_chans=size.prompt_dim,
@@ -151,12 +140,7 @@ def build_sam(size: SamViT, image_size: int | None = None) -> Sam:
 
 
 def assemble_sam(image_encoder: nn.Module, dim: int, side: int, image_size: int) -> Sam:
-    """SAM's modules around an image encoder.
-
-    Args:
-        dim: Channels of the encoder's neck, the prompts and the decoder.
-        side: Of the neck's map, for an input of `image_size`.
-    """
+    """SAM's modules around an image encoder, whose neck has `dim` channels and `side` pixels a side."""
     return Sam(image_encoder, build_prompt_encoder(dim, side, image_size), build_mask_decoder(dim))
 
 
@@ -168,9 +152,7 @@ def build_prompt_encoder(dim: int, side: int, image_size: int) -> PromptEncoder:
 
 def build_mask_decoder(dim: int) -> MaskDecoder:
     """SAM's mask decoder, with its four masks."""
-    return MaskDecoder(
-        transformer_dim=dim, transformer=build_transformer(dim), num_multimask_outputs=3, iou_head_depth=3,
-        iou_head_hidden_dim=dim)
+    return MaskDecoder(transformer_dim=dim, transformer=build_transformer(dim), iou_head_hidden_dim=dim)
 
 
 def build_neck(channels: int, dim: int) -> nn.Sequential:

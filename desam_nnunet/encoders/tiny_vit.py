@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import timm
@@ -94,7 +93,8 @@ class TinyViT(Architecture):
         return FeatureSpec(levels, Level(_DIM, strides[-1]), image)
 
     def shapes(self) -> dict[str, torch.Size]:
-        return _shapes(self)
+        with torch.device("meta"):
+            return {_published_name(key): value.shape for key, value in self.build().state_dict().items()}
 
     def blank(self, image_size: int, identity: str = "") -> LoadedEncoder:
         return self._assembled(self.build(image_size), image_size, identity)
@@ -115,12 +115,6 @@ class TinyViT(Architecture):
     def _assembled(self, sam: Sam, image_size: int, identity: str) -> LoadedEncoder:
         encoder = TinyViTEncoder(sam.image_encoder, self.spec(image_size), identity)
         return LoadedEncoder(encoder, sam.prompt_encoder.requires_grad_(False).eval(), sam.mask_decoder)
-
-
-@lru_cache(maxsize=2)
-def _shapes(size: TinyViT) -> dict[str, torch.Size]:
-    with torch.device("meta"):
-        return {_published_name(key): value.shape for key, value in size.build().state_dict().items()}
 
 
 def _published_name(key: str) -> str:

@@ -100,11 +100,7 @@ def identify(encoder: str, expected: str | None = None) -> str:
 
 
 def find_row(encoder: str) -> EncoderRow:
-    """The row of an encoder that is given by name, or of the one that a file is shaped like, which is read for it.
-
-    Raises:
-        FileNotFoundError, ValueError: As :func:`find_weights` and :func:`row_of_state`.
-    """
+    """The row of an encoder by name, or of that which its file is shaped like; errors as of :func:`find_weights`."""
     if row := row_by_name(encoder):
         return row
     path = find_weights(encoder)
@@ -204,12 +200,17 @@ def row_of_state(state: State, path: Path | str) -> EncoderRow:
 def check_architecture(state: State, row: EncoderRow, path: Path | str) -> None:
     """Refuses keys or shapes that are not those of the row's encoder, with a ValueError."""
     used = {key: value for key, value in state.items() if not row.architecture.unused(key)}
-    check_state(used, row.architecture.shapes(), f"{path} as {row.name}")
+    check_state(used, _shapes(row.architecture), f"{path} as {row.name}")
+
+
+@lru_cache(maxsize=16)
+def _shapes(architecture: Architecture) -> dict[str, torch.Size]:
+    return architecture.shapes()
 
 
 def _likeness(state: State, architecture: Architecture) -> float:
     """The share of the architecture's encoder weights that `state` has in their shapes."""
-    shapes = {key: shape for key, shape in architecture.shapes().items() if key.startswith("image_encoder.")}
+    shapes = {key: shape for key, shape in _shapes(architecture).items() if key.startswith("image_encoder.")}
     return sum(key in state and state[key].shape == shape for key, shape in shapes.items()) / len(shapes)
 
 

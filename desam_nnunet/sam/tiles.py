@@ -25,10 +25,9 @@ MASK_STRIDE = 4  # of SAM's and DeSAM's masks: a tile's sides are whole multiple
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where a tile of some height and width lies in the encoder's square input, of which `image_size` is the side.
+    """Where a tile (height, width) lies in the encoder's square input, `mask_stride` of whose pixels are one of a mask.
 
-    Attributes:
-        mask_stride: Pixels of the input along a side of a mask's pixel, a power of two.
+    The stride is a power of two.
     """
 
     tile: tuple[int, int]
