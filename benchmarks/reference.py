@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from desam_nnunet.encoders.attention import use_exact_attention
 from desam_nnunet.encoders.base import Features, LoadedEncoder
 from desam_nnunet.encoders.random_weights import RANDOM_IDENTITY
-from desam_nnunet.encoders.registry import named
 from desam_nnunet.encoders.sam_vit import SamViT, SamViTEncoder, build_sam, resize_positions
+from desam_nnunet.encoders.weights import find_row
 from desam_nnunet.networks.desam.network import DeSAM, build_desam
 from desam_nnunet.networks.desam.prompters import GridPrompter, WholeBoxPrompter
 from desam_nnunet.networks.desam.section import DesamSection
@@ -42,7 +42,7 @@ class Subject(NamedTuple):
 def build(name: str, size: int, device: torch.device, *, grid: int | None = 9, classes: int = 1) -> Subject:
     """Args: name: Of one of SAM's own encoders."""
     torch.manual_seed(0)
-    vit = named(name).architecture
+    vit = find_row(name).architecture
     assert isinstance(vit, SamViT)
     sam = build_sam(vit, size)
     sam.load_state_dict(resize_positions(vit.random_state(), vit, size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -12,9 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import phantom
-from desam_nnunet.encoders.base import LoadedEncoder
+from desam_nnunet.encoders.base import Encoder, LoadedEncoder
 from desam_nnunet.encoders.weights import load_encoder
 
 DATASET = "Dataset501_Phantom"
@@ -39,6 +41,27 @@ def tiny_sam() -> LoadedEncoder:
     loaded = load_encoder("vit_tiny", SIZE)
     loaded.encoder.dtype = torch.float32
     return loaded
+
+
+def checksum(encoder: Encoder) -> str:
+    """SHA-256 over every weight's name and bytes: equal before and after training, or it was not frozen."""
+    digest = hashlib.sha256()
+    for name, value in sorted(encoder.network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Operations(TorchDispatchMode):
+    """Attributes: names: Of PyTorch's operations, in order. Numbers of Python's become a tensor by ``lift_fresh``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 class Workspace(NamedTuple):

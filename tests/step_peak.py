@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from desam_nnunet.encoders.registry import named
+from desam_nnunet.encoders.weights import find_row
 from desam_nnunet.planning.footprint import Size, _batch, _rehearsing
 from desam_nnunet.system.machine import peak_memory
 from desam_nnunet.training.base import Batch, SamTrainer
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 def main() -> None:
     trainer, encoder = sys.argv[1:3]
     image_size, batch_size, outputs, patch = map(int, sys.argv[3:7])
-    size = Size(TRAINERS[trainer], named(encoder).architecture, image_size, (patch, patch), outputs,
+    size = Size(TRAINERS[trainer], find_row(encoder).architecture, image_size, (patch, patch), outputs,
                 "checkpointing" in sys.argv, images=1)
     trainer = started(size)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Operations
 from segment_anything.modeling.image_encoder import Attention, Block
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -129,6 +130,14 @@ def test_a_whole_encoder_keeps_its_keys_and_its_output() -> None:
     with torch.no_grad():
         expected = stock(images)
         torch.testing.assert_close(ours(images), expected, rtol=0, atol=1e-4 * expected.abs().max())
+
+
+@pytest.mark.parametrize("window", [0, 7])
+def test_places_of_the_tokens_are_made_once(window: int) -> None:
+    block = exact(stock_block(window=window, table=window or 16))
+    with Operations() as seen:
+        block(torch.randn(1, 16, 16, 64))  # with gradients
+    assert not {"arange", "eye", "one_hot", "lift_fresh"} & set(seen.names)
 
 
 def test_an_adapter_in_place_of_qkv_is_used() -> None:

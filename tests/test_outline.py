@@ -31,7 +31,7 @@ def test_weights_that_are_not_sams_are_called_what_they_are(
     outline = outline_from_plans(PlansManager({}), configuration, 1, 3, DESAM, SAMedTrainer.image_of)
     assert outline.loaded.encoder.identity == identity
     image = SAMedTrainer.image_of(outline.loaded.encoder.spec.image)
-    assert vars(outline.to_image) == vars(TileToImage(image, 128, "unit"))
+    assert outline.to_image.settings == TileToImage(image, 128, "unit").settings
     assert (outline.num_channels, outline.num_outputs, outline.background, outline.num_classes) == (1, 3, True, 2)
     assert outline.section == DesamSection(grid_offset=-0.5)  # plans of a model from before the key existed
     assert capsys.readouterr().out.startswith(words)

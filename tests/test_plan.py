@@ -20,7 +20,8 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from desam_nnunet.commands.__main__ import main
-from desam_nnunet.encoders.registry import ENCODERS, named
+from desam_nnunet.encoders.registry import ENCODERS
+from desam_nnunet.encoders.weights import find_row
 from desam_nnunet.planning.choices import Choice
 from desam_nnunet.planning.facts import Facts, read_facts
 from desam_nnunet.planning.fit import Machine
@@ -315,6 +316,6 @@ def test_the_memory_model_is_within_a_fifth_of_the_measured_peak(
     words = [sys.executable, script, trainer, encoder, size, batch, outputs, patch, *["checkpointing"] * checkpointing]
     measured = int(subprocess.run(list(map(str, words)), check=True, capture_output=True, text=True,
                                   env=os.environ | UNHOARDED).stdout)
-    need = footprint(TRAINERS[trainer], named(encoder).architecture, size, (patch, patch), outputs, half=False,
+    need = footprint(TRAINERS[trainer], find_row(encoder).architecture, size, (patch, patch), outputs, half=False,
                      checkpointing=checkpointing)
     assert need.training(batch) - need.weights == pytest.approx(measured, rel=0.2)

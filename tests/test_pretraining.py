@@ -16,7 +16,7 @@ from safetensors import safe_open
 from desam_nnunet.commands.__main__ import main
 from desam_nnunet.encoders.registry import ENCODERS
 from desam_nnunet.encoders.sam_vit import IMAGE, PIXEL_MEAN, PIXEL_STD
-from desam_nnunet.encoders.weights import known_row, load_encoder
+from desam_nnunet.encoders.weights import find_row, load_encoder
 from desam_nnunet.networks.desam.network import build_desam
 from desam_nnunet.networks.desam.prompters import GridPrompter
 from desam_nnunet.networks.desam.section import DesamSection
@@ -203,7 +203,7 @@ def test_a_run_ends_in_a_sam_file(finished):
     folder, said = finished
     weights = str(folder / records.WEIGHTS)
     sam = load_encoder(weights, 256)
-    assert (known_row(weights).name, sam.trained) == ("vit_tiny", True)
+    assert (find_row(weights).name, sam.trained) == ("vit_tiny", True)
     to_image = TileToImage(IMAGE, 256, "percentile")
     desam = build_desam(Outline(sam, to_image, 1, 2, True, DesamSection()), GridPrompter())
     start, trained = desam.prim.transformer.state_dict(), sam.mask_decoder.transformer.state_dict()
@@ -374,7 +374,7 @@ def test_a_run_on_a_gpu_is_put_down_and_taken_up(tmp_path):
     device = torch.device("cuda")
     assert run.pretrain(tmp_path, SHORT, device, lambda _: None, minutes=0) is None
     path = run.pretrain(tmp_path, SHORT, device, lambda _: None)
-    assert known_row(str(path)).name == "vit_tiny"
+    assert find_row(str(path)).name == "vit_tiny"
     load_encoder(str(path), 256)
 
 

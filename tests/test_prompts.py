@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from conftest import tiny_sam
+from conftest import Operations, tiny_sam
 
 from desam_nnunet.sam.prompts import (
     Prompts,
@@ -43,6 +43,14 @@ def test_published_grid() -> None:
     expected = torch.tensor([(i + 0.5) / 9 * 1024 for i in range(9)])
     torch.testing.assert_close(points[:9, 0], expected)
     torch.testing.assert_close(points[::9, 1], expected)
+
+
+def test_boxes_are_made_on_the_device() -> None:
+    geometry, target = Geometry((50, 100), 64), torch.ones(1, 1, 50, 100, dtype=torch.bool)
+    with Operations() as seen:
+        whole_box(geometry, 2, CPU)
+        sample_boxes(target, geometry)
+    assert "lift_fresh" not in seen.names
 
 
 def test_whole_box_is_the_tile() -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import Operations
 
 from desam_nnunet.encoders.base import ImageSpec
 from desam_nnunet.encoders.sam_vit import IMAGE, PIXEL_MEAN, PIXEL_STD
@@ -73,6 +74,15 @@ def test_unit_is_clipped() -> None:
 def test_a_constant_tile_maps_to_0(intensity: str) -> None:
     image = TileToImage(IMAGE, 32, intensity, ((0.0, 1.0),))(torch.zeros(1, 1, 16, 16))
     torch.testing.assert_close(to_255(image), torch.zeros_like(image), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("intensity", ["percentile", "window", "unit"])
+def test_constants_lie_on_the_device_and_in_no_checkpoint(intensity: str) -> None:
+    to_image = TileToImage(IMAGE, 32, intensity, ((0.0, 1.0),))
+    with Operations() as seen:
+        to_image(torch.rand(1, 1, 16, 16))
+    assert "lift_fresh" not in seen.names
+    assert not to_image.state_dict()
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (7, 3)])

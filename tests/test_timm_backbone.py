@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from conftest import checksum
 from safetensors.torch import save_file
 
 from desam_nnunet.encoders.base import Level
-from desam_nnunet.encoders.registry import named
 from desam_nnunet.encoders.timm_backbone import TimmBackbone
-from desam_nnunet.encoders.weights import identify, load_encoder
+from desam_nnunet.encoders.weights import find_row, identify, load_encoder
 
 MODELS = ("vit_small_patch16_dinov3", "sam2_hiera_tiny", "convnext_tiny", "repvit_m1_1")
 SIZE = 64
@@ -49,7 +49,7 @@ def test_images_are_normalised_as_the_model_was_trained(model: str) -> None:
 
 
 def test_random_weights_are_the_same_every_time_and_named_by_their_model() -> None:
-    first, again = (load_encoder("timm_random/repvit_m1_1", SIZE).encoder.checksum() for _ in range(2))
+    first, again = (checksum(load_encoder("timm_random/repvit_m1_1", SIZE).encoder) for _ in range(2))
     assert first == again
     names = {identify(f"timm_random/{model}") for model in MODELS}
     assert len(names) == len(MODELS)
@@ -85,9 +85,9 @@ def test_a_file_of_another_model_is_refused_by_its_keys(tmp_path: Path, monkeypa
 
 def test_models_that_no_decoder_here_can_read_are_refused() -> None:
     with pytest.raises(ValueError, match="timm has no model 'convnext_tinny': did you mean convnext_tiny"):
-        named("timm/convnext_tinny")
+        find_row("timm/convnext_tinny")
     with pytest.raises(ValueError, match="a stride of 14 pixels"):
-        named("timm_random/vit_small_patch14_dinov2")
+        find_row("timm_random/vit_small_patch14_dinov2")
     with pytest.raises(FileNotFoundError, match="No weights file .*: desam weights get timm/repvit_m1_1"):
         load_encoder("timm/repvit_m1_1", SIZE)
 
@@ -95,6 +95,13 @@ def test_models_that_no_decoder_here_can_read_are_refused() -> None:
 def test_a_size_that_is_no_multiple_of_the_largest_stride_is_refused() -> None:
     with pytest.raises(ValueError, match="sam.image_size is 80, but must be a multiple of 32, at least 64"):
         load_encoder("timm_random/convnext_tiny", 80)
+
+
+def test_a_model_that_can_not_compute_again_keeps_what_it_needs() -> None:
+    """timm's Twins refuses checkpointing, which changes memory alone."""
+    encoder = load_encoder("timm_random/twins_svt_small", SIZE).encoder
+    images = torch.randn(1, 3, SIZE, SIZE)
+    assert torch.equal(encoder.neck(images, recompute=True), encoder.neck(images))
 
 
 def test_only_plain_vits_offer_their_projections() -> None:

@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from desam_nnunet.encoders.base import Level, State
-from desam_nnunet.encoders.registry import named
 from desam_nnunet.encoders.tiny_vit import TinyViT
-from desam_nnunet.encoders.weights import describe_file, find_weights, load_encoder, read_weights
+from desam_nnunet.encoders.weights import describe_file, find_row, find_weights, load_encoder, read_weights
 from desam_nnunet.networks.samed.lora import AdaptedLinear, LowRank
 from desam_nnunet.sam.prompts import Prompts, dense_positions, prompt_tokens
 from desam_nnunet.sam.tiles import Geometry, TileToImage, cut_padding
@@ -124,7 +123,7 @@ def test_lite_medsams_published_weights_give_the_features_of_the_written_out_net
 
 
 def test_mobile_sams_shapes_give_the_features_of_the_written_out_network(tmp_path: Path) -> None:
-    state = named("mobile_sam").architecture.random_state()
+    state = find_row("mobile_sam").architecture.random_state()
     classifier = {"image_encoder.norm_head.weight": torch.ones(320), "image_encoder.head.weight": torch.ones(1000, 320)}
     torch.save(state | classifier, tmp_path / "mine.pt")
     assert_same_features(str(tmp_path / "mine.pt"), state, 4)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import checksum
 from safetensors import safe_open
 from safetensors.torch import save_file
 from segment_anything.modeling.image_encoder import get_rel_pos
@@ -21,10 +22,10 @@ from desam_nnunet.encoders.registry import ENCODERS
 from desam_nnunet.encoders.sam_vit import SamViT, build_sam, resize_positions
 from desam_nnunet.encoders.weights import (
     describe_file,
+    find_row,
     find_weights,
     identify,
     is_here,
-    known_row,
     load_encoder,
     read_weights,
     row_of_state,
@@ -76,7 +77,7 @@ def test_of_several_files_the_one_trained_with_is_taken(tmp_path: Path, tiny_fil
     state = torch.load(tiny_file, weights_only=True)
     state["image_encoder.pos_embed"] += 1
     torch.save(state, tiny_file)
-    identity = f"md5:{weights.file_md5(trained_with)}"
+    identity = f"md5:{weights.file_hash(trained_with)}"
     assert find_weights(str(tiny_file)) == tiny_file
     assert find_weights(str(tiny_file), identity) == trained_with
     assert load_encoder(str(tiny_file), 256, identity).encoder.identity == identity
@@ -152,9 +153,9 @@ def test_missing_unknown_and_misshapen_keys_are_named() -> None:
 
 def test_a_file_by_path_loads_with_its_decoder(tiny_file: Path) -> None:
     loaded = load_encoder(str(tiny_file), 256)
-    assert known_row(str(tiny_file)).name == "vit_tiny"
+    assert find_row(str(tiny_file)).name == "vit_tiny"
     assert loaded.trained
-    assert loaded.encoder.identity == f"md5:{weights.file_md5(tiny_file)}"
+    assert loaded.encoder.identity == f"md5:{weights.file_hash(tiny_file)}"
     state = torch.load(tiny_file, weights_only=True)
     torch.testing.assert_close(loaded.encoder.network.pos_embed, state["image_encoder.pos_embed"], rtol=0, atol=0)
 
@@ -178,7 +179,7 @@ def test_vit_tiny_is_pretrained_and_in_the_package() -> None:
 def test_models_from_before_vit_tiny_was_pretrained_keep_their_random_weights() -> None:
     loaded = load_encoder("vit_tiny", 256, RANDOM_IDENTITY)
     assert (loaded.encoder.identity, loaded.trained) == (RANDOM_IDENTITY, False)
-    assert loaded.encoder.checksum() == load_encoder("vit_tiny_random", 256).encoder.checksum()
+    assert checksum(loaded.encoder) == checksum(load_encoder("vit_tiny_random", 256).encoder)
 
 
 def test_models_with_another_vit_tiny_take_it_from_the_weights_folder(
@@ -187,7 +188,7 @@ def test_models_with_another_vit_tiny_take_it_from_the_weights_folder(
     monkeypatch.setenv("DESAM_WEIGHTS", str(tmp_path))
     other = tmp_path / ENCODERS["vit_tiny"].file
     save_file(TINY.random_state(), other)
-    identity = f"md5:{weights.file_md5(other)}"
+    identity = f"md5:{weights.file_hash(other)}"
     assert load_encoder("vit_tiny", 256, identity).encoder.identity == identity
     assert load_encoder("vit_tiny", 256).encoder.identity == f"md5:{ENCODERS['vit_tiny'].md5}"
 
@@ -245,7 +246,7 @@ def test_mobile_sam_is_known_by_its_sha256(tmp_path: Path, monkeypatch: pytest.M
     row = replace(ENCODERS["mobile_sam"], sha256=weights.file_hash(file, "sha256"))
     monkeypatch.setitem(ENCODERS, "mobile_sam", row)
     loaded = load_encoder("mobile_sam", 256)
-    assert loaded.encoder.identity == f"md5:{weights.file_md5(file)}"  # as every file is named in plans
+    assert loaded.encoder.identity == f"md5:{weights.file_hash(file)}"  # as every file is named in plans
     assert loaded.trained
     assert describe_file(file).endswith("the published mobile_sam")
 
@@ -256,8 +257,8 @@ def test_a_mobile_sam_file_may_hold_its_classifier(tmp_path: Path) -> None:
     torch.save(state, plain)
     classifier = {"norm_head.weight": 320, "norm_head.bias": 320, "head.weight": (1000, 320), "head.bias": 1000}
     torch.save(state | {f"image_encoder.{key}": torch.ones(size) for key, size in classifier.items()}, whole)
-    assert known_row(str(whole)).name == "mobile_sam"
-    assert load_encoder(str(whole), 256).encoder.checksum() == load_encoder(str(plain), 256).encoder.checksum()
+    assert find_row(str(whole)).name == "mobile_sam"
+    assert checksum(load_encoder(str(whole), 256).encoder) == checksum(load_encoder(str(plain), 256).encoder)
     torch.save(state | {"image_encoder.head2.weight": torch.ones(3)}, other)
     with pytest.raises(ValueError, match="as mobile_sam: image_encoder.head2.weight is unknown"):
         load_encoder(str(other), 256)

@@ -15,8 +15,8 @@ import torch
 from desam_nnunet import __version__
 from desam_nnunet._startup import VARIABLE, trainers_folder
 from desam_nnunet.encoders.precision import encoder_dtype
-from desam_nnunet.encoders.registry import ENCODERS, TIMM, EncoderRow, named
-from desam_nnunet.encoders.weights import find_weights, is_published, search_folders
+from desam_nnunet.encoders.registry import ENCODERS, TIMM, EncoderRow
+from desam_nnunet.encoders.weights import find_row, find_weights, search_folders, wrong_hash
 from desam_nnunet.nnunet.lookup import classes_in_folders, look_up
 from desam_nnunet.system.machine import memory_limit
 from desam_nnunet.training.base import SamTrainer
@@ -108,7 +108,7 @@ def _rows() -> list[EncoderRow]:
     rows = list(ENCODERS.values())
     for name in sorted(files):
         with contextlib.suppress(ValueError):  # of models that no decoder here can read
-            rows += [named(f"{TIMM}{name}")] if timm.is_model(name) else []
+            rows += [find_row(f"{TIMM}{name}")] if timm.is_model(name) else []
     return rows
 
 
@@ -122,7 +122,7 @@ def _weights(row: EncoderRow) -> Finding:
     except FileNotFoundError:
         return Finding(what, f"not here; {facts}", f"{row.remedy} ({row.megabytes} MB)")
     assert path is not None
-    if not is_published(path, row):
+    if wrong_hash(path, row):
         return Finding(what, f"{path} is not the published file", f"remove it; {row.remedy}", wrong=True)
     state = f"verified; {row.megabytes} MB" if row.md5 or row.sha256 else "not published with a hash"
     return Finding(what, f"{path}, {state}, {facts}")

@@ -13,7 +13,7 @@ import SimpleITK as sitk
 
 from desam_nnunet.cross_site.sites import ENDINGS
 from desam_nnunet.cross_site.study import CHECKPOINT, Study
-from desam_nnunet.encoders.weights import file_md5
+from desam_nnunet.encoders.weights import file_hash
 from desam_nnunet.planning.facts import CONFIGURATION, SPLITS, STOCK_PLANS
 from desam_nnunet.settings.sections import SamSection
 from desam_nnunet.system.files import replace_file
@@ -81,7 +81,7 @@ def remove_stale_predictions(folder: Path, checkpoints: list[Path]) -> None:
     if not all(path.is_file() for path in checkpoints):
         return  # nnU-Net says which
     made_by = folder / _MADE_BY
-    now = {path.parent.name: file_md5(path) for path in checkpoints}
+    now = {path.parent.name: file_hash(path) for path in checkpoints}
     is_ours = made_by.is_file() and json.loads(made_by.read_text()) == now
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():

@@ -38,7 +38,7 @@ def use_exact_attention(vit: ImageEncoderViT) -> ImageEncoderViT:
 
 
 class ExactBlock(nn.Module):
-    """Takes the place of a SAM ``Block`` and takes over its parameters."""
+    """SAM's ``Block``, whose parameters it takes over: tokens (B, H, W, D) to tokens of the same shape."""
 
     def __init__(self, block: Block) -> None:
         super().__init__()
@@ -48,7 +48,6 @@ class ExactBlock(nn.Module):
         self.mlp = block.mlp
 
     def forward(self, x: Tensor) -> Tensor:
-        """Args: x: Tokens (B, H, W, D). Returns: The same shape."""
         x = x + self.attn(self.norm1(x))
         tokens = self.norm2(x).flatten(0, 2)  # B H W D -> BHW D
         steps = tokens.split(_STEP) if _in_small_steps(x) else [tokens]
@@ -56,10 +55,11 @@ class ExactBlock(nn.Module):
 
 
 class ExactAttention(nn.Module):
-    """SAM's ``Attention`` with its division into windows; ``qkv`` is called, so that an adapter in its place is used.
+    """SAM's ``Attention`` with its division into windows: normalised tokens (B, H, W, D) to tokens of the same shape.
 
-    SAM pads the tokens with zeros to whole windows and attends to the padding. Here only tokens that exist are
-    projected: what padding becomes is the same everywhere, and what it would read is thrown away.
+    ``qkv`` is called, so that an adapter in its place is used. SAM pads the tokens with zeros to whole windows and
+    attends to the padding. Here only tokens that exist are projected: what padding becomes is the same everywhere, and
+    what it would read is thrown away.
 
     Args:
         window: Side of a window in tokens; 0 for global attention.
@@ -74,9 +74,12 @@ class ExactAttention(nn.Module):
         self.proj = attention.proj
         self.rel_pos_h = attention.rel_pos_h
         self.rel_pos_w = attention.rel_pos_w
+        distances, dim = self.rel_pos_h.shape
+        self.side = (distances + 1) // 2  # of the grid of tokens that the tables were made for
+        self.places: Tensor
+        self.register_buffer("places", _places(self.side, self.side, dim), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Args: x: Normalised tokens (B, H, W, D). Returns: The same shape."""
         if not self.window:
             return self.proj(self._attend(self.qkv(x)))
         padding = self.qkv(x.new_zeros(x.shape[-1]))
@@ -85,9 +88,16 @@ class ExactAttention(nn.Module):
         return _join([self._attend_in_windows(row, padding) for row in rows], 1)
 
     def _attend_in_windows(self, x: Tensor, padding: Tensor) -> Tensor:
-        """Windowed attention on whole rows of windows. Args: padding: What a zero token is projected to (3 D)."""
-        windows, padded = window_partition(self._fill_windows(self.qkv(x), padding), self.window)
-        return self.proj(window_unpartition(self._attend(windows), self.window, padded, x.shape[1:3]))
+        """Attention on whole rows of windows; `padding` (3 D) is what a zero token is projected to."""
+        qkv = self.qkv(x)
+        batch, height, width, _ = qkv.shape
+        rows, columns = (side + -side % self.window for side in (height, width))
+        if (rows, columns) != (height, width):
+            filled = padding.repeat(batch, rows, columns, 1)
+            filled[:, :height, :width] = qkv
+            qkv = filled
+        windows, padded = window_partition(qkv, self.window)
+        return self.proj(window_unpartition(self._attend(windows), self.window, padded, (height, width)))
 
     def _attend(self, qkv: Tensor) -> Tensor:
         """Attention within each image or window: (B, H, W, 3 D) -> (B, H, W, D)."""
@@ -97,21 +107,13 @@ class ExactAttention(nn.Module):
         queries = q.unflatten(2, (height, width))
         rows = torch.einsum("bnyxd,yid->bnyxi", queries, relative_table(self.rel_pos_h, height)).flatten(2, 3)
         columns = torch.einsum("bnyxd,xjd->bnyxj", queries, relative_table(self.rel_pos_w, width)).flatten(2, 3)
-        attend = _banded if _in_small_steps(q) and q.dtype == torch.float32 else _appended
-        attended = attend(q, k, v, rows, columns, self.scale)
+        if _in_small_steps(q) and q.dtype == torch.float32:
+            attended = _banded(q, k, v, rows, columns, self.scale)
+        else:
+            is_usual = height == width == self.side
+            places = self.places if is_usual else _places(height, width, q.shape[-1]).to(q.device)
+            attended = _appended(q, k, v, torch.cat([rows, columns], dim=-1), places, self.scale)
         return attended.transpose(1, 2).flatten(2).unflatten(1, (height, width))
-
-    def _fill_windows(self, qkv: Tensor, padding: Tensor) -> Tensor:
-        """Appends rows and columns of `padding` (3 D) up to whole windows."""
-        batch, height, width, _ = qkv.shape
-        rows, columns = (side + -side % self.window for side in (height, width))
-        if (rows, columns) == (height, width):
-            return qkv
-        filled = qkv.new_empty(batch, rows, columns, qkv.shape[-1])
-        filled[:, :height, :width] = qkv
-        filled[:, height:] = padding
-        filled[:, :height, width:] = padding
-        return filled
 
 
 def relative_table(table: Tensor, size: int) -> Tensor:
@@ -120,11 +122,9 @@ def relative_table(table: Tensor, size: int) -> Tensor:
     Args:
         table: Embeddings of the distances (L, d), interpolated linearly where `size` needs another L, as SAM does.
     """
-    distances = 2 * size - 1
-    if len(table) != distances:
-        table = F.interpolate(table.T[None], size=distances, mode="linear")[0].T  # L d -> 1 d L -> L' d
-    positions = torch.arange(size, device=table.device)
-    return table[positions[:, None] - positions + size - 1]
+    if len(table) != 2 * size - 1:
+        table = F.interpolate(table.T[None], size=2 * size - 1, mode="linear")[0].T  # L d -> 1 d L -> L' d
+    return table.flip(0).unfold(0, size, 1).flip(0).transpose(1, 2)  # size d size -> size size d
 
 
 def _in_small_steps(x: Tensor) -> bool:
@@ -133,31 +133,33 @@ def _in_small_steps(x: Tensor) -> bool:
     return x.device.type == "cpu" and not wants_gradient and not torch.compiler.is_compiling()
 
 
-def _appended(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor, scale: float) -> Tensor:
+def _places(height: int, width: int, dim: int) -> Tensor:
+    """Row and column of every token, one-hot (N, H + W), and zeros until flash kernels like them beside `dim` more."""
+    places = torch.cat([torch.eye(height).repeat_interleave(width, 0), torch.eye(width).repeat(height, 1)], dim=1)
+    return F.pad(places, (0, -(dim + height + width) % _ALIGNMENT))
+
+
+def _appended(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, places: Tensor, scale: float) -> Tensor:
     """Attention (B, heads, N, d) with the bias inside the dot product.
 
     Args:
         q, k, v: (B, heads, N, d), N the tokens of H rows and W columns.
-        rows, columns: The queries' products with the tables, (B, heads, N, H) and (B, heads, N, W).
+        bias: The queries' products with the tables, (B, heads, N, H + W).
+        places: See :func:`_places`.
     """
-    batch, heads, tokens, dim = q.shape
-    height, width = rows.shape[-1], columns.shape[-1]
-    padding = -(dim + height + width) % _ALIGNMENT
-    index = torch.arange(tokens, device=q.device)
-    places = torch.cat([F.one_hot(index // width, height), F.one_hot(index % width, width)], dim=1)
-    places = F.pad(places, (0, padding)).to(q.dtype).expand(batch, heads, -1, -1)
-    bias = F.pad(torch.cat([rows, columns], dim=-1), (0, padding)).to(q.dtype)
-    attended = F.scaled_dot_product_attention(
-        torch.cat([q * scale, bias], dim=-1),
-        torch.cat([k, places], dim=-1),
-        F.pad(v, (0, height + width + padding)),
-        scale=1.0,
-    )
-    return attended[..., :dim]
+    more = places.shape[-1]
+    bias = F.pad(bias, (0, more - bias.shape[-1])).to(q.dtype)
+    places = places.to(k.dtype).expand(*k.shape[:2], -1, -1)
+    queries, keys = torch.cat([q * scale, bias], dim=-1), torch.cat([k, places], dim=-1)
+    return F.scaled_dot_product_attention(queries, keys, F.pad(v, (0, more)), scale=1.0)[..., :-more]
 
 
 def _banded(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor, scale: float) -> Tensor:
-    """The same, from the bias of a band of query rows at a time; arguments as :func:`_appended`."""
+    """The same, from the bias of a band of query rows at a time.
+
+    Args:
+        rows, columns: The queries' products with the tables, (B, heads, N, H) and (B, heads, N, W).
+    """
     batch, heads, tokens, dim = q.shape
     height, width = rows.shape[-1], columns.shape[-1]
     band = max(1, min(height, _BAND // (width * tokens))) * width  # query tokens

@@ -6,11 +6,10 @@ global attention); Kirillov et al., Segment Anything, ICCV 2023 (the neck).
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from segment_anything.modeling import MaskDecoder, PromptEncoder
@@ -19,18 +18,14 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from desam_nnunet.encoders.precision import encoder_dtype
+from desam_nnunet.encoders.random_weights import drawn
 
 State = dict[str, Tensor]
 MIN_IMAGE_SIZE = 64
 
 
 class Level(NamedTuple):
-    """A map of an encoder.
-
-    Attributes:
-        channels: How many.
-        stride: Pixels of the input along a side of one of its pixels, a power of two.
-    """
+    """A map of an encoder, and its stride: pixels of the input along a side of one of its own, a power of two."""
 
     channels: int
     stride: int
@@ -42,8 +37,7 @@ class ImageSpec:
 
     Attributes:
         multiple: Of which the input's side is one, in pixels.
-        highest: Of the intensities, which begin at 0.
-        mean, std: Taken out of them, channel by channel, in the same units.
+        highest: Of the intensities, which begin at 0; `mean` and `std` are in the same units.
         resize: ``bilinear`` (with a filter where images shrink), or ``area``.
         rescale: Whether each image is stretched to its own minimum and maximum once it has been resized.
     """
@@ -58,13 +52,7 @@ class ImageSpec:
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """What an encoder gives for one input size.
-
-    Attributes:
-        levels: Intermediate maps, shallow to deep.
-        neck: The last map, which prompts are asked of.
-        image: What it wants.
-    """
+    """What an encoder gives for one input size: intermediate maps, shallow to deep, and the neck's, for the prompts."""
 
     levels: tuple[Level, ...]
     neck: Level
@@ -92,12 +80,7 @@ class FeatureSpec:
 
 
 class Features(NamedTuple):
-    """What the frozen encoder says of a batch of tiles.
-
-    Attributes:
-        levels: Intermediate maps, shallow to deep, each (B, channels, S / stride, S / stride) with S the input's side.
-        neck: The last map, of the same layout.
-    """
+    """The maps that a :class:`FeatureSpec` names, each (B, channels, S / stride, S / stride), S the input's side."""
 
     levels: tuple[Tensor, ...]
     neck: Tensor
@@ -116,17 +99,12 @@ class Features(NamedTuple):
         return self.map(lambda x: x[number : number + 1])
 
     def sample(self, number: int) -> Features:
-        """One sample's part of a batch, as views without the batch dimension."""
+        """One sample of a batch, as views without the batch dimension."""
         return self.map(lambda x: x[number])
 
 
 class Projection(NamedTuple):
-    """A linear layer of an attention that makes queries, keys and values at once.
-
-    Attributes:
-        attention: The module that holds it, as `name`.
-        rows: Of its outputs, by the letters ``q``, ``k`` and ``v``.
-    """
+    """An attention's linear layer for queries, keys and values: which of its outputs are ``q``, ``k`` and ``v``."""
 
     attention: nn.Module
     name: str
@@ -137,11 +115,8 @@ class PlainViT(NamedTuple):
     """A vision transformer taken apart, for methods that work between its blocks.
 
     Attributes:
-        embed: Images (B, 3, S, S) to tokens (B, h, w, D).
-        blocks: Tokens to tokens of the same shape.
+        embed: Images (B, 3, S, S) to tokens (B, h, w, D), with D `dim`; blocks keep this shape.
         neck: (B, D, h, w) to the neck's map.
-        dim: D.
-        heads: Of each attention.
     """
 
     embed: Callable[[Tensor], Tensor]
@@ -155,9 +130,7 @@ class Encoder(nn.Module):
     """A network with frozen weights, always in eval mode. Families say how it is run and what it can be asked for.
 
     Args:
-        network: With its weights loaded.
-        spec: Of its features.
-        identity: Names the weights beyond doubt, see :func:`desam_nnunet.encoders.weights.load_encoder`.
+        identity: Names the weights beyond doubt, see :func:`desam_nnunet.encoders.weights.identify`.
 
     Attributes:
         dtype: Precision of the matrix products; None, from the start, for what suits the device of the images. What
@@ -173,15 +146,12 @@ class Encoder(nn.Module):
         self.eval()
 
     def run(self, images: Tensor, *, levels: bool = True, recompute: bool = False) -> Features:
-        """Runs the network under the autocast that is in force, with gradients where these are enabled.
+        """Runs the network under the autocast that is in force, with gradients where these are enabled, to float32.
 
         Args:
             images: (B, 3, S, S), as the spec's image says.
             levels: Whether the intermediate maps are wanted.
-            recompute: Whether what the network keeps for the backward pass is computed again there.
-
-        Returns:
-            In float32.
+            recompute: Whether to save memory by computing again in the backward pass, as far as the network can.
         """
         raise NotImplementedError
 
@@ -225,22 +195,11 @@ class Encoder(nn.Module):
         weight = next(self.network.parameters())
         return weight.device, weight.dtype
 
-    def checksum(self) -> str:
-        """SHA-256 over every weight's name and bytes: equal before and after training, or it was not frozen."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.network.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
-
 
 class LoadedEncoder(NamedTuple):
-    """An encoder for one input size, with what of SAM stands around it.
+    """An encoder for one input size, with SAM's prompt encoder and mask decoder; fresh ones where it came without.
 
     Attributes:
-        encoder: Frozen.
-        prompt_encoder: SAM's, frozen; a fresh one for an encoder that did not come with SAM.
-        mask_decoder: SAM's, a start for ours; likewise.
         neck: Fresh, to be trained, where the encoder has none of its own: brings its last map to the prompts' width.
         trained: Whether prompt encoder and mask decoder hold pretrained weights.
     """
@@ -258,11 +217,9 @@ class LoadedEncoder(NamedTuple):
 
 
 class Architecture(ABC):
-    """A network in one size, known before any weights are read; one class per family.
+    """A network in one size, known before any weights are read; one class per family, which tables name.
 
-    Attributes:
-        family: Its name in tables.
-        offers: What adapting methods can ask of it: ``projections``, ``plain ViT``.
+    What it `offers` is what adapting methods can ask of it: ``projections``, ``plain ViT``.
     """
 
     family: ClassVar[str]
@@ -284,16 +241,16 @@ class Architecture(ABC):
     def load(self, state: State, image_size: int, identity: str) -> LoadedEncoder:
         """With the values of a weights file that has been checked against :meth:`shapes`."""
 
-    @abstractmethod
     def random_state(self) -> State:
         """Random weights, the same on every machine."""
+        return drawn(self.shapes())
 
     def unused(self, key: str) -> bool:
         """Whether files may hold `key`, which nothing here uses."""
         return False
 
-    def check_image_size(self, size: Any) -> None:
-        """Raises: ValueError: Not a size that it takes."""
+    def check_image_size(self, size: int) -> None:
+        """Refuses a size that it does not take, with a ValueError."""
         multiple = self.spec(MIN_IMAGE_SIZE).image.multiple
         if size < MIN_IMAGE_SIZE or size % multiple:
             raise ValueError(f"The plans' key sam.image_size is {size!r}, but must be a multiple of {multiple}, at "

@@ -11,9 +11,9 @@ import timm
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from desam_nnunet.encoders.registry import ENCODERS, TIMM, EncoderRow, row_of
+from desam_nnunet.encoders.registry import ENCODERS, TIMM, row_by_name
 from desam_nnunet.encoders.timm_backbone import TimmBackbone
-from desam_nnunet.encoders.weights import download_folder, file_hash, is_published
+from desam_nnunet.encoders.weights import search_folders, wrong_hash
 from desam_nnunet.system.files import replacing
 
 _CHUNK = 1 << 20
@@ -32,7 +32,7 @@ def download(name: str, *, url: str | None = None) -> Path:
         ValueError: No weights are published for `name`, or what arrived is not the published file.
         OSError: The folder can't be written, or there is no way to the server; the message says what to do.
     """
-    row = row_of(name)
+    row = row_by_name(name)
     if row is not None and row.distribution:
         raise ValueError(f"'{name}' needs no download: its weights come with the package {row.distribution}; where "
                          f"they are missing, {row.remedy}.")
@@ -43,7 +43,7 @@ def download(name: str, *, url: str | None = None) -> Path:
     target = _writable_folder() / row.file
     if isinstance(row.architecture, TimmBackbone):
         return target if target.is_file() else _fetch_from_timm(row.architecture, target)
-    if target.is_file() and is_published(target, row):
+    if target.is_file() and not wrong_hash(target, row):
         return target
     partial = target.with_name(target.name + ".part")
     try:
@@ -53,7 +53,12 @@ def download(name: str, *, url: str | None = None) -> Path:
             f"{row.file} could not be downloaded from {url or row.url} ({type(error).__name__}). Run the "
             f"command again to continue, or fetch the file on another machine and put it into {target.parent}."
         ) from error
-    _verify(partial, row)
+    if wrong := wrong_hash(partial, row):
+        partial.unlink()
+        name, digest, expected = wrong
+        raise ValueError(
+            f"What arrived for {row.name} is not the published file ({name.upper().replace('SHA', 'SHA-')} {digest}, "
+            f"expected {expected}) and was removed: run the command again.")
     partial.replace(target)
     return target
 
@@ -63,26 +68,22 @@ def _fetch_from_timm(backbone: TimmBackbone, target: Path) -> Path:
     try:
         model = timm.create_model(backbone.model, pretrained=True, num_classes=0)
     except Exception as error:  # of whatever hub it asks
-        raise ConnectionError(
-            f"timm could not bring the weights of {backbone.model} ({type(error).__name__}). Run the command again, or "
-            f"save their state dict on another machine as {target}."
-        ) from error
+        raise ConnectionError(f"timm could not bring the weights of {backbone.model} ({type(error).__name__}). Run the "
+                              f"command again, or save their state dict on another machine as {target}.") from error
     with replacing(target) as temporary:
         save_file({key: value.contiguous() for key, value in model.state_dict().items()}, temporary)
     return target
 
 
 def _writable_folder() -> Path:
-    folder = download_folder()
+    folder = search_folders()[0]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
-        raise PermissionError(
-            f"The weights folder {folder} can't be written ({error.strerror}): set DESAM_WEIGHTS to a folder that "
-            "can."
-        ) from error
+        raise PermissionError(f"The weights folder {folder} can't be written ({error.strerror}): set DESAM_WEIGHTS to "
+                              "a folder that can.") from error
 
 
 def _fetch(url: str, partial: Path) -> None:
@@ -109,14 +110,3 @@ def _fetch(url: str, partial: Path) -> None:
             os.fsync(stream.fileno())
             if length and stream.tell() < total:
                 raise requests.ConnectionError("the connection was cut")
-
-
-def _verify(partial: Path, row: EncoderRow) -> None:
-    if not is_published(partial, row):
-        name, expected = ("MD5", row.md5) if row.md5 else ("SHA-256", row.sha256)
-        digest = file_hash(partial, name.replace("-", "").lower())
-        partial.unlink()
-        raise ValueError(
-            f"What arrived for {row.name} is not the published file ({name} {digest}, expected {expected}) and was "
-            "removed: run the command again."
-        )

@@ -60,7 +60,7 @@ class FeatureMemory:
             self._left -= size
 
     def weights_loaded(self, weights: int) -> None:
-        """Args: weights: Tells one fold's weights from another's."""
+        """Infers where in a prediction we are from `weights`, which tells one fold's from another's."""
         if weights in self._weights:
             self._single = len(self._weights) == 1 and self._left is not None
             self.clear()

@@ -14,12 +14,6 @@ def encoder_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
-    if device.type == "cpu" and any(_cpu_capabilities().get(name) for name in _BFLOAT16):
-        return torch.bfloat16
-    return torch.float32
-
-
-def _cpu_capabilities() -> dict[str, object]:
-    """Empty where PyTorch is too old to tell."""
-    tell = getattr(torch.cpu, "get_capabilities", dict)
-    return dict(tell())
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # an older PyTorch does not tell
+    is_native = device.type == "cpu" and any(capabilities.get(name) for name in _BFLOAT16)
+    return torch.bfloat16 if is_native else torch.float32

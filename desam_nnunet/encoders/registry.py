@@ -28,16 +28,14 @@ OURS = "desam-nnunet"
 
 @dataclass(frozen=True)
 class EncoderRow:
-    """One encoder.
+    """One encoder, the side in pixels that it was trained with, and where its weights come from.
 
     Attributes:
-        image_size: Input side in pixels that it was trained with.
-        file: Of its weights; empty where these are random.
+        file: Empty where the weights are random.
         md5, sha256: Of that file, as far as it is published; empty where it may be any that fits.
         megabytes: About its size; 0 where nobody says.
-        url: Where the file is downloaded from; empty where it can't be.
-        distribution: The package of the index that brings the file; empty where none does.
-        trained_on: What with.
+        url: Where it is downloaded from, if it can be.
+        distribution: The package of the index that brings it, if one does.
     """
 
     name: str
@@ -107,7 +105,7 @@ ENCODERS: dict[str, EncoderRow] = {
 }
 
 
-def row_of(encoder: str) -> EncoderRow | None:
+def row_by_name(encoder: str) -> EncoderRow | None:
     """The row of an encoder that is given by name; None for what can only be a path.
 
     Args:
@@ -122,13 +120,6 @@ def row_of(encoder: str) -> EncoderRow | None:
     if encoder.startswith((TIMM, TIMM_RANDOM)) and not Path(encoder).is_file():
         return _timm_row(encoder)
     return ENCODERS.get(encoder)
-
-
-def named(encoder: str) -> EncoderRow:
-    """The row of an encoder that is known to have one."""
-    row = row_of(encoder)
-    assert row is not None
-    return row
 
 
 @lru_cache(maxsize=32)
@@ -147,12 +138,10 @@ def _imported_row(encoder: str) -> EncoderRow:
 
 @lru_cache(maxsize=32)
 def _timm_row(encoder: str) -> EncoderRow:
-    prefix = TIMM if encoder.startswith(TIMM) else TIMM_RANDOM
-    architecture = TimmBackbone(encoder.removeprefix(prefix))
-    row = EncoderRow(encoder, architecture, architecture.image_size)
-    if prefix == TIMM_RANDOM:
+    architecture = TimmBackbone(encoder.partition("/")[2])
+    row, published = EncoderRow(encoder, architecture, architecture.image_size), architecture.published
+    if encoder.startswith(TIMM_RANDOM):
         return row
-    published = architecture.published
     return replace(
         row, file=f"{architecture.model}.safetensors", licence=published.license or "not stated",
         trained_on=f"what timm's tag '{published.tag}' says" if published.tag else "what timm's model card says")

@@ -7,7 +7,7 @@ outputs are levels, Gao et al., DeSAM, MICCAI 2024.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
@@ -28,7 +28,6 @@ from desam_nnunet.encoders.base import (
     Projection,
     State,
 )
-from desam_nnunet.encoders.random_weights import drawn
 
 PATCH = 16
 PIXEL_MEAN = (123.675, 116.28, 103.53)
@@ -37,11 +36,7 @@ IMAGE = ImageSpec(PATCH, 255.0, PIXEL_MEAN, PIXEL_STD)
 
 
 class SamViTEncoder(Encoder):
-    """SAM's ``ImageEncoderViT`` with exact attention.
-
-    Args:
-        level_blocks: Indexes of the blocks whose outputs are handed on as levels.
-    """
+    """SAM's ``ImageEncoderViT`` with exact attention; the outputs of some of its blocks are its levels."""
 
     network: ImageEncoderViT
 
@@ -65,10 +60,8 @@ class SamViTEncoder(Encoder):
         return self.network.patch_embed(images) + self.network.pos_embed
 
 
-def read_features(
-    vit: ImageEncoderViT, x: Tensor, level_blocks: tuple[int, ...], recompute: bool = False
-) -> Features:
-    """Runs the blocks and the neck on the first block's input (B, S/16, S/16, D), and keeps what some blocks say."""
+def read_features(vit: ImageEncoderViT, x: Tensor, level_blocks: tuple[int, ...], recompute: bool = False) -> Features:
+    """Blocks and neck on the first block's input (B, S/16, S/16, D); levels are the outputs of some blocks."""
     levels = []
     for index, block in enumerate(vit.blocks):
         x = checkpoint(block, x, use_reentrant=False) if recompute and torch.is_grad_enabled() else block(x)
@@ -88,7 +81,8 @@ class SamViT(Architecture):
     """One size of SAM.
 
     Attributes:
-        global_blocks: Indexes of the blocks with global attention; the others attend in windows.
+        global_blocks: Indexes of the blocks with global attention, the others attend in windows. The outputs of all
+            of these but the last are levels.
         prompt_dim: Channels of the neck, the prompts and the mask decoder.
         tables: Input side in pixels of the pretrained position tables.
     """
@@ -109,16 +103,17 @@ class SamViT(Architecture):
         return FeatureSpec(levels, Level(self.prompt_dim, PATCH), IMAGE)
 
     def shapes(self) -> dict[str, torch.Size]:
-        return _shapes(self)
+        with torch.device("meta"):
+            return {key: value.shape for key, value in build_sam(self).state_dict().items()}
 
     def blank(self, image_size: int, identity: str = "") -> LoadedEncoder:
-        return self._around(build_sam(self, image_size), image_size, identity)
+        return self._assembled(build_sam(self, image_size), image_size, identity)
 
     def load(self, state: State, image_size: int, identity: str) -> LoadedEncoder:
         with torch.device("meta"):  # the real values come with the state: nothing is initialised twice
             sam = build_sam(self, image_size)
         sam.load_state_dict(resize_positions(state, self, image_size), assign=True)
-        return self._around(sam, image_size, identity)
+        return self._assembled(sam, image_size, identity)
 
     def operations(self, image_size: int) -> int:
         """Linear layers, and the two products of attention, global or within windows, as SAM defines them."""
@@ -128,73 +123,36 @@ class SamViT(Architecture):
         seen = len(self.global_blocks) * tokens + windows * min(tokens, self.window**2)
         return linear + 4 * tokens * seen * self.embed_dim
 
-    def random_state(self) -> State:
-        return drawn({key: tuple(shape) for key, shape in self.shapes().items()})
-
-    def _around(self, sam: Sam, image_size: int, identity: str) -> LoadedEncoder:
+    def _assembled(self, sam: Sam, image_size: int, identity: str) -> LoadedEncoder:
         encoder = SamViTEncoder(
             use_exact_attention(sam.image_encoder), self.spec(image_size), identity, self.global_blocks[:-1])
         return LoadedEncoder(encoder, sam.prompt_encoder.requires_grad_(False).eval(), sam.mask_decoder)
 
 
-@lru_cache(maxsize=8)
-def _shapes(size: SamViT) -> dict[str, torch.Size]:
-    with torch.device("meta"):
-        return {key: value.shape for key, value in build_sam(size).state_dict().items()}
-
-
 def build_sam(size: SamViT, image_size: int | None = None) -> Sam:
-    """SAM's own modules, with the package's default initialisation.
-
-    Args:
-        image_size: Input side in pixels, a multiple of 16; that of the pretrained position tables where None.
-    """
+    """SAM's own modules, freshly initialised, for an input of `image_size` pixels or that of the pretrained tables."""
     image_size = image_size or size.tables
-    return sam_around(
-        ImageEncoderViT(
-            img_size=image_size,
-            patch_size=PATCH,
-            embed_dim=size.embed_dim,
-            depth=size.depth,
-            num_heads=size.heads,
-            mlp_ratio=4,
-            out_chans=size.prompt_dim,
-            qkv_bias=True,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
-            use_rel_pos=True,
-            window_size=size.window,
-            global_attn_indexes=size.global_blocks,
-        ),
-        size.prompt_dim, image_size // PATCH, image_size)
+    vit = ImageEncoderViT(
+        image_size, PATCH, embed_dim=size.embed_dim, depth=size.depth, num_heads=size.heads, out_chans=size.prompt_dim,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6), use_rel_pos=True, window_size=size.window,
+        global_attn_indexes=size.global_blocks)
+    return assemble_sam(vit, size.prompt_dim, image_size // PATCH, image_size)
 
 
-def sam_around(image_encoder: nn.Module, dim: int, side: int, image_size: int) -> Sam:
-    """SAM's modules around an image encoder.
-
-    Args:
-        dim: Channels of the encoder's neck, the prompts and the decoder.
-        side: Of the neck's map, for an input of `image_size`.
-    """
-    return Sam(
-        image_encoder=image_encoder,
-        prompt_encoder=build_prompt_encoder(dim, side, image_size),
-        mask_decoder=build_mask_decoder(dim),
-        pixel_mean=list(PIXEL_MEAN),
-        pixel_std=list(PIXEL_STD),
-    )
+def assemble_sam(image_encoder: nn.Module, dim: int, side: int, image_size: int) -> Sam:
+    """SAM's modules around an image encoder, whose neck has `dim` channels and `side` pixels a side."""
+    return Sam(image_encoder, build_prompt_encoder(dim, side, image_size), build_mask_decoder(dim))
 
 
 def build_prompt_encoder(dim: int, side: int, image_size: int) -> PromptEncoder:
-    """SAM's, for prompts on an input of `image_size` pixels and maps of `side`."""
+    """SAM's prompt encoder, for an input of `image_size` pixels and maps of `side`."""
     return PromptEncoder(
         embed_dim=dim, image_embedding_size=(side, side), input_image_size=(image_size, image_size), mask_in_chans=16)
 
 
 def build_mask_decoder(dim: int) -> MaskDecoder:
-    """SAM's, with its four masks."""
-    return MaskDecoder(
-        transformer_dim=dim, transformer=build_transformer(dim), num_multimask_outputs=3, iou_head_depth=3,
-        iou_head_hidden_dim=dim)
+    """SAM's mask decoder, with its four masks."""
+    return MaskDecoder(transformer_dim=dim, transformer=build_transformer(dim), iou_head_hidden_dim=dim)
 
 
 def build_neck(channels: int, dim: int) -> nn.Sequential:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import difflib
 import math
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -33,7 +34,6 @@ from desam_nnunet.encoders.base import (
     Projection,
     State,
 )
-from desam_nnunet.encoders.random_weights import drawn
 from desam_nnunet.encoders.sam_vit import build_mask_decoder, build_neck, build_prompt_encoder, thirds
 
 _MAPS = 4
@@ -42,33 +42,44 @@ _DIM = 256  # of SAM's prompts
 
 
 class TimmEncoder(Encoder):
-    """Args: neck: Which of the maps takes the neck's place."""
+    """A model of timm's, of whose maps the one with number `neck_map` takes the neck's place."""
 
     network: FeatureGetterNet
 
-    def __init__(self, network: FeatureGetterNet, spec: FeatureSpec, identity: str, neck: int) -> None:
+    def __init__(self, network: FeatureGetterNet, spec: FeatureSpec, identity: str, neck_map: int) -> None:
         super().__init__(network, spec, identity)
-        self.neck_map = neck
+        self.neck_map = neck_map
 
     def run(self, images: Tensor, *, levels: bool = True, recompute: bool = False) -> Features:
-        self._model.set_grad_checkpointing(recompute and torch.is_grad_enabled())
+        model: Any = self.network.model
+        with suppress(AssertionError, NotImplementedError):  # of models that can't: they keep what they need
+            model.set_grad_checkpointing(recompute and torch.is_grad_enabled())
         maps = [x.float().contiguous() for x in self.network(images)]
         neck = maps.pop(self.neck_map)
         return Features(tuple(maps) if levels else (), neck)
 
     def projections(self) -> list[Projection]:
-        """Thirds of a fused layer."""
-        attentions = [block.attn for block in self._model.blocks]  # of a plain ViT, whose last block is the neck's
-        return [Projection(attention, "qkv", thirds(attention.qkv)) for attention in attentions]
+        """Thirds of a fused layer of a plain ViT, whose last block is the neck's."""
+        model: Any = self.network.model
+        return [Projection(block.attn, "qkv", thirds(block.attn.qkv)) for block in model.blocks]
 
-    @property
-    def _model(self) -> Any:
-        return self.network.model
+
+class _Maps(NamedTuple):
+    """Which of a model's maps are read: their numbers as timm counts them, and which of these is the neck's.
+
+    Attributes:
+        is_plain: Whether all are of one size.
+    """
+
+    indices: list[int]
+    levels: list[Level]
+    neck: int
+    is_plain: bool
 
 
 @dataclass(frozen=True)
 class TimmBackbone(Architecture):
-    """Attributes: model: timm's name of it."""
+    """A model by timm's name of it."""
 
     family = "timm_backbone"
 
@@ -82,118 +93,91 @@ class TimmBackbone(Architecture):
 
     @property
     def offers(self) -> frozenset[str]:  # type: ignore[override]
-        is_able = _maps_of(self.model).is_plain and _has_fused_projections(_blank(self.model))
+        is_able = self._maps.is_plain and _has_fused_projections(self._blank)
         return frozenset({"projections"} if is_able else ())
 
     @cached_property
     def published(self) -> PretrainedCfg:
         """What timm says of its weights; where it has several, of those that it takes by default."""
-        return _published(self.model)
+        published = timm.get_pretrained_cfg(self.model)
+        assert published is not None  # of any model that timm knows
+        return published
 
-    @cached_property
+    @property
     def image_size(self) -> int:
         """The input side that it was trained with, as a multiple of its largest stride."""
         multiple = self._image.multiple
         return max(MIN_IMAGE_SIZE, self.published.input_size[-1] // multiple * multiple)
 
     def spec(self, image_size: int) -> FeatureSpec:
-        levels = [Level(*row) for row in _maps_of(self.model).levels]
-        neck = levels.pop(_maps_of(self.model).neck)
+        levels = list(self._maps.levels)
+        neck = levels.pop(self._maps.neck)
         return FeatureSpec(tuple(levels), neck, self._image)
 
     def shapes(self) -> dict[str, torch.Size]:
-        return {key: value.shape for key, value in _blank(self.model).state_dict().items()}
+        return {key: value.shape for key, value in self._blank.state_dict().items()}
 
     def blank(self, image_size: int, identity: str = "") -> LoadedEncoder:
-        return self._around(_create(self.model, image_size), image_size, identity)
+        return self._assembled(self._create(image_size), image_size, identity)
 
     def load(self, state: State, image_size: int, identity: str) -> LoadedEncoder:
         """timm interpolates position tables where the input's size asks for it."""
         overlay = {"state_dict": dict(state), "source": ""}
-        whole = _create(self.model, image_size, pretrained=True, pretrained_cfg_overlay=overlay)
-        return self._around(whole, image_size, identity)
-
-    def random_state(self) -> State:
-        return drawn({key: tuple(shape) for key, shape in self.shapes().items()})
+        whole = self._create(image_size, pretrained=True, pretrained_cfg_overlay=overlay)
+        return self._assembled(whole, image_size, identity)
 
     def unused(self, key: str) -> bool:
         """A classifier's."""
-        return key in _classifier(self.model)
+        return key in self._classifier
 
     @property
     def _image(self) -> ImageSpec:
-        multiple = max(stride for _, stride in _maps_of(self.model).levels)
+        multiple = max(level.stride for level in self._maps.levels)
         mean, std = (tuple(map(float, row)) for row in (self.published.mean, self.published.std))
         return ImageSpec(multiple, 1.0, mean, std)  # type: ignore[arg-type]
 
-    def _around(self, whole: nn.Module, image_size: int, identity: str) -> LoadedEncoder:
-        maps, spec = _maps_of(self.model), self.spec(image_size)
-        getter = FeatureGetterNet(whole, out_indices=tuple(maps.indices), norm=maps.is_plain)
+    @cached_property
+    def _maps(self) -> _Maps:
+        whole: Any = self._blank
+        rows = [Level(int(row["num_chs"]), int(row["reduction"])) for row in whole.feature_info]
+        if len(rows) < _MAPS or not hasattr(whole, "forward_intermediates"):
+            raise ValueError(f"timm's {self.model} gives no {_MAPS} intermediate maps, which a decoder here reads: "
+                             "choose another encoder.")
+        is_plain = len({level.stride for level in rows}) == 1
+        indices = list(range(len(rows) - _MAPS, len(rows)))
+        if is_plain:
+            indices = [len(rows) * quarter // _MAPS - 1 for quarter in range(1, _MAPS + 1)]
+        levels = [rows[index] for index in indices]
+        if odd := sorted({level.stride for level in levels if level.stride & (level.stride - 1)}):
+            raise ValueError(f"timm's {self.model} gives maps at a stride of {odd[0]} pixels, which doubling does not "
+                             "bring to the masks: choose an encoder with strides of 4, 8, 16 or 32.")
+        neck = max(range(_MAPS), key=lambda number: (-abs(math.log2(levels[number].stride / _NECK_STRIDE)), number))
+        return _Maps(indices, levels, neck, is_plain)
+
+    @cached_property
+    def _blank(self) -> nn.Module:
+        """Without values and classifier, to be asked for shapes."""
+        with torch.device("meta"):
+            return self._create()
+
+    @cached_property
+    def _classifier(self) -> set[str]:
+        with torch.device("meta"):
+            return set(timm.create_model(self.model).state_dict()) - set(self.shapes())
+
+    def _create(self, image_size: int | None = None, **options: Any) -> nn.Module:
+        if image_size is not None and self.published.fixed_input_size:
+            options["img_size"] = image_size
+        return timm.create_model(self.model, num_classes=0, **options)
+
+    def _assembled(self, whole: nn.Module, image_size: int, identity: str) -> LoadedEncoder:
+        maps, spec = self._maps, self.spec(image_size)
+        encoder = TimmEncoder(
+            FeatureGetterNet(whole, out_indices=tuple(maps.indices), norm=maps.is_plain), spec, identity, maps.neck)
         neck = build_neck(spec.neck.channels, _DIM)
         prompt_encoder = build_prompt_encoder(_DIM, image_size // spec.neck.stride, image_size)
         return LoadedEncoder(
-            TimmEncoder(getter, spec, identity, maps.neck), prompt_encoder.requires_grad_(False).eval(),
-            build_mask_decoder(_DIM), neck, trained=False)
-
-
-@dataclass(frozen=True)
-class _Maps:
-    """Which of a model's maps are read.
-
-    Attributes:
-        indices: As timm counts them.
-        levels: Channels and stride of each.
-        neck: Which of them takes the neck's place.
-        is_plain: Whether all are of one size.
-    """
-
-    indices: list[int]
-    levels: list[tuple[int, int]]
-    neck: int
-    is_plain: bool
-
-
-@lru_cache(maxsize=32)
-def _maps_of(model: str) -> _Maps:
-    whole: Any = _blank(model)
-    rows = [(int(row["num_chs"]), int(row["reduction"])) for row in whole.feature_info]
-    if len(rows) < _MAPS or not hasattr(whole, "forward_intermediates"):
-        raise ValueError(f"timm's {model} gives no {_MAPS} intermediate maps, which a decoder here reads: choose "
-                         "another encoder.")
-    is_plain = len({stride for _, stride in rows}) == 1
-    indices = [len(rows) * quarter // _MAPS - 1 for quarter in range(1, _MAPS + 1)]
-    if not is_plain:
-        indices = list(range(len(rows) - _MAPS, len(rows)))
-    levels = [rows[index] for index in indices]
-    if odd := sorted({stride for _, stride in levels if stride & (stride - 1)}):
-        raise ValueError(f"timm's {model} gives maps at a stride of {odd[0]} pixels, which doubling does not bring to "
-                         "the masks: choose an encoder with strides of 4, 8, 16 or 32.")
-    neck = max(range(_MAPS), key=lambda number: (-abs(math.log2(levels[number][1] / _NECK_STRIDE)), number))
-    return _Maps(indices, levels, neck, is_plain)
-
-
-@lru_cache(maxsize=8)
-def _blank(model: str) -> nn.Module:
-    with torch.device("meta"):
-        return _create(model)
-
-
-@lru_cache(maxsize=8)
-def _classifier(model: str) -> set[str]:
-    with torch.device("meta"):
-        return set(timm.create_model(model).state_dict()) - set(_blank(model).state_dict())
-
-
-def _published(model: str) -> PretrainedCfg:
-    published = timm.get_pretrained_cfg(model)
-    assert published is not None  # of any model that timm knows
-    return published
-
-
-def _create(model: str, image_size: int | None = None, **options: Any) -> nn.Module:
-    if image_size is not None and _published(model).fixed_input_size:
-        options["img_size"] = image_size
-    return timm.create_model(model, num_classes=0, **options)
+            encoder, prompt_encoder.requires_grad_(False).eval(), build_mask_decoder(_DIM), neck, trained=False)
 
 
 def _has_fused_projections(whole: nn.Module) -> bool:

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import timm
 import torch
 from segment_anything.modeling import Sam
 from timm.models.tiny_vit import Attention
-from timm.models.tiny_vit import TinyVit as TimmTinyViT
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -33,33 +31,27 @@ from desam_nnunet.encoders.base import (
     Projection,
     State,
 )
-from desam_nnunet.encoders.random_weights import drawn
 from desam_nnunet.encoders.sam_vit import IMAGE as SAM_IMAGE
-from desam_nnunet.encoders.sam_vit import build_neck, sam_around
+from desam_nnunet.encoders.sam_vit import assemble_sam, build_neck
 
 _WIDTHS = (64, 128, 160, 320)
 _DIM = 256
-_TABLE = 256  # an input size at which shapes are asked for; none of them depends on it
 _LITE_IMAGE = ImageSpec(16, resize="area", rescale=True)
-_RENAMES = (  # published names to timm's
-    (r"^patch_embed\.seq\.0\.", "patch_embed.conv1."),
-    (r"^patch_embed\.seq\.2\.", "patch_embed.conv2."),
-    (r"^layers\.0\.downsample\.", "stages.1.downsample."),
-    (r"^layers\.1\.downsample\.", "stages.2.downsample."),
-    (r"^layers\.2\.downsample\.", "stages.3.downsample."),
-    (r"^layers\.", "stages."),
-    (r"\.c\.", ".conv."),
-)
-_PREFIX = "image_encoder."
 _UNUSED = re.compile(r"image_encoder\.(norm_head|head)\.")  # MobileSAM's file keeps its classifier
 
 
 class TinyViTWithNeck(nn.Module):
-    """Attributes: vit: timm's, changed as :func:`_build_vit` says. neck: SAM's."""
+    """timm's network without its head, whose last stage keeps its resolution, and SAM's neck."""
 
     def __init__(self, stem_stride: int) -> None:
         super().__init__()
-        self.vit = _build_vit(stem_stride)
+        vit: Any = timm.create_model("tiny_vit_5m_224", num_classes=0)
+        vit.head = nn.Identity()
+        vit.stages[-1].downsample.conv2.conv.stride = (1, 1)
+        if stem_stride == 1:
+            for layer in (vit.patch_embed.conv1, vit.patch_embed.conv2):
+                layer.conv = nn.Conv2d(layer.conv.in_channels, layer.conv.out_channels, 1, bias=False)
+        self.vit = vit
         self.neck = build_neck(_WIDTHS[-1], _DIM)
 
 
@@ -87,7 +79,7 @@ class TinyViTEncoder(Encoder):
 
 @dataclass(frozen=True)
 class TinyViT(Architecture):
-    """Attributes: stem_stride: 4 where the stem halves the image twice, 1 where it keeps its size."""
+    """The size of TinyViT that both have; `stem_stride` is 4 where the stem halves the image twice, else 1."""
 
     family = "tiny_vit"
     offers = frozenset({"projections"})
@@ -101,71 +93,39 @@ class TinyViT(Architecture):
         return FeatureSpec(levels, Level(_DIM, strides[-1]), image)
 
     def shapes(self) -> dict[str, torch.Size]:
-        return _shapes(self.stem_stride)
+        with torch.device("meta"):
+            return {_published_name(key): value.shape for key, value in self.build().state_dict().items()}
 
     def blank(self, image_size: int, identity: str = "") -> LoadedEncoder:
-        spec = self.spec(image_size)
-        sam = sam_around(TinyViTWithNeck(self.stem_stride), _DIM, image_size // spec.neck.stride, image_size)
-        return _around(sam, spec, identity)
+        return self._assembled(self.build(image_size), image_size, identity)
 
     def load(self, state: State, image_size: int, identity: str) -> LoadedEncoder:
-        loaded = self.blank(image_size, identity)
-        parts = {_PREFIX: loaded.encoder.network, "prompt_encoder.": loaded.prompt_encoder,
-                 "mask_decoder.": loaded.mask_decoder}
-        for prefix, module in parts.items():
-            module.load_state_dict({_timm_name(key).removeprefix(prefix): value for key, value in state.items()
-                                    if key.startswith(prefix)})
-        return loaded
+        sam = self.build(image_size)
+        sam.load_state_dict({key: state[_published_name(key)] for key in sam.state_dict()})
+        return self._assembled(sam, image_size, identity)
 
-    def random_state(self) -> State:
-        return drawn({key: tuple(shape) for key, shape in self.shapes().items()})
+    def build(self, image_size: int = 256) -> Sam:
+        """SAM's modules around the network, by timm's names of its weights, whose shapes are the same at every size."""
+        side = image_size // self.spec(image_size).neck.stride
+        return assemble_sam(TinyViTWithNeck(self.stem_stride), _DIM, side, image_size)
 
     def unused(self, key: str) -> bool:
         return _UNUSED.match(key) is not None
 
-
-def _around(sam: Sam, spec: FeatureSpec, identity: str) -> LoadedEncoder:
-    encoder = TinyViTEncoder(sam.image_encoder, spec, identity)
-    return LoadedEncoder(encoder, sam.prompt_encoder.requires_grad_(False).eval(), sam.mask_decoder)
-
-
-def _build_vit(stem_stride: int) -> TimmTinyViT:
-    """timm's network without its head, whose last stage keeps its resolution."""
-    vit: Any = timm.create_model("tiny_vit_5m_224", num_classes=0)
-    vit.head = nn.Identity()
-    vit.stages[-1].downsample.conv2.conv.stride = (1, 1)
-    if stem_stride == 1:
-        for layer in (vit.patch_embed.conv1, vit.patch_embed.conv2):
-            layer.conv = nn.Conv2d(layer.conv.in_channels, layer.conv.out_channels, 1, bias=False)
-    return vit
-
-
-@lru_cache(maxsize=2)
-def _shapes(stem_stride: int) -> dict[str, torch.Size]:
-    with torch.device("meta"):
-        sam = sam_around(TinyViTWithNeck(stem_stride), _DIM, _TABLE // 16, _TABLE)
-    return {_published_name(key): value.shape for key, value in sam.state_dict().items()}
-
-
-def _timm_name(key: str) -> str:
-    """A weights file's key, its prefix kept, by the names of :class:`TinyViTWithNeck`."""
-    if not key.startswith(_PREFIX) or key.startswith(f"{_PREFIX}neck."):
-        return key
-    name = key.removeprefix(_PREFIX)
-    for pattern, replacement in _RENAMES:
-        name = re.sub(pattern, replacement, name)
-    return f"{_PREFIX}vit.{name}"
+    def _assembled(self, sam: Sam, image_size: int, identity: str) -> LoadedEncoder:
+        encoder = TinyViTEncoder(sam.image_encoder, self.spec(image_size), identity)
+        return LoadedEncoder(encoder, sam.prompt_encoder.requires_grad_(False).eval(), sam.mask_decoder)
 
 
 def _published_name(key: str) -> str:
-    """The inverse of :func:`_timm_name`."""
-    prefix = f"{_PREFIX}vit."
+    """The name of a weight in published files."""
+    prefix = "image_encoder.vit."
     if not key.startswith(prefix):
         return key
     name = key.removeprefix(prefix).replace(".conv.", ".c.")
     name = re.sub(r"^patch_embed\.conv([12])\.", lambda match: f"patch_embed.seq.{2 * int(match[1]) - 2}.", name)
     name = re.sub(r"^stages\.(\d)\.downsample\.", lambda match: f"layers.{int(match[1]) - 1}.downsample.", name)
-    return _PREFIX + re.sub(r"^stages\.", "layers.", name)
+    return "image_encoder." + re.sub(r"^stages\.", "layers.", name)
 
 
 def _rows_by_head(attention: Attention) -> dict[str, Tensor]:

@@ -3,11 +3,11 @@
 Where a named encoder's file is looked for, in this order (after the package of the index that brings it, if one does):
 
 1. the folder in the environment variable ``DESAM_WEIGHTS``,
-2. ``$XDG_CACHE_HOME/desam_nnunet`` (``~/.cache/desam_nnunet``), where ``desam weights get`` writes,
+2. ``$XDG_CACHE_HOME/desam_nnunet`` (``~/.cache/desam_nnunet``); ``desam weights get`` writes to the first of these two,
 3. torch.hub's ``checkpoints`` folder, where other SAM software leaves its downloads.
 
-An encoder given as a path is taken from there; where that path does not exist (a model that moved to
-another machine), a file of the same name is looked for in the same folders.
+An encoder given as a path is taken from there; where that path does not exist (a model that moved to another machine),
+a file of the same name is looked for in the same folders.
 """
 
 from __future__ import annotations
@@ -20,26 +20,18 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, hub
 
 from desam_nnunet.encoders.base import Architecture, LoadedEncoder, State
 from desam_nnunet.encoders.random_weights import RANDOM_IDENTITY
-from desam_nnunet.encoders.registry import ENCODERS, OURS, EncoderRow, row_of
+from desam_nnunet.encoders.registry import ENCODERS, OURS, EncoderRow, row_by_name
 from desam_nnunet.system.files import damage_told
-
-_PACKAGE = Path(__file__).parent
-
-
-def download_folder() -> Path:
-    """Where ``desam weights get`` writes: ``DESAM_WEIGHTS``, else the user's cache folder."""
-    if folder := os.environ.get("DESAM_WEIGHTS"):
-        return Path(folder).expanduser()
-    return _user_cache()
 
 
 def search_folders() -> list[Path]:
-    """The folders in which weights are looked for, in order, whether they exist or not."""
-    folders = [download_folder(), _user_cache(), Path(torch.hub.get_dir()) / "checkpoints"]
+    """The folders in which weights are looked for, in order, whether they exist or not; downloads go to the first."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "desam_nnunet"
+    folders = [Path(os.environ.get("DESAM_WEIGHTS") or cache).expanduser(), cache, Path(hub.get_dir(), "checkpoints")]
     return list(dict.fromkeys(folders))
 
 
@@ -53,15 +45,13 @@ def find_weights(encoder: str, identity: str | None = None) -> Path | None:
         FileNotFoundError: It is nowhere; the message says where it was looked for and what to do.
         ValueError: `encoder` is neither a known name nor looks like a path.
     """
-    row = row_of(encoder)
+    row = row_by_name(encoder)
     if row is not None and (row.is_random or (row.distribution == OURS and identity == RANDOM_IDENTITY)):
         return None  # before vit_tiny had weights it meant random ones, and models of that time go on
     path = Path(row.file if row else encoder).expanduser()
     if row is None and path.suffix == "" and path.parent == Path() and not path.is_file():
-        raise ValueError(
-            f"Unknown encoder '{encoder}': give one of {', '.join(ENCODERS)}, timm/<a model of timm's>, or the path of "
-            "a weights file."
-        )
+        raise ValueError(f"Unknown encoder '{encoder}': give one of {', '.join(ENCODERS)}, timm/<a model of timm's>, "
+                         "or the path of a weights file.")
     places = [folder / path.name for folder in search_folders()]
     if row is None or path.is_absolute():
         places.insert(0, path)
@@ -74,7 +64,7 @@ def find_weights(encoder: str, identity: str | None = None) -> Path | None:
         raise FileNotFoundError(f"No weights file {path.name} in {searched}: {remedy}.")
     if not identity:
         return present[0]
-    return next((place for place in present if identity == f"md5:{file_md5(place)}"), present[0])
+    return next((place for place in present if identity == f"md5:{file_hash(place)}"), present[0])
 
 
 def is_here(encoder: str) -> bool:
@@ -86,49 +76,32 @@ def is_here(encoder: str) -> bool:
     return True
 
 
-def identify(encoder: str, wanted: str | None = None) -> str:
+def identify(encoder: str, expected: str | None = None) -> str:
     """Names the weights of `encoder` beyond doubt: ``md5:<hash of the file>`` or the random generator and seed.
 
     Args:
-        wanted: Of several files the one with this identity is looked at, if there is one.
+        expected: Of several files the one with this identity is looked at, if there is one.
 
     Raises:
         FileNotFoundError, ValueError: As :func:`find_weights`; or a published file's hash is not the known one.
     """
-    path, row = find_weights(encoder, wanted), row_of(encoder)
+    path, row = find_weights(encoder, expected), row_by_name(encoder)
     if path is None:
         assert row is not None
         return row.random_identity
-    md5 = file_md5(path)
-    if row is not None and f"md5:{md5}" != wanted:
-        check_published(path, row)
-    return f"md5:{md5}"
+    identity = f"md5:{file_hash(path)}"
+    if row is not None and identity != expected and (wrong := wrong_hash(path, row)):
+        name, digest, published = wrong
+        raise ValueError(
+            f"{path} is not the published {row.name} file: its {name.upper()} is {digest}, expected {published}. It "
+            f"is truncated or another file: remove it and {row.remedy}, or give its path as the encoder if it holds "
+            "your own weights.")
+    return identity
 
 
-def check_published(path: Path, row: EncoderRow) -> None:
-    """Raises: ValueError: The file is not the one that is published under the row's name."""
-    for name, expected in (("md5", row.md5), ("sha256", row.sha256)):
-        if expected and (digest := file_hash(path, name)) != expected:
-            raise ValueError(
-                f"{path} is not the published {row.name} file: its {name.upper()} is {digest}, expected {expected}. It "
-                f"is truncated or another file: remove it and {row.remedy}, or give its path as the encoder if it "
-                "holds your own weights."
-            )
-
-
-def architecture_of(encoder: str) -> Architecture:
-    """The architecture of an encoder that is given by name or by file; a file is read for it.
-
-    Raises:
-        FileNotFoundError, ValueError: As :func:`find_weights` and :func:`row_of_state`.
-    """
-    return known_row(encoder).architecture
-
-
-def known_row(encoder: str) -> EncoderRow:
-    """The row of an encoder that is given by name, or of the one that a file is shaped like."""
-    row = row_of(encoder)
-    if row is not None:
+def find_row(encoder: str) -> EncoderRow:
+    """The row of an encoder by name, or of that which its file is shaped like; errors as of :func:`find_weights`."""
+    if row := row_by_name(encoder):
         return row
     path = find_weights(encoder)
     assert path is not None  # only a name can be without a file
@@ -141,11 +114,9 @@ def _row_of_file(path: Path, _modified: int) -> EncoderRow:
 
 
 def load_encoder(encoder: str, image_size: int, expected_identity: str | None = None) -> LoadedEncoder:
-    """Loads an encoder for one input size.
+    """Loads an encoder, a name or a file shaped like one, for one input size; position tables are interpolated.
 
     Args:
-        encoder: A name, or the path of a file with a state dict of one of the named shapes.
-        image_size: Input side in pixels. Position tables of another size are interpolated.
         expected_identity: What the model was trained with; another identity is refused.
 
     Raises:
@@ -156,81 +127,69 @@ def load_encoder(encoder: str, image_size: int, expected_identity: str | None = 
     identity = identify(encoder, expected_identity)
     if expected_identity is not None:
         check_identity(encoder, identity, expected_identity)
-    path, row = find_weights(encoder, identity), row_of(encoder)
+    path, row = find_weights(encoder, identity), row_by_name(encoder)
     if path is None:
         assert row is not None
         row.architecture.check_image_size(image_size)
-        loaded = row.architecture.load(row.architecture.random_state(), image_size, identity)
-        return loaded._replace(trained=False)
-    state = {key: value.float() if value.is_floating_point() else value  # also half precision's
-             for key, value in read_weights(path).items()}
-    row = _check_row(row, state, path) if row else row_of_state(state, path)
-    row.architecture.check_image_size(image_size)
-    used = {key: value for key, value in state.items() if not row.architecture.unused(key)}
-    return row.architecture.load(used, image_size, identity)
+        return row.architecture.load(row.architecture.random_state(), image_size, identity)._replace(trained=False)
+    state = read_weights(path)
+    architecture = _architecture_of(state, row, path)
+    architecture.check_image_size(image_size)
+    used = {key: value.float() if value.is_floating_point() else value  # also half precision's
+            for key, value in state.items() if not architecture.unused(key)}
+    return architecture.load(used, image_size, identity)
 
 
-def _check_row(row: EncoderRow, state: State, path: Path) -> EncoderRow:
-    """Raises: ValueError: The file holds another encoder than its name says."""
-    if row.name in ENCODERS:
-        shaped = row_of_state(state, path)
-        if shaped.architecture != row.architecture:
-            raise ValueError(f"{path} holds {shaped.name} weights, but the encoder is '{row.name}'.")
-    else:
+def _architecture_of(state: State, row: EncoderRow | None, path: Path) -> Architecture:
+    """What a file holds; a ValueError where that is another encoder than its name says."""
+    if row is not None and row.name not in ENCODERS:
         check_architecture(state, row, path)
-    return row
+        return row.architecture
+    shaped = row_of_state(state, path)
+    if row is not None and shaped.architecture != row.architecture:
+        raise ValueError(f"{path} holds {shaped.name} weights, but the encoder is '{row.name}'.")
+    return shaped.architecture
 
 
 def describe_file(path: Path) -> str:
     """What a weights file holds, and whether it is a published one."""
-    row, md5 = row_of_state(read_weights(path), path), file_md5(path)
+    row = row_of_state(read_weights(path), path)
     what = "not one of the published files"
-    if any((row.md5, row.sha256)) and is_published(path, row):
+    if (row.md5 or row.sha256) and not wrong_hash(path, row):
         what = f"{row.name} of this package" if row.distribution == OURS else f"the published {row.name}"
-    return f"{path}: {row.name}, MD5 {md5}, {what}"
+    return f"{path}: {row.name}, MD5 {file_hash(path)}, {what}"
 
 
-def is_published(path: Path, row: EncoderRow) -> bool:
-    """Whether a file is the one that is published under the row's name."""
-    try:
-        check_published(path, row)
-    except ValueError:
-        return False
-    return True
+def wrong_hash(path: Path, row: EncoderRow) -> tuple[str, str, str] | None:
+    """A hash that a file has and the one published under the row's name has not: its name, the file's, the expected."""
+    for name, expected in (("md5", row.md5), ("sha256", row.sha256)):
+        if expected and (digest := file_hash(path, name)) != expected:
+            return name, digest, expected
+    return None
 
 
 def check_identity(encoder: str, found: str, expected: str) -> None:
-    """Raises: ValueError: The weights found are not the expected ones."""
+    """Refuses other weights than the expected ones, with a ValueError."""
     if found != expected:
-        remedy = f"put that weights file into {download_folder()}"
+        remedy = f"put that weights file into {search_folders()[0]}"
         if not expected.startswith("md5:"):
             remedy = "these random weights are not made by this version of desam_nnunet; train again"
-        raise ValueError(
-            f"The encoder '{encoder}' found here is {found}, but the plans were trained or made with {expected}: "
-            f"{remedy}."
-        )
+        raise ValueError(f"The encoder '{encoder}' found here is {found}, but the plans were trained or made with "
+                         f"{expected}: {remedy}.")
 
 
 def read_weights(path: Path) -> State:
-    """A SAM state dict read from `path`, PyTorch's format or ``.safetensors``, without unpickling code.
-
-    Raises:
-        ValueError: The file can't be read as a dict of tensors.
-    """
+    """A state dict in PyTorch's format or ``.safetensors``, read without unpickling code; else a ValueError."""
     with damage_told(f"{path} can't be read as weights", ": it is truncated or not a weights file. Fetch it again"):
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(
-            path, map_location="cpu", weights_only=True)
+        is_safe = path.suffix == ".safetensors"
+        state = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} does not hold a state dict (names to tensors) as SAM's files do.")
     return state
 
 
 def row_of_state(state: State, path: Path | str) -> EncoderRow:
-    """The first row whose keys and shapes `state` has, all of them.
-
-    Raises:
-        ValueError: None fits; the message names what differs from the nearest one.
-    """
+    """The first row whose keys and shapes `state` has, all of them; a ValueError says where the nearest differs."""
     nearest = max(ENCODERS.values(), key=lambda row: _likeness(state, row.architecture))
     if _likeness(state, nearest.architecture) < 0.5:
         raise ValueError(f"{path} is not a SAM file: it has no image encoder of a known size ({', '.join(ENCODERS)}).")
@@ -239,42 +198,35 @@ def row_of_state(state: State, path: Path | str) -> EncoderRow:
 
 
 def check_architecture(state: State, row: EncoderRow, path: Path | str) -> None:
-    """Raises: ValueError: Keys or shapes are not those of the row's encoder."""
+    """Refuses keys or shapes that are not those of the row's encoder, with a ValueError."""
     used = {key: value for key, value in state.items() if not row.architecture.unused(key)}
-    check_state(used, row.architecture.shapes(), f"{path} as {row.name}")
+    check_state(used, _shapes(row.architecture), f"{path} as {row.name}")
+
+
+@lru_cache(maxsize=16)
+def _shapes(architecture: Architecture) -> dict[str, torch.Size]:
+    return architecture.shapes()
 
 
 def _likeness(state: State, architecture: Architecture) -> float:
     """The share of the architecture's encoder weights that `state` has in their shapes."""
-    shapes = {key: shape for key, shape in architecture.shapes().items() if key.startswith("image_encoder.")}
+    shapes = {key: shape for key, shape in _shapes(architecture).items() if key.startswith("image_encoder.")}
     return sum(key in state and state[key].shape == shape for key, shape in shapes.items()) / len(shapes)
 
 
 def check_state(state: State, expected: dict[str, torch.Size], what: str) -> None:
-    """Compares every key and shape.
-
-    Raises:
-        ValueError: Naming up to three missing, unknown or misshapen keys.
-    """
+    """Compares every key and shape; a ValueError names up to three that are missing, unknown or misshapen."""
     problems = [f"{key} is missing" for key in expected if key not in state]
     problems += [f"{key} is unknown" for key in state if key not in expected]
-    problems += [
-        f"{key} is {tuple(state[key].shape)}, not {tuple(shape)}"
-        for key, shape in expected.items()
-        if key in state and state[key].shape != shape
-    ]
+    problems += [f"{key} is {tuple(state[key].shape)}, not {tuple(shape)}" for key, shape in expected.items()
+                 if key in state and state[key].shape != shape]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(f"{what}: {'; '.join(problems[:3])}{more}.")
 
 
-def file_md5(path: Path) -> str:
-    """MD5 of a file, the hash under which SAM's files are published."""
-    return file_hash(path, "md5")
-
-
-def file_hash(path: Path, name: str) -> str:
-    """The hash of a file by one of hashlib's names; remembered while the file is unchanged."""
+def file_hash(path: Path, name: str = "md5") -> str:
+    """The hash of a file by one of hashlib's names, MD5 as of SAM's files; remembered while the file is unchanged."""
     stat = path.stat()
     return _hash_file(name, str(path), stat.st_size, stat.st_mtime_ns)
 
@@ -291,13 +243,9 @@ def _hash_file(name: str, path: str, size: int, modified: int) -> str:
 def _in_distribution(row: EncoderRow) -> list[Path]:
     """Where the installed package that brings the row's file has it, without importing that package."""
     if row.distribution == OURS:
-        return [_PACKAGE / row.file]
+        return [Path(__file__).with_name(row.file)]
     try:
         brought = files(row.distribution) or []
     except PackageNotFoundError:
         return []
     return [Path(str(file.locate())) for file in brought if file.name == row.file]
-
-
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "desam_nnunet"

@@ -188,7 +188,7 @@ class FrozenSamNetwork(SamNetwork):
         """Features of `tiles`, encoded once per volume. Training draws its tiles anew: nothing to remember."""
         if self.training or torch.is_grad_enabled():
             return self.encode(tiles)
-        key = content_key(tiles, self.encoder.identity, self.encoder.precision(tiles.device), vars(self.to_image))
+        key = content_key(tiles, self.encoder.identity, self.encoder.precision(tiles.device), self.to_image.settings)
         known = self.memory.find(key)
         if known is None:
             known = self.encode(tiles)

@@ -10,7 +10,7 @@ import torch
 
 from desam_nnunet.cache.store import entry_bytes
 from desam_nnunet.encoders.base import Architecture
-from desam_nnunet.encoders.weights import is_here, known_row
+from desam_nnunet.encoders.weights import find_row, is_here
 from desam_nnunet.planning.choices import (
     GOOD_BATCH_SIZE,
     Choice,
@@ -64,7 +64,7 @@ def fit_encoder(encoder: str, facts: Facts, request: Request, machine: Machine) 
     Raises:
         ValueError: Not even the smallest input fits.
     """
-    row, method = known_row(encoder), request.method
+    row, method = find_row(encoder), request.method
     check_offers(encoder, row.architecture, method)
     native = min(row.image_size, method.image_size or row.image_size)
     given = request.sam.get("image_size")  # for the preset's own encoder, which may be a larger one
@@ -157,4 +157,4 @@ def _choose_storage(
 
 def _missing(encoder: str) -> str:
     """Only weights with a name can be missing: a path is read at once."""
-    return f"whose weights are not here yet (--encoder vit_tiny comes with this package): {known_row(encoder).remedy}"
+    return f"whose weights are not here yet (--encoder vit_tiny comes with this package): {find_row(encoder).remedy}"

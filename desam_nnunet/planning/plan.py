@@ -16,7 +16,7 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from desam_nnunet.cache.build import usable_bytes
 from desam_nnunet.cache.store import open_stores
-from desam_nnunet.encoders.weights import is_here, known_row
+from desam_nnunet.encoders.weights import find_row, is_here
 from desam_nnunet.nnunet.datasets import dataset_folder
 from desam_nnunet.planning.choices import Choice, choose_schedule
 from desam_nnunet.planning.facts import CONFIGURATION, FOLDS, SPLITS, STOCK_PLANS, Facts, read_facts
@@ -53,7 +53,7 @@ def plan_dataset(dataset: str, name: str, request: Request, device: torch.device
         FileNotFoundError: There is no such data set, or no such weights file.
     """
     if "encoder" in request.sam:  # preset and encoder are looked up before any long work
-        known_row(request.sam["encoder"])
+        find_row(request.sam["encoder"])
     folder = dataset_folder(dataset)
     path = folder / f"{name}.json"
     before = _own_plans(path)
@@ -175,7 +175,7 @@ def _commands(folder: Path, plans: dict[str, Any], cases: int, trainer: str) -> 
     encoder = plans["configurations"][CONFIGURATION]["sam"]["encoder"]
     name, number = plans["plans_name"], convert_dataset_name_to_id(folder.name)
     if not is_here(encoder):
-        yield known_row(encoder).remedy
+        yield find_row(encoder).remedy
     if not (folder / plans["configurations"][CONFIGURATION]["data_identifier"]).is_dir():
         yield f"nnUNetv2_preprocess -d {number} -plans_name {name} -c {CONFIGURATION}"
     fold = "0" if cases >= FOLDS or (folder / SPLITS).is_file() else "all"

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from desam_nnunet.encoders.registry import row_of
+from desam_nnunet.encoders.registry import row_by_name
 from desam_nnunet.planning.presets import read_preset
 from desam_nnunet.settings.sections import Method
 from desam_nnunet.training.base import SamTrainer
@@ -61,4 +61,4 @@ class Request:
 def _absolute(encoder: str) -> str:
     """A file's path, wherever training will be started from."""
     path = Path(encoder).expanduser()
-    return str(path.resolve()) if row_of(encoder) is None and path.is_file() else encoder
+    return str(path.resolve()) if row_by_name(encoder) is None and path.is_file() else encoder

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from desam_nnunet.pretraining.randomness import Randomness
 from desam_nnunet.pretraining.shapes import AIR, LABELS
-from desam_nnunet.sam.prompts import Prompts, extent, random_pixel
+from desam_nnunet.sam.prompts import Prompts, extent, random_place
 from desam_nnunet.sam.tiles import MASK_STRIDE
 
 _SMALLEST = 12  # pixels of a mask: what is smaller is not asked for
@@ -61,7 +61,7 @@ def ask_points(random: Randomness, coarse: Tensor, number: int) -> Asked:
         coarse: From :func:`mask_labels`.
     """
     masks, valid = _choose(random, coarse, number)
-    index, side = random_pixel(masks, random.generator), masks.shape[-1]
+    index, side = random_place(masks, random.generator), masks.shape[-1]
     pixels = torch.stack([index % side, index // side], dim=-1)[:, None] * MASK_STRIDE + MASK_STRIDE // 2
     return Asked(Prompts(points=pixels + random.uniform(-0.5, 0.5, *pixels.shape)), masks, valid)
 

@@ -17,25 +17,21 @@ UPSCALING = 4  # of the masks over the image's map
 class ClassHeads(nn.Module):
     """Mask tokens, hyper-networks and IoU head. The last gets no loss and is frozen; published checkpoints hold it.
 
-    Args:
-        silent: How many of the tokens, the last, make no mask: their hyper-networks get no loss either.
+    Nor does a hyper-network get a loss whose token makes no mask: those after the first `outputs`.
     """
 
-    def __init__(self, decoder: MaskDecoder, silent: int) -> None:
+    def __init__(self, decoder: MaskDecoder, outputs: int) -> None:
         super().__init__()
-        for network in decoder.output_hypernetworks_mlps[len(decoder.output_hypernetworks_mlps) - silent:]:
-            network.requires_grad_(False)
         self.mask_tokens = decoder.mask_tokens
         self.hypernetworks = decoder.output_hypernetworks_mlps
+        self.hypernetworks[outputs:].requires_grad_(False)
         self.iou_head = decoder.iou_prediction_head.requires_grad_(False)
 
 
 class ClassDecoder(nn.Module):
-    """The parts whose number depends on the classes are ``seg_layers``, which nnU-Net's transfer of weights skips.
+    """Makes `outputs` masks. What depends on their number is ``seg_layers``, which nnU-Net's transfer of weights skips.
 
     Args:
-        transformer: SAM's.
-        outputs: How many masks.
         silent: How many tokens more take part in the attention and make no mask, as in SAM, which decodes one of four.
         frozen_transformer: Whether the transformer is known by reference, and so no submodule.
     """
@@ -54,16 +50,15 @@ class ClassDecoder(nn.Module):
         self.iou_token = stock.iou_token
         self.output_upscaling = stock.output_upscaling
         self.outputs = outputs
-        self.seg_layers = ClassHeads(stock, silent)
+        self.seg_layers = ClassHeads(stock, outputs)
 
     def forward(self, image: Tensor, positions: Tensor, sparse: Tensor) -> Tensor:
-        """Args:
+        """Mask logits (B, outputs, 4h, 4w).
+
+        Args:
             image: Neck output plus dense prompt embedding, (B, C, h, w).
             positions: Dense positional encoding, (1, C, h, w).
             sparse: Prompt tokens, (B, T, C); T may be 0.
-
-        Returns:
-            Mask logits (B, outputs, 4h, 4w).
         """
         (transformer,) = self._two_way
         output_tokens = torch.cat([self.iou_token.weight, self.seg_layers.mask_tokens.weight])
@@ -84,11 +79,7 @@ class ClassDecoder(nn.Module):
         """
         self.iou_token.load_state_dict(decoder.iou_token.state_dict())
         self.output_upscaling.load_state_dict(decoder.output_upscaling.state_dict())
-        if heads:
-            tokens = self.seg_layers.mask_tokens.weight
-            with torch.no_grad():
-                tokens[:self.outputs] = decoder.mask_tokens.weight[0]
-                tokens[self.outputs:] = decoder.mask_tokens.weight[1:1 + len(tokens) - self.outputs]
-            for number, network in enumerate(self.seg_layers.hypernetworks):
-                theirs = max(0, number + 1 - self.outputs)
-                network.load_state_dict(decoder.output_hypernetworks_mlps[theirs].state_dict())
+        for number, network in enumerate(self.seg_layers.hypernetworks if heads else ()):
+            theirs = max(0, number + 1 - self.outputs)
+            network.load_state_dict(decoder.output_hypernetworks_mlps[theirs].state_dict())
+            self.seg_layers.mask_tokens.weight.data[number] = decoder.mask_tokens.weight.data[theirs]

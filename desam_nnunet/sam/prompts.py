@@ -19,11 +19,9 @@ _BOX_SHIFT = 20 / 1024  # of the input's side
 
 
 class Prompts(NamedTuple):
-    """One prompt per image, or none (SAMed), in pretraining several: at most one of the two is given.
+    """Positive points (B, 1, 2), or boxes (B, 4) by x and y of the first and the last corner, or neither (SAMed).
 
-    Attributes:
-        points: (B, 1, 2), each a positive point.
-        boxes: (B, 4), x and y of the first and the last corner.
+    There is one for each image; in pretraining there are several.
     """
 
     points: Tensor | None = None
@@ -48,11 +46,10 @@ def prompt_tokens(prompt_encoder: PromptEncoder, prompts: Prompts) -> tuple[Tens
     The coordinates' frequencies need float32: under autocast SAM's encoder would round them.
     """
     with _in_float32(prompt_encoder):
+        sparse, dense = prompt_encoder(points=None, boxes=prompts.boxes, masks=None)
         if prompts.points is None:
-            return prompt_encoder(points=None, boxes=prompts.boxes, masks=None)
-        sparse = _positive_points(prompt_encoder, prompts.points)
-        side = prompt_encoder.image_embedding_size
-        return sparse, prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).expand(len(sparse), -1, *side)
+            return sparse, dense
+        return _positive_points(prompt_encoder, prompts.points), dense.expand(len(prompts.points), -1, -1, -1)
 
 
 def _positive_points(prompt_encoder: PromptEncoder, points: Tensor) -> Tensor:
@@ -75,7 +72,10 @@ def dense_positions(prompt_encoder: PromptEncoder) -> Tensor:
 def whole_box(geometry: Geometry, batch: int, device: torch.device) -> Prompts:
     """A box around the whole tile, padding excluded."""
     height, width = geometry.scaled
-    return Prompts(boxes=torch.tensor([[0.0, 0.0, width, height]], device=device).expand(batch, -1))
+    boxes = torch.zeros(batch, 4, device=device)
+    boxes[:, 2].fill_(width)
+    boxes[:, 3].fill_(height)
+    return Prompts(boxes=boxes)
 
 
 def point_grid(geometry: Geometry, points_per_side: int, device: torch.device, offset: float = 0.0) -> Tensor:
@@ -106,15 +106,14 @@ def sample_points(target: Tensor, labelled: Tensor, geometry: Geometry) -> tuple
     present = target.flatten(2).any(2)  # B K
     background = labelled & ~target.any(1)
     has_background = background.flatten(1).any(1)
-    rank = torch.where(present, torch.rand(present.shape, device=target.device), -1.0)
-    chosen = target[torch.arange(len(target), device=target.device), rank.argmax(1)]  # B H W
+    chosen = target[torch.arange(len(target), device=target.device), random_place(present)]  # B H W
     coin = torch.rand(len(target), device=target.device) < 0.5
     foreground = present.any(1) & (coin | ~has_background)
     tempting = background & target.flatten(0, 1).any(0)  # foreground elsewhere in the batch
     tempted = ~present.any(1) & coin & tempting.flatten(1).any(1)
     background = torch.where(tempted[:, None, None], tempting, background)
     candidates = torch.where(foreground[:, None, None], chosen, background)
-    index = random_pixel(candidates)
+    index = random_place(candidates)
     inside = target.flatten(2).gather(2, index[:, None, None].expand(-1, target.shape[1], 1))[..., 0]
     return _to_prompts(index, geometry), PointTargets(inside.float(), candidates.flatten(1).any(1))
 
@@ -122,7 +121,7 @@ def sample_points(target: Tensor, labelled: Tensor, geometry: Geometry) -> tuple
 def sample_boxes(
     target: Tensor, geometry: Geometry, generator: torch.Generator | None = None
 ) -> tuple[Prompts, Tensor]:
-    """Draws one of the classes present in each tile, and a box around it whose sides are moved at random.
+    """Boxes around one of the classes present in each tile, their sides moved at random, and its masks (B, H, W).
 
     A side moves by at most 20 pixels of an input of 1024, and at most a quarter of the box, in either direction, and
     stays in the tile. A tile without foreground gets a box around all of it.
@@ -130,14 +129,9 @@ def sample_boxes(
     Args:
         target: (B, K, H, W) bool, one channel per foreground class or region, False on the ignore label.
         generator: On the target's device; PyTorch's own where None.
-
-    Returns:
-        Boxes, and the class drawn as a mask (B, H, W).
     """
     batch, device = torch.arange(len(target), device=target.device), target.device
-    present = target.flatten(2).any(2)  # B K
-    rank = torch.where(present, torch.rand(present.shape, device=device, generator=generator), -1.0)
-    chosen = target[batch, rank.argmax(1)]  # B H W
+    chosen = target[batch, random_place(target.flatten(2).any(2), generator)]  # B H W
     height, width = geometry.scaled
     rows, columns = (extent(chosen.any(axis)) for axis in (2, 1))  # B 2 each, in pixels of the tile
     (left, right), (top, bottom) = (columns * (width / geometry.tile[1])).T, (rows * (height / geometry.tile[0])).T
@@ -145,8 +139,8 @@ def sample_boxes(
     sides = torch.stack([right - left, bottom - top] * 2, dim=1)
     largest = (sides / 4).clamp(max=_BOX_SHIFT * geometry.image_size)
     boxes = boxes + largest * (2 * torch.rand(boxes.shape, device=device, generator=generator) - 1)
-    limit = boxes.new_tensor([width, height, width, height])
-    return Prompts(boxes=boxes.clamp(min=0).minimum(limit)), chosen
+    x, y = boxes[:, 0::2].clamp(0, width), boxes[:, 1::2].clamp(0, height)
+    return Prompts(boxes=torch.stack([x, y], dim=2).flatten(1)), chosen
 
 
 def extent(occupied: Tensor) -> Tensor:
@@ -157,8 +151,8 @@ def extent(occupied: Tensor) -> Tensor:
     return torch.stack([first, length - occupied.flip(1).float().argmax(1)], dim=1).float()
 
 
-def random_pixel(candidates: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Flat index (B,) of a uniformly drawn True pixel of (B, H, W); any pixel where there is none."""
+def random_place(candidates: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Flat index (B,) of a uniformly drawn True place of (B, ...); any place where there is none."""
     noise = torch.rand(candidates.shape, device=candidates.device, generator=generator)
     return torch.where(candidates, noise, noise - 1).flatten(1).argmax(1)
 

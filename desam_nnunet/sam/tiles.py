@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from desam_nnunet.encoders.base import ImageSpec
@@ -25,12 +25,9 @@ MASK_STRIDE = 4  # of SAM's and DeSAM's masks: a tile's sides are whole multiple
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where a tile lies in the encoder's square input.
+    """Where a tile (height, width) lies in the encoder's square input, `mask_stride` of whose pixels are one of a mask.
 
-    Attributes:
-        tile: Height and width of the tile in its own pixels.
-        image_size: Side of the encoder's input.
-        mask_stride: Pixels of the input along a side of a mask's pixel, a power of two.
+    The stride is a power of two.
     """
 
     tile: tuple[int, int]
@@ -52,38 +49,47 @@ class Geometry:
         return height // self.mask_stride, width // self.mask_stride
 
 
-class TileToImage:
-    """Turns nnU-Net's preprocessed tiles into the images that an encoder wants.
+class TileToImage(nn.Module):
+    """Turns nnU-Net's preprocessed tiles (B, C, H, W) into images (B, G, 3, S, S) as `spec` has them, G channel groups.
 
     Args:
-        spec: Of these images.
-        image_size: Their side.
+        image_size: S.
         intensity: One of ``percentile`` (0.5 to 99.5 of each tile and channel), ``window`` (fixed) and
             ``unit`` ([0, 1] data).
         window: For ``window`` only: per channel the lower and upper bound in the data's own units.
     """
 
+    mean: Tensor
+    std: Tensor
+    bounds: Tensor
+    percentiles: Tensor
+
     def __init__(
         self, spec: ImageSpec, image_size: int, intensity: str, window: tuple[tuple[float, float], ...] = ()
     ) -> None:
+        super().__init__()
         self.spec = spec
         self.image_size = image_size
         self.intensity = intensity
         self.window = window
+        constants = {"mean": spec.mean, "std": spec.std, "bounds": window, "percentiles": _PERCENTILES}
+        for name, values in constants.items():
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32), persistent=False)
 
-    def __call__(self, tiles: Tensor) -> Tensor:
-        """Args: tiles: (B, C, H, W). Returns: (B, G, 3, S, S), G the number of channel groups."""
+    @property
+    def settings(self) -> tuple[object, ...]:
+        """All that the images of a tile depend on."""
+        return self.spec, self.image_size, self.intensity, self.window
+
+    def forward(self, tiles: Tensor) -> Tensor:
         images = torch.stack(channel_groups(self._to_unit(tiles.float()) * self.spec.highest), dim=1)
         batch, groups = images.shape[:2]
-        geometry = Geometry((tiles.shape[-2], tiles.shape[-1]), self.image_size)
-        images = images.flatten(0, 1)  # B G 3 H W -> BG 3 H W
-        images = self._resize(images, geometry.scaled)
+        height, width = Geometry((tiles.shape[-2], tiles.shape[-1]), self.image_size).scaled
+        images = self._resize(images.flatten(0, 1), (height, width))  # B G 3 H W -> BG 3 h w
         if self.spec.rescale:
-            images = _stretched(images) * self.spec.highest
-        if any(self.spec.mean) or set(self.spec.std) != {1.0}:
-            mean, std = (images.new_tensor(values)[:, None, None] for values in (self.spec.mean, self.spec.std))
-            images = (images - mean) / std
-        height, width = geometry.scaled
+            extremes = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+            images = _stretched(images, *extremes) * self.spec.highest
+        images = (images - self.mean[:, None, None]) / self.std[:, None, None]
         padding = (0, self.image_size - width, 0, self.image_size - height)
         return F.pad(images, padding).unflatten(0, (batch, groups))
 
@@ -97,20 +103,22 @@ class TileToImage:
         """Maps intensities to [0, 1]; a constant channel maps to 0."""
         if self.intensity == "unit":
             return tiles.clamp(0, 1)
-        if self.intensity == "window":
-            bounds = tiles.new_tensor(self.window)  # C 2
-            low, high = bounds[:, 0, None, None], bounds[:, 1, None, None]
-        else:
-            low, high = _percentiles(tiles)
-        spread = high - low
-        scaled = (tiles - low) / torch.where(spread > 0, spread, torch.ones_like(spread))
-        return torch.where(spread > 0, scaled.clamp(0, 1), torch.zeros_like(scaled))
+        bounds = self.bounds.T if self.intensity == "window" else self._percentiles(tiles)  # 2 C or 2 B C
+        return _stretched(tiles, *bounds[..., None, None])
+
+    def _percentiles(self, tiles: Tensor) -> Tensor:
+        """Bounds per tile and channel, (2, B, C); the extremes where the percentiles fall together.
+
+        They do so in a tile that is mostly padding, whose few pixels would else disappear.
+        """
+        pixels = tiles.flatten(2)
+        bounds = torch.quantile(pixels, self.percentiles, dim=2)
+        return torch.where(bounds[1] > bounds[0], bounds, torch.stack(pixels.aminmax(dim=2)))
 
 
-def _stretched(images: Tensor) -> Tensor:
-    """Each image (3, H, W) of a batch from its minimum to its maximum, as 0 to 1; a constant one is 0."""
-    low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
-    return (images - low) / torch.where(high > low, high - low, torch.ones_like(high))
+def _stretched(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """What lies between two bounds as 0 to 1; 0 where these are equal."""
+    return torch.where(high > low, (x - low) / (high - low), 0.0).clamp(0, 1)
 
 
 def images_per_tile(channels: int) -> int:
@@ -158,18 +166,6 @@ def ct_window(intensity_properties: dict[str, dict[str, Any]], num_channels: int
         std = max(row["std"], 1e-8)  # as nnU-Net's CTNormalization
         window.append(((row["percentile_00_5"] - row["mean"]) / std, (row["percentile_99_5"] - row["mean"]) / std))
     return tuple(window)
-
-
-def _percentiles(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """Bounds per tile and channel, (B, C, 1, 1); the extremes where the percentiles fall together.
-
-    They do so in a tile that is mostly padding, whose few pixels would else disappear.
-    """
-    pixels = tiles.flatten(2)
-    low, high = torch.quantile(pixels, tiles.new_tensor(_PERCENTILES), dim=2)  # B C
-    flat = high <= low
-    low, high = torch.where(flat, pixels.amin(2), low), torch.where(flat, pixels.amax(2), high)
-    return low[..., None, None], high[..., None, None]
 
 
 def _to_rgb(group: Tensor) -> Tensor:

@@ -13,25 +13,31 @@ Source: Kirillov et al., Segment Anything, ICCV 2023, appendix A (lightweight ma
 from __future__ import annotations
 
 import torch
-from segment_anything.modeling.transformer import Attention, TwoWayAttentionBlock, TwoWayTransformer
+from segment_anything.modeling.transformer import Attention, TwoWayTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
 def run_layers(transformer: TwoWayTransformer, image: Tensor, positions: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-    """Both streams after the last layer, before the final attention.
+    """Token stream (N, T, C) and image stream (N, P, C) after the last layer, before the final attention.
 
     Args:
         image: (N, P, C), or (1, P, C) where all prompts look at the same image.
         positions: The image's positional encoding, (1, P, C).
-        tokens: (N, T, C).
-
-    Returns:
-        Token stream (N, T, C) and image stream (N, P, C).
     """
     queries = tokens
     for layer in transformer.layers:
-        queries, image = _layer(layer, queries, image, tokens, positions)
+        if layer.skip_first_layer_pe:
+            queries = layer.norm1(layer.self_attn(queries, queries, queries))
+        else:
+            placed = queries + tokens
+            queries = layer.norm1(queries + layer.self_attn(placed, placed, queries))
+        keys = image + positions
+        read = tokens_from_image(layer.cross_attn_token_to_image, queries + tokens, keys, image)
+        queries = layer.norm2(queries + read)
+        queries = layer.norm3(queries + layer.mlp(queries))
+        image = add_tokens_to_image(layer.cross_attn_image_to_token, image, keys, queries + tokens, queries)
+        image = layer.norm4(image)
     return queries, image
 
 
@@ -45,44 +51,20 @@ def freeze_key_biases(transformer: TwoWayTransformer) -> None:
         attention.k_proj.bias.requires_grad_(False)
 
 
-def _layer(
-    layer: TwoWayAttentionBlock, queries: Tensor, image: Tensor, tokens: Tensor, positions: Tensor
-) -> tuple[Tensor, Tensor]:
-    if layer.skip_first_layer_pe:
-        queries = layer.norm1(layer.self_attn(queries, queries, queries))
-    else:
-        placed = queries + tokens
-        queries = layer.norm1(queries + layer.self_attn(placed, placed, queries))
-    keys = image + positions
-    queries = layer.norm2(queries + tokens_from_image(layer.cross_attn_token_to_image, queries + tokens, keys, image))
-    queries = layer.norm3(queries + layer.mlp(queries))
-    image = add_tokens_to_image(layer.cross_attn_image_to_token, image, keys, queries + tokens, queries)
-    return queries, layer.norm4(image)
-
-
 def tokens_from_image(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """What the tokens read from the image.
-
-    Args:
-        q: (N, T, C).
-        k, v: (N, P, C), or (1, P, C) for all.
-
-    Returns:
-        (N, T, C).
-    """
+    """What the tokens read from the image, (N, T, C): `q` (N, T, C) of `k` and `v` (N, P, C), or (1, P, C) for all."""
     batch, tokens, _ = q.shape
     heads = attention.num_heads
     queries = _split(attention.q_proj(q), heads)  # N heads T d
     if len(k) == 1:
         together = queries.transpose(0, 1).flatten(1, 2)[None]  # 1 heads N·T d
-        read = F.scaled_dot_product_attention(
-            together, _split(attention.k_proj(k), heads), _split(attention.v_proj(v), heads)
-        )
+        keys, values = _split(attention.k_proj(k), heads), _split(attention.v_proj(v), heads)
+        read = F.scaled_dot_product_attention(together, keys, values)
         read = read[0].unflatten(1, (batch, tokens)).transpose(0, 1)  # N heads T d
     else:
-        wanted = (queries @ _per_head(attention.k_proj, heads)).flatten(1, 2)  # N heads·T C
+        moved = (queries @ _per_head(attention.k_proj, heads)).flatten(1, 2)  # N heads·T C
         scale = queries.shape[-1] ** -0.5
-        pooled = F.scaled_dot_product_attention(wanted[:, None], k[:, None], v[:, None], scale=scale)
+        pooled = F.scaled_dot_product_attention(moved[:, None], k[:, None], v[:, None], scale=scale)
         pooled = pooled.view(batch, heads, tokens, -1)
         bias = attention.v_proj.bias.view(heads, 1, -1)
         read = pooled @ _per_head(attention.v_proj, heads).transpose(1, 2) + bias
@@ -90,14 +72,10 @@ def tokens_from_image(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> 
 
 
 def add_tokens_to_image(attention: Attention, image: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The image stream plus what it reads from the tokens.
+    """The image stream plus what it reads from the tokens, (N, P, C): `k` and `v` are (N, T, C).
 
     Args:
         image, q: (N, P, C), or (1, P, C) for all.
-        k, v: (N, T, C).
-
-    Returns:
-        (N, P, C).
     """
     batch, tokens, _ = k.shape
     heads = attention.num_heads
@@ -108,9 +86,9 @@ def add_tokens_to_image(attention: Attention, image: Tensor, q: Tensor, k: Tenso
         together = keys.transpose(0, 1).flatten(1, 2)  # heads N·T d
         scores = (together @ queries.transpose(1, 2)).unflatten(1, (batch, tokens)).transpose(0, 1)  # N heads T P
     else:
-        wanted = (keys @ _per_head(attention.q_proj, heads)).flatten(1, 2)  # N heads·T C
+        moved = (keys @ _per_head(attention.q_proj, heads)).flatten(1, 2)  # N heads·T C
         offset = (keys @ attention.q_proj.bias.view(heads, -1, 1)).flatten(1, 2)  # N heads·T 1
-        scores = (torch.baddbmm(offset, wanted, q.transpose(1, 2))).unflatten(1, (heads, tokens))
+        scores = (torch.baddbmm(offset, moved, q.transpose(1, 2))).unflatten(1, (heads, tokens))
     weights = scores.softmax(2).flatten(1, 2)  # N heads·T P
     answers = _split(attention.v_proj(v), heads) @ attention.out_proj.weight.T.unflatten(0, (heads, -1))
     answers = answers + attention.out_proj.bias / heads  # every head's weights sum to one

@@ -12,9 +12,9 @@ from typing import Any, TypeVar, get_type_hints
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from desam_nnunet.encoders.base import MIN_IMAGE_SIZE, Architecture
-from desam_nnunet.encoders.registry import ENCODERS, row_of
+from desam_nnunet.encoders.registry import ENCODERS, row_by_name
 from desam_nnunet.encoders.sam_vit import SamViT
-from desam_nnunet.encoders.weights import check_identity, identify, known_row
+from desam_nnunet.encoders.weights import check_identity, find_row, identify
 from desam_nnunet.sam.tiles import intensity_rule
 from desam_nnunet.settings.sections import AS_BEFORE, DEFAULT_ENCODER, Method, SamSection
 
@@ -142,7 +142,7 @@ def _resolve_sam(given: dict[str, Any], normalization_schemes: list[str], region
     identity = identify(section.encoder, section.identity)
     if section.identity:
         check_identity(section.encoder, identity, section.identity)
-    architecture = known_row(section.encoder).architecture
+    architecture = find_row(section.encoder).architecture
     architecture.check_image_size(section.image_size)
     check_offers(section.encoder, architecture, method)
     if not method.frozen_features:
@@ -154,10 +154,10 @@ def _own_image_size(encoder: str) -> int:
     """The input side that an encoder was trained with; of a file like SAM's, that of SAM, as it always was."""
     default = ENCODERS[DEFAULT_ENCODER].image_size
     try:
-        row = known_row(encoder)
+        row = find_row(encoder)
     except (ValueError, OSError):  # said again, and with what to do, once the section has been checked
         return default
-    return default if row_of(encoder) is None and isinstance(row.architecture, SamViT) else row.image_size
+    return default if row_by_name(encoder) is None and isinstance(row.architecture, SamViT) else row.image_size
 
 
 def check_offers(encoder: str, architecture: Architecture, method: Method) -> None:

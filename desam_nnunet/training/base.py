@@ -20,7 +20,7 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from desam_nnunet.encoders.base import Features, ImageSpec
-from desam_nnunet.encoders.registry import OURS, row_of
+from desam_nnunet.encoders.registry import OURS, row_by_name
 from desam_nnunet.encoders.weights import load_encoder
 from desam_nnunet.networks.frame import Outline, SamNetwork
 from desam_nnunet.nnunet.model_folder import trained_plans
@@ -252,7 +252,7 @@ def outline_from_plans(
 
 def _warn_of_weights(section: SamSection) -> None:
     """Of encoders that are not what a user may take them for."""
-    row = row_of(section.encoder)
+    row = row_by_name(section.encoder)
     if section.identity.startswith("random:"):
         print(f"Encoder {section.encoder}: RANDOM weights ({section.identity}), not pretrained. Good for tests and "
               "comparisons.")

@@ -12,7 +12,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from desam_nnunet.encoders.base import Architecture
-from desam_nnunet.encoders.registry import ENCODERS, row_of
+from desam_nnunet.encoders.registry import ENCODERS, row_by_name
 from desam_nnunet.nnunet.labels import foreground_of
 from desam_nnunet.nnunet.model_folder import read_description, trained_folds
 from desam_nnunet.settings.resolve import SAM, as_trained
@@ -107,7 +107,7 @@ def check_same_settings(now: dict[str, Any], then: dict[str, Any], what: str) ->
 
 def _brought_architecture(encoder: str) -> Architecture | None:
     """What a name says beyond the weights file; None for paths and this package's encoders."""
-    row = None if encoder in ENCODERS else row_of(encoder)
+    row = None if encoder in ENCODERS else row_by_name(encoder)
     return row.architecture if row else None
 
 

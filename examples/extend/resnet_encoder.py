@@ -12,7 +12,6 @@ import torchvision
 from torch import Tensor, nn
 
 from desam_nnunet.encoders.base import Architecture, Encoder, Features, FeatureSpec, ImageSpec, Level, LoadedEncoder
-from desam_nnunet.encoders.random_weights import drawn
 from desam_nnunet.encoders.registry import EncoderRow
 from desam_nnunet.encoders.sam_vit import build_mask_decoder, build_neck, build_prompt_encoder
 
@@ -51,9 +50,6 @@ class ResNet18(Architecture):
         loaded = self.blank(image_size, identity)
         loaded.encoder.network.load_state_dict(state)
         return loaded
-
-    def random_state(self) -> dict[str, Tensor]:
-        return drawn({key: tuple(shape) for key, shape in self.shapes().items()})
 
 
 RESNET = EncoderRow("resnet_encoder:RESNET", ResNet18(), image_size=224)  # with file="...": weights from that file
