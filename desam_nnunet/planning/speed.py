@@ -18,13 +18,7 @@ _NOMINAL = {"cuda": 5e13, "mps": 5e12}  # of a device that is planned for, but i
 
 def hours_to_encode(images: int, architecture: Architecture, image_size: int, device: torch.device) -> float:
     """That encoding `images` images takes."""
-    return images * operations(architecture, image_size) / (_SHARE * matrix_rate(device)) / 3600
-
-
-@cache
-def operations(architecture: Architecture, image_size: int) -> int:
-    """Of encoding one image, counted once."""
-    return architecture.operations(image_size)
+    return images * architecture.operations(image_size) / (_SHARE * matrix_rate(device)) / 3600
 
 
 @cache
