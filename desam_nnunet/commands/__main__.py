@@ -11,10 +11,10 @@ from desam_nnunet.commands import boxes, cache, cross_site, doctor, plan, pretra
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; bad input ends in one sentence on stderr and exit code 1."""
+    """Runs one command and returns its exit code; bad input ends in one sentence on stderr and 1."""
     options = _parser().parse_args(arguments)
     try:
-        return options.run(options)
+        return options.run(options) or 0
     except (ValueError, OSError, RuntimeError) as error:
         print(f"desam: {error}", file=sys.stderr)
         return 1

@@ -13,6 +13,5 @@ def add(commands: Commands) -> None:
     add_command(commands, "trainers", _run, "print the folder for the environment variable nnUNet_extTrainer")
 
 
-def _run(_: argparse.Namespace) -> int:
+def _run(_: argparse.Namespace) -> None:
     print(trainers_folder())
-    return 0

@@ -27,10 +27,10 @@ def trained_folds(model: Path) -> list[Path]:
     return sorted(model.glob("fold_*/checkpoint_*.pth"))
 
 
-def read_description(model: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A model folder's plans and dataset.json."""
-    plans, dataset_json = (json.loads((model / name).read_text()) for name in ("plans.json", "dataset.json"))
-    return plans, dataset_json
+def read_description(folder: Path, plans: str = "plans") -> tuple[dict[str, Any], dict[str, Any]]:
+    """The plans of that name and dataset.json, of a model folder or of a data set's."""
+    first, second = (json.loads((folder / f"{name}.json").read_text()) for name in (plans, "dataset"))
+    return first, second
 
 
 def trained_plans(plans: dict[str, Any], configuration: str, trainer: str) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ from desam_nnunet.cache.build import usable_bytes
 from desam_nnunet.cache.store import open_stores
 from desam_nnunet.encoders.weights import is_here, known_row
 from desam_nnunet.nnunet.datasets import dataset_folder
+from desam_nnunet.nnunet.model_folder import read_description
 from desam_nnunet.planning.choices import Choice, choose_schedule
 from desam_nnunet.planning.facts import CONFIGURATION, FOLDS, SPLITS, STOCK_PLANS, Facts, read_facts
 from desam_nnunet.planning.fit import Machine, choose_encoder
@@ -145,7 +146,7 @@ def _stock_plans(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             raise ValueError("nnU-Net has not planned this data set, and its planner needs a worker, but "
                              "nnUNet_n_proc_DA is 0: set it to 1 for this command.")
         plan_experiment_dataset(number)
-    plans, dataset_json = (json.loads((folder / file).read_text()) for file in (f"{STOCK_PLANS}.json", "dataset.json"))
+    plans, dataset_json = read_description(folder, STOCK_PLANS)
     if CONFIGURATION not in plans["configurations"]:
         raise ValueError(f"{folder / STOCK_PLANS}.json has no configuration '{CONFIGURATION}': plan again with "
                          "nnU-Net.")
