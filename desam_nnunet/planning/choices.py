@@ -104,10 +104,10 @@ def choose_batch_size(tiles: int, fits: Callable[[int], bool]) -> Choice[int] | 
 class Storage(NamedTuple):
     """Where training reads features from: ``cached`` or ``online``; the cache's views, type and size on disk."""
 
-    features: str
-    views: int
-    dtype: str
-    gigabytes: float
+    features: str = "online"
+    views: int = 1
+    dtype: str = "float16"
+    gigabytes: float = 0.0
 
 
 def choose_checkpointing(kept: Choice[int] | None, recomputed: Choice[int] | None) -> tuple[Choice[int], bool] | None:
@@ -138,23 +138,25 @@ def choose_storage(
     """
     drawn = EPOCHS * MAX_ITERATIONS * MAX_BATCH_SIZE
     if tiles > drawn:
-        return Choice(Storage("online", 1, "float16", 0.0), f"there are {tiles} tiles, of which training draws {drawn}")
-    some = [views] if views else [_VIEWS, 1] if _VIEWS * hours_per_view <= _ENCODING_HOURS else [1]
+        return Choice(Storage(), f"there are {tiles} tiles, of which training draws {drawn}")
+    counts = [views] if views else [_VIEWS, 1] if _VIEWS * hours_per_view <= _ENCODING_HOURS else [1]
     for dtype, size in bytes_per_tile.items():
-        for count in some:
+        for count in counts:
             if count * tiles * size <= disk:
                 gigabytes, hours = count * tiles * size / 1e9, count * hours_per_view
                 reason = f"{gigabytes:.1f} GB, about {hours:.1f} h to encode {count} view(s) of {tiles} tiles"
                 return Choice(Storage("cached", count, dtype, gigabytes), reason)
-    least = some[-1] * tiles * min(bytes_per_tile.values()) / 1e9
+    least = counts[-1] * tiles * min(bytes_per_tile.values()) / 1e9
     reason = f"a cache of {tiles} tiles takes at least {least:.1f} GB, {disk / 1e9:.1f} GB are to be had"
-    return Choice(Storage("online", 1, "float16", 0.0), reason)
+    return Choice(Storage(), reason)
 
 
 class Schedule(NamedTuple):
+    """Keys of the plans' section ``sam``."""
+
     epochs: int
-    iterations: int
-    val_iterations: int
+    iterations_per_epoch: int
+    val_iterations_per_epoch: int
 
 
 def choose_schedule(training_tiles: int, batch_size: int) -> Choice[Schedule]:

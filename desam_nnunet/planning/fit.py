@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from timeit import repeat
 
 import torch
 
 from desam_nnunet.cache.store import entry_bytes
+from desam_nnunet.encoders.precision import encoder_dtype
 from desam_nnunet.encoders.registry import EncoderRow
 from desam_nnunet.encoders.weights import is_here, known_row
-from desam_nnunet.planning.choices import (
-    GOOD_BATCH_SIZE,
-    MIN_BATCH_SIZE,
-    Choice,
-    Storage,
-    choose_batch_size,
-    choose_checkpointing,
-    choose_image_size,
-    choose_patch,
-    choose_storage,
-    smaller_image_sizes,
-    wanted_batch_size,
-)
+from desam_nnunet.planning import choices
+from desam_nnunet.planning.choices import GOOD_BATCH_SIZE, MIN_BATCH_SIZE, Choice, Storage
 from desam_nnunet.planning.facts import Facts
 from desam_nnunet.planning.footprint import Footprint, footprint
 from desam_nnunet.planning.request import Request
-from desam_nnunet.planning.speed import hours_to_encode
 from desam_nnunet.sam.tiles import images_per_tile
 from desam_nnunet.settings.resolve import check_offers
 from desam_nnunet.settings.sections import DTYPES
+from desam_nnunet.system.machine import device_is_here
 
-_ONLINE = Choice(Storage("online", 1, "float16", 0.0), "this method changes the encoder's features")
+_ONLINE = Choice(Storage(), "this method changes the encoder's features")
+_SHARE = 0.6  # of the rate of a large matrix product that the encoder reaches; 0.8 was measured on a CPU
+_SIDE = {"cpu": 1024, "cuda": 8192, "mps": 2048}
+_NOMINAL = {"cuda": 5e13, "mps": 5e12}  # a second, of a device that is planned for, but is not here
 
 
 @dataclass(frozen=True)
@@ -66,20 +60,21 @@ def fit_encoder(encoder: str, facts: Facts, request: Request, machine: Machine) 
     check_offers(encoder, row.architecture, request.method)
     images = images_per_tile(facts.channels)
     for image in _image_sizes(facts, request, row):
-        patch = choose_patch(facts.planes, facts.divisor, image.value)
+        patch = choices.choose_patch(facts.planes, facts.divisor, image.value)
         tiles = facts.tiles(patch.value)
         need = partial(
             footprint, request.trainer, row.architecture, image.value, patch.value,  # type: ignore[arg-type]
             facts.outputs, half=machine.device.type == "cuda", images=images)
         kept = _choose_batch(request, tiles, need(), memory)
         recomputed = None if frozen else _choose_batch(request, tiles, need(checkpointing=True), memory)
-        if step := choose_checkpointing(kept, recomputed):
+        if step := choices.choose_checkpointing(kept, recomputed):
             storage = _ONLINE
             if frozen:
                 spec = row.architecture.spec(image.value)
                 sizes = {dtype: entry_bytes(spec, image.value, patch.value, dtype) for dtype in DTYPES}
-                hours = hours_to_encode(tiles * images, row.architecture, image.value, machine.device)
-                storage = choose_storage(tiles, sizes, machine.disk, hours, request.sam.get("views"))
+                operations = tiles * images * row.architecture.operations(image.value)
+                hours = operations / operations_per_hour(machine.device)
+                storage = choices.choose_storage(tiles, sizes, machine.disk, hours, request.sam.get("views"))
             return Fit(encoder, patch, image, *step, storage, tiles)
     least = need(checkpointing=not frozen).training(MIN_BATCH_SIZE)
     raise ValueError(
@@ -116,7 +111,7 @@ def _choose_largest(facts: Facts, request: Request, machine: Machine) -> tuple[F
             fit = fit_encoder(name, facts, request, machine)
         except ValueError:
             continue
-        is_roomy = fit.batch.value >= min(GOOD_BATCH_SIZE, wanted_batch_size(fit.tiles))
+        is_roomy = fit.batch.value >= min(GOOD_BATCH_SIZE, choices.wanted_batch_size(fit.tiles))
         if is_roomy and fit.storage.value.features == "cached":
             return fit, "the largest whose weights are here, which memory and disk hold"
     return fit_encoder(here[-1], facts, request, machine), "the smallest whose weights are here"
@@ -128,9 +123,9 @@ def _image_sizes(facts: Facts, request: Request, row: EncoderRow) -> list[Choice
     largest = min(row.image_size, request.method.image_size or row.image_size) // multiple * multiple
     preset = request.sam.get("image_size")  # for the preset's own encoder, which may be a larger one
     if preset is None:
-        patch = choose_patch(facts.planes, facts.divisor, largest).value
-        image = choose_image_size(patch, largest, multiple)
-        smaller = smaller_image_sizes(image.value, multiple)
+        patch = choices.choose_patch(facts.planes, facts.divisor, largest).value
+        image = choices.choose_image_size(patch, largest, multiple)
+        smaller = choices.smaller_image_sizes(image.value, multiple)
         return [image, *(Choice(size, "what fits into the memory") for size in smaller)]
     size = min(preset // multiple * multiple, largest)
     reason = f"preset {request.preset}"
@@ -146,7 +141,7 @@ def _choose_batch(request: Request, tiles: int, need: Footprint, memory: float) 
     wanted = request.fragment.get("batch_size")
     if wanted is not None and fits(wanted):
         return Choice(wanted, f"preset {request.preset}")
-    batch = choose_batch_size(tiles, fits)
+    batch = choices.choose_batch_size(tiles, fits)
     if wanted is None or batch is None:
         return batch
     return Choice(batch.value, f"{batch.reason}; preset {request.preset} asks for {wanted}")
@@ -155,3 +150,14 @@ def _choose_batch(request: Request, tiles: int, need: Footprint, memory: float) 
 def _missing(encoder: str) -> str:
     """Only weights with a name can be missing: a path is read at once."""
     return f"whose weights are not here yet (--encoder vit_tiny comes with this package): {known_row(encoder).remedy}"
+
+
+@cache
+def operations_per_hour(device: torch.device) -> float:
+    """Of encoding, from the rate of a large matrix product in the encoder's precision, the best of three."""
+    if not device_is_here(device):
+        return 3600 * _SHARE * _NOMINAL[device.type]
+    side = _SIDE[device.type]
+    matrix = torch.ones(side, side, dtype=encoder_dtype(device), device=device)
+    seconds = repeat(lambda: (matrix @ matrix)[0, 0].item(), number=1, repeat=4)  # an item waits for the device
+    return 3600 * _SHARE * 2 * side**3 / min(seconds[1:])

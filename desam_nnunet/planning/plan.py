@@ -81,19 +81,15 @@ def choose(facts: Facts, request: Request, machine: Machine) -> tuple[dict[str, 
     schedule = choose_schedule(storage.views * fit.tiles * (FOLDS - 1) // FOLDS, fit.batch.value)
     sam: dict[str, Any] = {
         "encoder": fit.encoder, "image_size": fit.image.value, "intensity": intensity_rule(list(facts.schemes)),
-        "features": storage.features, "views": storage.views, "cache_dtype": storage.dtype,
-        "epochs": schedule.value.epochs, "iterations_per_epoch": schedule.value.iterations,
-        "val_iterations_per_epoch": schedule.value.val_iterations,
+        "features": storage.features, "views": storage.views, "cache_dtype": storage.dtype, **schedule.value._asdict(),
     } | {key: value for key, value in request.sam.items() if key not in ("encoder", "image_size", "views")}
     # Keys whose absence would mean what happened before they existed are written out.
-    own = {row.name: row.default for row in fields(method.section) if AS_BEFORE in row.metadata}
-    own |= request.fragment.get(method.name, {})
+    section = {row.name: row.default for row in fields(method.section) if AS_BEFORE in row.metadata}
+    section |= request.fragment.get(method.name, {})
     if fit.checkpointing:
-        own["checkpointing"] = True
-    keys: dict[str, Any] = {
-        "patch_size": list(fit.patch.value), "batch_size": fit.batch.value, "sam": sam, method.name: own}
+        section["checkpointing"] = True
     check_keys("sam", SamSection, sam)
-    check_keys(method.name, method.section, own)
+    check_keys(method.name, method.section, section)
     lines = [
         Line("memory", f"{machine.memory.value / 1e9:.1f} GB", machine.memory.reason),
         Line("sam.encoder", Path(sam["encoder"]).name, why),
@@ -112,7 +108,7 @@ def choose(facts: Facts, request: Request, machine: Machine) -> tuple[dict[str, 
             f"{method.name}.checkpointing", str(fit.checkpointing).lower(),
             "saves memory, which would hold too few tiles without" if fit.checkpointing else
             "what a step keeps fits into the memory"))
-    return keys, lines
+    return {"patch_size": list(fit.patch.value), "batch_size": fit.batch.value, "sam": sam, method.name: section}, lines
 
 
 def _memory(request: Request, device: torch.device) -> Choice[float]:
