@@ -6,7 +6,7 @@ import json
 from typing import Any, NamedTuple
 
 from desam_nnunet.cross_site.study import CHECKPOINT, Study, method_of
-from desam_nnunet.nnunet.checkpoints import read_checkpoint
+from desam_nnunet.nnunet.model_folder import read_checkpoint
 
 
 class Cost(NamedTuple):

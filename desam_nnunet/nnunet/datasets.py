@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from desam_nnunet.nnunet.model_folder import read_description
 
@@ -37,3 +38,8 @@ def read_preprocessed(dataset: str, plans: str) -> Preprocessed:
         if not (path := folder / f"{name}.json").is_file():
             raise FileNotFoundError(f"{path} does not exist: {remedy}.")
     return Preprocessed(*read_description(folder, plans), folder)
+
+
+def foreground_of(label_manager: LabelManager) -> list[Any]:
+    """The regions, each a label or several, where the data set trains regions; else the labels. No background."""
+    return label_manager.foreground_regions if label_manager.has_regions else label_manager.foreground_labels

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from desam_nnunet.nnunet.checkpoints import read_checkpoint
+from desam_nnunet.nnunet.model_folder import read_checkpoint
 from desam_nnunet.published.importing import save
 from desam_nnunet.published.samed_keys import official_samed_names
 
