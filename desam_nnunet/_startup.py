@@ -21,11 +21,15 @@ def shipped_folder(name: str) -> str:
     return shipped if os.path.isdir(shipped) else os.path.join(os.path.dirname(package), name)
 
 
+def listed_folders() -> list[str]:
+    """Those that nnU-Net looks into for trainers, beside its own."""
+    return [path for path in os.environ.get(VARIABLE, "").split(os.pathsep) if path]
+
+
 def register() -> None:
     """Append our folder once, behind what the user has listed; never raises."""
     try:
-        folder = trainers_folder()
-        listed = [path for path in os.environ.get(VARIABLE, "").split(os.pathsep) if path]
+        folder, listed = trainers_folder(), listed_folders()
         if os.path.isdir(folder) and folder not in listed:
             os.environ[VARIABLE] = os.pathsep.join([*listed, folder])
     except (OSError, ValueError):

@@ -31,7 +31,7 @@ from desam_nnunet.cross_site.sites import read_sites
 from desam_nnunet.encoders.registry import ENCODERS
 from desam_nnunet.encoders.weights import find_weights, identify, read_weights, row_of_state
 from desam_nnunet.evaluation.statistics import Summary, summarise
-from desam_nnunet.nnunet.checkpoints import read_checkpoint
+from desam_nnunet.nnunet.model_folder import read_checkpoint
 from desam_nnunet.system.files import replace_file
 
 SOURCE, TARGET = "RUNMC", "UCL"

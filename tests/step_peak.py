@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from desam_nnunet.encoders.weights import find_row
-from desam_nnunet.planning.footprint import Size, _batch, _rehearsing
+from desam_nnunet.planning.footprint import empty_batch, trainer_to_rehearse
 from desam_nnunet.system.machine import peak_memory
 from desam_nnunet.training.base import Batch, SamTrainer
 from desam_nnunet.training.registry import TRAINERS
@@ -27,22 +27,21 @@ CPU = torch.device("cpu")
 def main() -> None:
     trainer, encoder = sys.argv[1:3]
     image_size, batch_size, outputs, patch = map(int, sys.argv[3:7])
-    size = Size(TRAINERS[trainer], find_row(encoder).architecture, image_size, (patch, patch), outputs,
-                "checkpointing" in sys.argv, images=1)
-    trainer = started(size)
+    trainer = started(trainer_to_rehearse(
+        TRAINERS[trainer], find_row(encoder).architecture, image_size, outputs,
+        checkpointing="checkpointing" in sys.argv, images=1))
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = peak_memory(CPU)
     for _ in range(2):
-        SamTrainer.train_step(trainer, random_batch(size, trainer, batch_size))  # but for the learning rate
+        SamTrainer.train_step(trainer, random_batch(trainer, patch, batch_size, outputs))  # but for the learning rate
     print(peak_memory(CPU) - before)
 
 
-def started(size: Size) -> Any:
-    """A trainer as the planner rehearses it, with values in its network and an optimiser."""
-    trainer = _rehearsing(size)
+def started(trainer: Any) -> Any:
+    """The planner's trainer, with values in its network, and an optimiser."""
     network = trainer.bare_network
     network.encoder.dtype = torch.float32  # also where the CPU has bfloat16
-    if size.trainer.method.frozen_features:
+    if trainer.method.frozen_features:
         network.encoder.to("meta")  # it is not needed, since the features are given
     trainer.optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad])
     trainer.grad_scaler = None
@@ -50,10 +49,10 @@ def started(size: Size) -> Any:
     return trainer
 
 
-def random_batch(size: Size, trainer: Any, batch_size: int) -> Batch:
-    batch = _batch(size, trainer.bare_network.encoder.spec.maps, batch_size)
+def random_batch(trainer: Any, patch: int, batch_size: int, outputs: int) -> Batch:
+    batch = empty_batch(trainer, (patch, patch), batch_size)
     batch = tree_map_only(Tensor, lambda values: values.uniform_(), batch)
-    batch["target"].random_(size.outputs + 1)
+    batch["target"].random_(outputs + 1)
     return batch
 
 

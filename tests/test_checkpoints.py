@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from desam_nnunet.nnunet.checkpoints import read_checkpoint
+from desam_nnunet.nnunet.model_folder import read_checkpoint
 
 CORE = np.float64(0).__reduce__()[0].__module__.encode()  # numpy._core.multiarray, before NumPy 2 numpy.core.multiarray
 

@@ -38,20 +38,21 @@ def test_a_tile_shows_a_slice_as_far_as_masks_resolve_it(
     assert all(side % by == 0 for side, by in zip(choice.value, divisor, strict=True))
 
 
-@pytest.mark.parametrize(("patch", "native", "size"), [
-    ((160, 160), 1024, 640), ((128, 112), 1024, 512), ((512, 512), 1024, 1024), ((40, 40), 1024, 192),
-    ((160, 160), 256, 256),
+@pytest.mark.parametrize(("patch", "native", "multiple", "size"), [
+    ((160, 160), 1024, 16, 640), ((128, 112), 1024, 16, 512), ((512, 512), 1024, 16, 1024), ((40, 40), 1024, 32, 192),
+    ((160, 160), 256, 16, 256), ((100, 100), 504, 28, 420), ((160, 160), 504, 28, 504), ((40, 40), 960, 96, 192),
 ])
 def test_masks_have_a_pixel_for_every_pixel_up_to_the_encoders_own_size(
-    patch: tuple[int, int], native: int, size: int
+    patch: tuple[int, int], native: int, multiple: int, size: int
 ) -> None:
-    assert choose_image_size(patch, native).value == size
+    assert choose_image_size(patch, native, multiple).value == size
 
 
 def test_smaller_inputs_to_fall_back_to() -> None:
-    assert smaller_image_sizes(256) == [192, 128, 64]
-    assert smaller_image_sizes(64) == []
-    assert smaller_image_sizes(1024)[-1] == 256
+    assert smaller_image_sizes(256, 16) == [192, 128, 64]
+    assert smaller_image_sizes(64, 16) == []
+    assert smaller_image_sizes(1024, 16)[-1] == 256
+    assert smaller_image_sizes(420, 28) == [336, 252, 168]  # an encoder refuses all but multiples of 28
 
 
 @pytest.mark.parametrize(("tiles", "fit", "batch", "reason"), [

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from desam_nnunet.commands.__main__ import main
+from desam_nnunet.encoders.base import FeatureSpec
 from desam_nnunet.encoders.registry import ENCODERS
+from desam_nnunet.encoders.sam_vit import SamViT
 from desam_nnunet.encoders.weights import find_row
 from desam_nnunet.planning.choices import Choice
 from desam_nnunet.planning.facts import Facts, read_facts
@@ -29,7 +32,6 @@ from desam_nnunet.planning.footprint import footprint
 from desam_nnunet.planning.plan import choose
 from desam_nnunet.planning.presets import preset_names
 from desam_nnunet.planning.request import Request
-from desam_nnunet.planning.speed import operations
 from desam_nnunet.training.base import SamTrainer
 from desam_nnunet.training.dbsam import DBSAMTrainer
 from desam_nnunet.training.desam import DeSAMTrainer
@@ -268,6 +270,34 @@ def test_a_smaller_input_gets_a_smaller_patch(weights: None) -> None:
     assert max(configuration["patch_size"]) <= max(256, 2.5 * configuration["sam"]["image_size"] / 4)
 
 
+class OfMultiple(SamViT):
+    """SAM's smallest encoder, as if it took multiples of 112 pixels only."""
+
+    def spec(self, image_size: int) -> FeatureSpec:
+        spec = super().spec(image_size)
+        return replace(spec, image=replace(spec.image, multiple=112))
+
+
+@pytest.fixture
+def of_multiple(monkeypatch: pytest.MonkeyPatch) -> None:
+    architecture = OfMultiple(**vars(ENCODERS["vit_tiny"].architecture))
+    row = replace(ENCODERS["vit_tiny_random"], name="of_multiple", architecture=architecture, image_size=600)
+    monkeypatch.setitem(ENCODERS, "of_multiple", row)
+
+
+@pytest.mark.parametrize(("preset", "memory", "image_size", "reason"), [
+    (None, 80, 560, "the encoder's own size"), (None, 0.2, 336, "what fits into the memory"),
+    ("cpu", 80, 448, "preset cpu, as a multiple of 112"),
+])
+def test_only_sizes_that_the_encoder_takes_are_planned(
+    of_multiple: None, preset: str | None, memory: float, image_size: int, reason: str
+) -> None:
+    request = Request(encoder="of_multiple", preset=preset)
+    configuration, lines = choose(CARDIAC, request, machine(memory))
+    assert configuration["sam"]["image_size"] == image_size
+    assert next(line.reason for line in lines if line.key == "sam.image_size").endswith(reason)
+
+
 def test_five_channels_of_few_large_slices_on_a_cpu() -> None:
     facts = Facts(((2, 1024, 1024),) * 2, (256, 256), 5, 1, ("ZScoreNormalization",) * 5)
     configuration, lines = choose(facts, Request(), machine(8, 100))
@@ -278,7 +308,7 @@ def test_five_channels_of_few_large_slices_on_a_cpu() -> None:
 
 def test_operations_of_vit_b() -> None:
     """0.97 TFLOP, as the benchmark counts them from the layers."""
-    assert operations(ENCODERS["vit_b"].architecture, 1024) == pytest.approx(0.97e12, rel=0.06)
+    assert ENCODERS["vit_b"].architecture.operations(1024) == pytest.approx(0.97e12, rel=0.06)
 
 
 def test_more_of_anything_takes_more_memory() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from desam_nnunet.cache.entry import DamagedEntryError
 from desam_nnunet.cache.store import CaseRecord, ChangedCaseError, Store
 from desam_nnunet.encoders.base import Features
-from desam_nnunet.nnunet.labels import foreground_of
+from desam_nnunet.nnunet.datasets import foreground_of
 from desam_nnunet.system.machine import free_memory, memory_limit
 
 _AHEAD = 4  # batches at most that are read ahead: they are large

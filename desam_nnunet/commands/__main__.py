@@ -11,22 +11,18 @@ from desam_nnunet.commands import boxes, cache, cross_site, doctor, plan, pretra
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; bad input ends in one sentence on stderr and exit code 1."""
-    options = _parser().parse_args(arguments)
-    try:
-        return options.run(options)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"desam: {error}", file=sys.stderr)
-        return 1
-
-
-def _parser() -> argparse.ArgumentParser:
+    """Runs one command and returns its exit code; bad input ends in one sentence on stderr and 1."""
     parser = argparse.ArgumentParser(prog="desam", description="Frozen foundation encoders inside nnU-Net.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="command")
     for module in (doctor, trainers, plan, cache, boxes, cross_site, pretrain, weights):
         module.add(commands)
-    return parser
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options) or 0
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"desam: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -21,10 +21,9 @@ def add(commands: Commands) -> None:
     add_device(boxes)
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace) -> None:
     from desam_nnunet.evaluation.boxes import NOTE, evaluate_with_boxes
 
     device = device_named(options.device)
     dice = evaluate_with_boxes(options.model, options.f, options.chk, options.i, options.l, options.o, device)
     print(f"{NOTE}\nMean Dice with boxes: {dice:.4f}. Everything else: {options.o / 'summary.json'}")
-    return 0

@@ -23,7 +23,7 @@ def add(commands: Commands) -> None:
     other.add_argument("--delete", nargs="?", const="", metavar="STORE", help="remove one store, or all of them")
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace) -> None:
     from desam_nnunet.cache import manage
 
     if options.list:
@@ -34,13 +34,8 @@ def _run(options: argparse.Namespace) -> int:
         for folder in manage.delete_stores(options.d, options.delete or None):
             print(f"Removed {folder}")
     else:
-        _build(options)
-    return 0
+        from desam_nnunet.training.dataset_cache import build_dataset
 
-
-def _build(options: argparse.Namespace) -> None:
-    from desam_nnunet.training.dataset_cache import build_dataset
-
-    device = device_named(options.device)
-    store = build_dataset(options.d, options.p, options.c, options.tr, device, options.num_parts, options.part_id)
-    print(f"{store.folder}: {store.size() / 1e9:.2f} GB, {len(store.cases())} case(s)")
+        device = device_named(options.device)
+        store = build_dataset(options.d, options.p, options.c, options.tr, device, options.num_parts, options.part_id)
+        print(f"{store.folder}: {store.size() / 1e9:.2f} GB, {len(store.cases())} case(s)")

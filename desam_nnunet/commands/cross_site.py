@@ -40,8 +40,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--dry-run", action="store_true", help="say what would run and what is done, and do nothing")
 
 
-def _run(options: argparse.Namespace) -> int:
-    """Runs or describes the study."""
+def _run(options: argparse.Namespace) -> None:
     device_named(options.device)
     if missing := [name for name, least in EXTRA.items() if not _is_installed(name, least)]:
         raise ValueError(f"desam cross-site needs {' and '.join(missing)}, perhaps newer than installed: pip install "
@@ -55,11 +54,10 @@ def _run(options: argparse.Namespace) -> int:
         channels=options.channels, tolerance=options.tolerance)
     if options.dry_run:
         print("\n".join(describe_steps(study, options.device)))
-        return 0
+        return
     report = run_study(study, options.device, options.num_parts, options.part_id)
     if report is not None:
         print(f"The report: {report}")
-    return 0
 
 
 def _is_installed(name: str, least: tuple[int, ...]) -> bool:

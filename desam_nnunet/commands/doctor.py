@@ -13,6 +13,8 @@ def add(commands: Commands) -> None:
 
 
 def _run(_: argparse.Namespace) -> int:
-    from desam_nnunet.commands.findings import report
+    from desam_nnunet.commands.findings import examine, report
 
-    return 1 if report() else 0
+    wrong = report(examine())
+    print(f"{wrong} thing(s) marked !! must be mended first." if wrong else "Nothing is wrong.")
+    return 1 if wrong else 0

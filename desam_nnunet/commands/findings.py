@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,16 +13,14 @@ import timm
 import torch
 
 from desam_nnunet import __version__
-from desam_nnunet._startup import VARIABLE, trainers_folder
+from desam_nnunet._startup import VARIABLE, listed_folders, trainers_folder
 from desam_nnunet.encoders.precision import encoder_dtype
 from desam_nnunet.encoders.registry import ENCODERS, TIMM, EncoderRow
 from desam_nnunet.encoders.weights import find_row, find_weights, search_folders, wrong_hash
 from desam_nnunet.nnunet.lookup import classes_in_folders, look_up
-from desam_nnunet.system.machine import memory_limit
+from desam_nnunet.system.machine import device_is_here, memory_limit
 from desam_nnunet.training.base import SamTrainer
 from desam_nnunet.training.registry import TRAINERS
-
-_NNUNET_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 
 class Finding(NamedTuple):
@@ -39,42 +37,42 @@ def examine() -> Iterator[Finding]:
     yield Finding("desam_nnunet", __version__)
     yield from map(_trainer, TRAINERS)
     yield from _others_trainers()
-    yield from map(_weights_folder, search_folders())
-    yield from map(_weights, _rows())
+    yield from examine_weights()
     yield _device()
-    yield _memory()
-    yield from map(_nnunet_folder, _NNUNET_FOLDERS)
+    yield Finding("memory", f"{memory_limit() / 2**30:.0f} GiB")
+    yield from map(_nnunet_folder, ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"))
 
 
-def report() -> int:
-    """Prints the findings and counts those that are wrong."""
-    wrong = sum(_print(finding).wrong for finding in examine())
-    print("Nothing is wrong." if not wrong else f"{wrong} thing(s) marked !! must be mended first.")
+def examine_weights() -> Iterator[Finding]:
+    """Looks at folders and files of weights: of every encoder with a row of its own, and of timm's that are here."""
+    yield from map(_weights_folder, search_folders())
+    yield from map(_weights, ENCODERS.values())
+    files = {path.stem for folder in search_folders() for path in folder.glob("*.safetensors")}
+    for name in sorted(filter(timm.is_model, files)):
+        with contextlib.suppress(ValueError):  # of models that no decoder here can read
+            yield _weights(find_row(f"{TIMM}{name}"))
+
+
+def report(findings: Iterable[Finding]) -> int:
+    """Prints findings and counts those that are wrong."""
+    wrong = 0
+    for finding in findings:
+        mark = "!!" if finding.wrong else "--" if finding.remedy else "ok"
+        print(f"{mark}  {finding.what:<24}{finding.state}")
+        if finding.remedy:
+            print(f"    {'':<24}-> {finding.remedy}")
+        wrong += finding.wrong
     return wrong
-
-
-def report_weights() -> None:
-    """Prints the part about weights."""
-    for finding in (*map(_weights_folder, search_folders()), *map(_weights, _rows())):
-        _print(finding)
-
-
-def _print(finding: Finding) -> Finding:
-    mark = "!!" if finding.wrong else "--" if finding.remedy else "ok"
-    print(f"{mark}  {finding.what:<24}{finding.state}")
-    if finding.remedy:
-        print(f"    {'':<24}-> {finding.remedy}")
-    return finding
 
 
 def _trainer(name: str) -> Finding:
     try:
         found = look_up(name)
     except Exception as error:  # the look-up imports files of others
-        listed = os.environ.get(VARIABLE, "")
         remedy = f"export nnUNet_extTrainer=$nnUNet_extTrainer:{trainers_folder()}"
-        if trainers_folder() in listed.split(os.pathsep):
-            remedy = f"a file in {listed} fails to be imported: repair it or take its folder out of nnUNet_extTrainer"
+        if trainers_folder() in listed_folders():
+            remedy = (f"a file in {os.environ[VARIABLE]} fails to be imported: repair it or take its folder out of "
+                      "nnUNet_extTrainer")
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return Finding(name, f"not found by nnU-Net: {reason}", remedy, wrong=True)
     return Finding(name, f"{found.__module__}.{found.__qualname__}")
@@ -102,26 +100,15 @@ def _weights_folder(folder: Path) -> Finding:
     return Finding("weights folder", state)
 
 
-def _rows() -> list[EncoderRow]:
-    """Every encoder with a row of its own, and timm's whose files are here."""
-    files = {path.stem for folder in search_folders() if folder.is_dir() for path in folder.glob("*.safetensors")}
-    rows = list(ENCODERS.values())
-    for name in sorted(files):
-        with contextlib.suppress(ValueError):  # of models that no decoder here can read
-            rows += [find_row(f"{TIMM}{name}")] if timm.is_model(name) else []
-    return rows
-
-
 def _weights(row: EncoderRow) -> Finding:
     what = f"weights {row.name}"
     facts = f"{row.architecture.family}, {row.licence}, trained on {row.trained_on}"
-    if row.is_random:
-        return Finding(what, f"RANDOM, not pretrained ({row.random_identity}): to compare with")
     try:
         path = find_weights(row.name)
     except FileNotFoundError:
         return Finding(what, f"not here; {facts}", f"{row.remedy} ({row.megabytes} MB)")
-    assert path is not None
+    if path is None:
+        return Finding(what, f"RANDOM, not pretrained ({row.random_identity}): to compare with")
     if wrong_hash(path, row):
         return Finding(what, f"{path} is not the published file", f"remove it; {row.remedy}", wrong=True)
     state = f"verified; {row.megabytes} MB" if row.md5 or row.sha256 else "not published with a hash"
@@ -129,30 +116,24 @@ def _weights(row: EncoderRow) -> Finding:
 
 
 def _device() -> Finding:
-    if torch.cuda.is_available():
+    device = next(filter(device_is_here, map(torch.device, ("cuda", "mps", "cpu"))))
+    state = device.type
+    if device.type == "cuda":
         properties = torch.cuda.get_device_properties(0)
-        name, remedy = f"cuda: {properties.name}, {properties.total_memory / 2**30:.0f} GiB", ""
-        device = torch.device("cuda")
-    elif torch.backends.mps.is_available():
-        name, remedy, device = "mps", "add -device mps to nnU-Net's commands", torch.device("mps")
-    else:
-        name, remedy = f"cpu, {torch.get_num_threads()} threads", "add -device cpu to nnU-Net's commands"
-        device = torch.device("cpu")
+        state = f"cuda: {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    elif device.type == "cpu":
+        state = f"cpu, {torch.get_num_threads()} threads"
     precision = str(encoder_dtype(device)).removeprefix("torch.")
-    return Finding("device", f"{name}; the encoder runs in {precision}", remedy)
-
-
-def _memory() -> Finding:
-    return Finding("memory", f"{memory_limit() / 2**30:.0f} GiB")
+    remedy = "" if device.type == "cuda" else f"add -device {device.type} to nnU-Net's commands"
+    return Finding("device", f"{state}; the encoder runs in {precision}", remedy)
 
 
 def _nnunet_folder(variable: str) -> Finding:
     value = os.environ.get(variable)
     if not value:
         return Finding(variable, "not set", f"export {variable}=/where/you/keep/it", wrong=True)
-    folder = Path(value)
-    if not folder.is_dir():
+    if not Path(value).is_dir():
         return Finding(variable, f"{value} does not exist", f"mkdir -p {value}", wrong=True)
-    if not os.access(folder, os.W_OK):
+    if not os.access(value, os.W_OK):
         return Finding(variable, f"{value} is not writable", "choose a folder that you can write", wrong=True)
-    return Finding(variable, f"{value}, {shutil.disk_usage(folder).free / 1e9:.0f} GB free")
+    return Finding(variable, f"{value}, {shutil.disk_usage(value).free / 1e9:.0f} GB free")

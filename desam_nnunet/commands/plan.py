@@ -25,20 +25,15 @@ def add(commands: Commands) -> None:
     plan.add_argument("--list", action="store_true", help="list the presets")
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace) -> None:
     from desam_nnunet.planning.presets import preset_names, read_preset
 
     if options.list:
         for name in preset_names():
             print(f"{name:<14}{read_preset(name)['description']}")
-        return 0
+        return
     if options.d is None:
         raise ValueError("Which data set? Give its number or name with -d.")
-    _plan(options)
-    return 0
-
-
-def _plan(options: argparse.Namespace) -> None:
     import torch
 
     from desam_nnunet.planning.plan import plan_dataset

@@ -25,8 +25,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("-device", default="cuda", choices=["cuda", "cpu"], help="default: cuda, as nnU-Net")
 
 
-def _run(options: argparse.Namespace) -> int:
-    """Runs or goes on with the pretraining."""
+def _run(options: argparse.Namespace) -> None:
     from dataclasses import fields
 
     from desam_nnunet.pretraining.recipe import Recipe
@@ -39,4 +38,3 @@ def _run(options: argparse.Namespace) -> int:
     weights = pretrain(options.folder, Recipe(**given), device_named(options.device), minutes=options.minutes)
     if weights is not None:
         print(f'To train on it: "sam": {{"encoder": "{weights.resolve()}"}} in the plans, or desam plan --encoder.')
-    return 0

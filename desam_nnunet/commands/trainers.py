@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
-
 from desam_nnunet._startup import trainers_folder
 from desam_nnunet.commands.words import Commands, add_command
 
 
 def add(commands: Commands) -> None:
     """Adds the command."""
-    add_command(commands, "trainers", _run, "print the folder for the environment variable nnUNet_extTrainer")
-
-
-def _run(_: argparse.Namespace) -> int:
-    print(trainers_folder())
-    return 0
+    add_command(commands, "trainers", lambda _: print(trainers_folder()),
+                "print the folder for the environment variable nnUNet_extTrainer")

@@ -17,15 +17,6 @@ def add(commands: Commands) -> None:
     get.add_argument("encoder", help="vit_b, vit_l, vit_h, mobile_sam or timm/<model>")
     verify = add_command(actions, "verify", _verify, "say what a weights file holds, and whether it is a published one")
     verify.add_argument("file", type=Path)
-    _add_import(actions)
-    save = add_command(actions, "export", _export, "write a trained SAMed in the published format")
-    save.add_argument("model", type=Path, help="model folder, .../SAMedTrainer__<plans>__2d")
-    save.add_argument("file", type=Path, help="file to write")
-    save.add_argument("-f", default="0", metavar="FOLD", help="default: 0")
-    save.add_argument("-chk", default="checkpoint_final.pth", help="default: checkpoint_final.pth")
-
-
-def _add_import(actions: Commands) -> None:
     load = add_command(
         actions, "import", _import, "turn a published DeSAM or SAMed checkpoint into a model of nnU-Net's")
     load.add_argument("file", type=Path, help="the published checkpoint")
@@ -34,30 +25,32 @@ def _add_import(actions: Commands) -> None:
     load.add_argument("-c", default="2d", help="configuration (default: 2d)")
     load.add_argument("-tr", help="DeSAMTrainerWholeBox for a whole-box checkpoint of DeSAM (default: from the file)")
     load.add_argument("-o", type=Path, help="model folder to write (default: nnU-Net's own in nnUNet_results)")
+    save = add_command(actions, "export", _export, "write a trained SAMed in the published format")
+    save.add_argument("model", type=Path, help="model folder, .../SAMedTrainer__<plans>__2d")
+    save.add_argument("file", type=Path, help="file to write")
+    save.add_argument("-f", default="0", metavar="FOLD", help="default: 0")
+    save.add_argument("-chk", default="checkpoint_final.pth", help="default: checkpoint_final.pth")
 
 
-def _list(_: argparse.Namespace) -> int:
-    from desam_nnunet.commands.findings import report_weights
+def _list(_: argparse.Namespace) -> None:
+    from desam_nnunet.commands.findings import examine_weights, report
 
-    report_weights()
-    return 0
+    report(examine_weights())
 
 
-def _get(options: argparse.Namespace) -> int:
+def _get(options: argparse.Namespace) -> None:
     from desam_nnunet.encoders.download import download
 
     print(f"{download(options.encoder)} is here")
-    return 0
 
 
-def _verify(options: argparse.Namespace) -> int:
+def _verify(options: argparse.Namespace) -> None:
     from desam_nnunet.encoders.weights import describe_file
 
     print(describe_file(options.file))
-    return 0
 
 
-def _import(options: argparse.Namespace) -> int:
+def _import(options: argparse.Namespace) -> None:
     from desam_nnunet.published.exchange import import_official
 
     imported = import_official(options.file, options.d, options.p, options.c, options.tr, options.o)
@@ -67,12 +60,10 @@ def _import(options: argparse.Namespace) -> int:
     else:
         print(f"For nnUNetv2_predict -tr {imported.trainer} -f all: {imported.model}")
     print(imported.preparation)
-    return 0
 
 
-def _export(options: argparse.Namespace) -> int:
+def _export(options: argparse.Namespace) -> None:
     from desam_nnunet.published.exchange import export_samed
 
     export_samed(options.model, options.f, options.chk, options.file)
     print(f"Written to {options.file}")
-    return 0

@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     import torch
 
 Commands = argparse._SubParsersAction
-Run = Callable[[argparse.Namespace], int]
+Run = Callable[[argparse.Namespace], int | None]
 
 
 def add_command(commands: Commands, name: str, run: Run, text: str) -> argparse.ArgumentParser:
-    """A command's parser; `run` is called with what was typed."""
+    """A command's parser; `run` is called with what was typed, and gives the exit code if it is not 0."""
     command = commands.add_parser(name, help=text, description=text)
     command.set_defaults(run=run)
     return command
@@ -26,7 +26,11 @@ def add_device(command: argparse.ArgumentParser) -> None:
 
 
 def device_named(name: str) -> torch.device:
-    """Raises: ValueError: There is no such device here."""
+    """The device that was asked for.
+
+    Raises:
+        ValueError: There is none of that name here.
+    """
     import torch
 
     from desam_nnunet.system.machine import device_is_here

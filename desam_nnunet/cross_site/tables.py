@@ -13,7 +13,7 @@ from desam_nnunet.cross_site.study import CHECKPOINT, Study
 from desam_nnunet.evaluation.metrics import METRICS
 from desam_nnunet.evaluation.scores import COLUMNS, FALSE_ALARM, MISSING, NOT_FOUND, PROTOCOLS, read_rows
 from desam_nnunet.evaluation.statistics import compare, holm, per_case, summarise
-from desam_nnunet.nnunet.checkpoints import read_checkpoint
+from desam_nnunet.nnunet.model_folder import read_checkpoint
 
 FAILURES = (MISSING, NOT_FOUND, FALSE_ALARM)
 

@@ -27,9 +27,8 @@ from tqdm import tqdm
 
 from desam_nnunet.networks.dbsam.network import DBSAM
 from desam_nnunet.networks.frame import ABSENT_LOGIT
-from desam_nnunet.nnunet.checkpoints import read_checkpoint
-from desam_nnunet.nnunet.labels import foreground_of
-from desam_nnunet.nnunet.model_folder import build_network, read_description
+from desam_nnunet.nnunet.datasets import foreground_of
+from desam_nnunet.nnunet.model_folder import build_network, read_checkpoint, read_description
 from desam_nnunet.sam.prompts import sample_boxes
 from desam_nnunet.system.files import replace_file
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+from desam_nnunet.nnunet.model_folder import read_description
 
 
 class Preprocessed(NamedTuple):
-    """Attributes: plans, dataset_json: As read. folder: The data set's in ``nnUNet_preprocessed``."""
+    """Plans and dataset.json as read, and the data set's folder in ``nnUNet_preprocessed``."""
 
     plans: dict[str, Any]
     dataset_json: dict[str, Any]
@@ -24,7 +26,7 @@ def dataset_folder(dataset: str) -> Path:
 
 
 def read_preprocessed(dataset: str, plans: str) -> Preprocessed:
-    """Args: dataset: Name or number. plans: Name.
+    """What the files of a data set say, given by name or number, and of the plans of that name.
 
     Raises:
         FileNotFoundError: It is not planned.
@@ -35,5 +37,9 @@ def read_preprocessed(dataset: str, plans: str) -> Preprocessed:
                          (plans, "make these plans with desam plan, or name others with -p")):
         if not (path := folder / f"{name}.json").is_file():
             raise FileNotFoundError(f"{path} does not exist: {remedy}.")
-    plans_json, dataset_json = (json.loads((folder / f"{name}.json").read_text()) for name in (plans, "dataset"))
-    return Preprocessed(plans_json, dataset_json, folder)
+    return Preprocessed(*read_description(folder, plans), folder)
+
+
+def foreground_of(label_manager: LabelManager) -> list[Any]:
+    """The regions, each a label or several, where the data set trains regions; else the labels. No background."""
+    return label_manager.foreground_regions if label_manager.has_regions else label_manager.foreground_labels

@@ -5,13 +5,12 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
-import os
 from pathlib import Path
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-from desam_nnunet._startup import VARIABLE
+from desam_nnunet._startup import listed_folders
 
 
 def look_up(name: str) -> type[nnUNetTrainer]:
@@ -26,9 +25,8 @@ def look_up(name: str) -> type[nnUNetTrainer]:
 
 def classes_in_folders() -> list[str]:
     """The names of all classes that files in the folders of ``nnUNet_extTrainer`` define; nothing is imported."""
-    folders = [Path(folder) for folder in os.environ.get(VARIABLE, "").split(os.pathsep) if folder]
     names: list[str] = []
-    for file in sorted(file for folder in folders for file in folder.rglob("*.py")):
+    for file in sorted(file for folder in listed_folders() for file in Path(folder).rglob("*.py")):
         with contextlib.suppress(OSError, SyntaxError, ValueError):  # the look-up says what is wrong with it
             tree = ast.parse(file.read_bytes())
             names += [node.name for node in tree.body if isinstance(node, ast.ClassDef)]

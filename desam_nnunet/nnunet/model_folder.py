@@ -1,4 +1,4 @@
-"""nnU-Net's model folders: where a model's is, what it was trained with, and the network in it."""
+"""nnU-Net's model folders: where a model's is, what it was trained with, its network and its checkpoints."""
 
 from __future__ import annotations
 
@@ -6,12 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from nnunetv2.paths import nnUNet_results
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
 from desam_nnunet.nnunet.lookup import look_up
+from desam_nnunet.system.files import damage_told
+
+# What checkpoints hold beside tensors and plain Python values: numpy's numbers.
+_SCALAR = np.float64(0).__reduce__()[0]
+_NUMBERS: list[Any] = [np.dtype, type(np.dtype("float32")), type(np.dtype("float64")),
+                       *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]  # 1.x, 2.x
 
 
 def model_folder(plans: dict[str, Any], configuration: str, trainer: str) -> Path:
@@ -27,10 +35,10 @@ def trained_folds(model: Path) -> list[Path]:
     return sorted(model.glob("fold_*/checkpoint_*.pth"))
 
 
-def read_description(model: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A model folder's plans and dataset.json."""
-    plans, dataset_json = (json.loads((model / name).read_text()) for name in ("plans.json", "dataset.json"))
-    return plans, dataset_json
+def read_description(folder: Path, plans: str = "plans") -> tuple[dict[str, Any], dict[str, Any]]:
+    """The plans of that name and dataset.json, of a model folder or of a data set's."""
+    first, second = (json.loads((folder / f"{name}.json").read_text()) for name in (plans, "dataset"))
+    return first, second
 
 
 def trained_plans(plans: dict[str, Any], configuration: str, trainer: str) -> dict[str, Any] | None:
@@ -50,3 +58,21 @@ def build_network(
     channels = determine_num_input_channels(manager, own, dataset_json)
     heads = manager.get_label_manager(dataset_json).num_segmentation_heads
     return look_up(trainer).build_network_architecture(manager, own, channels, heads, False)
+
+
+def read_checkpoint(model: Path, fold: str, name: str) -> dict[str, Any]:
+    """One fold's checkpoint, on the CPU, read without running code that it may hold.
+
+    Args:
+        model: nnU-Net's model folder, ``<trainer>__<plans>__<configuration>``.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It can't be read.
+    """
+    path = model / f"fold_{fold}" / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: give the model folder, -f and -chk of a trained fold.")
+    told = damage_told(f"{path} can't be read as a checkpoint of nnU-Net's")
+    with told, torch.serialization.safe_globals(_NUMBERS):
+        return torch.load(path, map_location="cpu", weights_only=True)

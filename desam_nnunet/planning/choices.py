@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median_high
 from typing import Generic, NamedTuple, TypeVar
 
+from desam_nnunet.encoders.base import MIN_IMAGE_SIZE
 from desam_nnunet.sam.tiles import MASK_STRIDE
 
 T = TypeVar("T")
 
-_SIZE_STEP = 64  # between the input sizes that are considered
+_SIZE_STEP = 64  # about as much lies between the input sizes that are considered
 
 MAX_BATCH_SIZE, MIN_BATCH_SIZE = 8, 2  # the published one; Dice and InstanceNorm gain from a second tile
 GOOD_BATCH_SIZE = 4  # an encoder that leaves no room for it is too large
@@ -43,37 +45,42 @@ def choose_patch(
             at least twice that.
     """
     limit = int(_COARSEST * image_size / MASK_STRIDE)
-    largest = [max(plane[axis] for plane in planes) for axis in range(2)]
-    patch, cut = [], False
-    for axis in range(2):
-        sides = sorted(plane[axis] for plane in planes)
-        wanted = min(largest[axis], math.ceil(_LARGEST_OF_MEDIAN * sides[len(sides) // 2]))
-        cut |= wanted > limit
-        side = -(-wanted // divisor[axis]) * divisor[axis]
-        if side > limit:
-            side = limit // divisor[axis] * divisor[axis]
-        patch.append(max(side, 2 * divisor[axis]))
-    if all(side >= most for side, most in zip(patch, largest, strict=True)):
+    axes = list(zip(*planes, strict=True))
+    largest = [max(sides) for sides in axes]
+    wanted = [min(max(sides), math.ceil(_LARGEST_OF_MEDIAN * median_high(sides))) for sides in axes]
+    rows, columns = (
+        max(2 * step, min(_round_up(side, step), limit // step * step))
+        for side, step in zip(wanted, divisor, strict=True))
+    if rows >= largest[0] and columns >= largest[1]:
         reason = "every slice is one tile"
-    elif cut:
+    elif max(wanted) > limit:
         reason = f"slices reach {largest[0]} x {largest[1]}, masks at {image_size} resolve tiles of {limit}"
     else:
         reason = "1.5 times the median slice; the largest slices take several tiles"
-    return Choice((patch[0], patch[1]), reason)
+    return Choice((rows, columns), reason)
 
 
-def choose_image_size(patch: tuple[int, int], native: int) -> Choice[int]:
-    """The encoder's input: as large as gives a mask pixel for every pixel of the tile, at most its own size."""
-    wanted = -(-MASK_STRIDE * max(patch) // _SIZE_STEP) * _SIZE_STEP
-    size = min(wanted, native)
+def choose_image_size(patch: tuple[int, int], native: int, multiple: int) -> Choice[int]:
+    """The encoder's input: as large as gives a mask pixel for every pixel of the tile, at most its own size.
+
+    Args:
+        native: Its own size, a multiple of `multiple`.
+        multiple: Of which all sizes are one that the encoder takes.
+    """
+    size = min(_round_up(MASK_STRIDE * max(patch), _round_up(_SIZE_STEP, multiple)), native)
     pixels = max(patch) * MASK_STRIDE / size
     reason = f"masks have a pixel for every {pixels:.2g} pixel(s) of the tile"
     return Choice(size, reason + (", more does not pay" if size < native else ", the encoder's own size"))
 
 
-def smaller_image_sizes(size: int) -> list[int]:
-    """Sizes to fall back to where memory is short, down to a quarter of the pixels' side."""
-    return list(range(size - _SIZE_STEP, max(size // 4, _SIZE_STEP) - 1, -_SIZE_STEP))
+def smaller_image_sizes(size: int, multiple: int) -> list[int]:
+    """Sizes to fall back to where memory is short, down to a quarter of the side `size`; see above."""
+    step = _round_up(_SIZE_STEP, multiple)
+    return list(range(size - step, max(size // 4, MIN_IMAGE_SIZE) - 1, -step))
+
+
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step
 
 
 def wanted_batch_size(tiles: int) -> int:
@@ -95,12 +102,12 @@ def choose_batch_size(tiles: int, fits: Callable[[int], bool]) -> Choice[int] | 
 
 
 class Storage(NamedTuple):
-    """Attributes: features: ``cached`` or ``online``. views. dtype: Of the cache. gigabytes: On disk."""
+    """Where training reads features from: ``cached`` or ``online``; the cache's views, type and size on disk."""
 
-    features: str
-    views: int
-    dtype: str
-    gigabytes: float
+    features: str = "online"
+    views: int = 1
+    dtype: str = "float16"
+    gigabytes: float = 0.0
 
 
 def choose_checkpointing(kept: Choice[int] | None, recomputed: Choice[int] | None) -> tuple[Choice[int], bool] | None:
@@ -131,23 +138,25 @@ def choose_storage(
     """
     drawn = EPOCHS * MAX_ITERATIONS * MAX_BATCH_SIZE
     if tiles > drawn:
-        return Choice(Storage("online", 1, "float16", 0.0), f"there are {tiles} tiles, of which training draws {drawn}")
-    some = [views] if views else [_VIEWS, 1] if _VIEWS * hours_per_view <= _ENCODING_HOURS else [1]
+        return Choice(Storage(), f"there are {tiles} tiles, of which training draws {drawn}")
+    counts = [views] if views else [_VIEWS, 1] if _VIEWS * hours_per_view <= _ENCODING_HOURS else [1]
     for dtype, size in bytes_per_tile.items():
-        for count in some:
+        for count in counts:
             if count * tiles * size <= disk:
                 gigabytes, hours = count * tiles * size / 1e9, count * hours_per_view
                 reason = f"{gigabytes:.1f} GB, about {hours:.1f} h to encode {count} view(s) of {tiles} tiles"
                 return Choice(Storage("cached", count, dtype, gigabytes), reason)
-    least = some[-1] * tiles * min(bytes_per_tile.values()) / 1e9
+    least = counts[-1] * tiles * min(bytes_per_tile.values()) / 1e9
     reason = f"a cache of {tiles} tiles takes at least {least:.1f} GB, {disk / 1e9:.1f} GB are to be had"
-    return Choice(Storage("online", 1, "float16", 0.0), reason)
+    return Choice(Storage(), reason)
 
 
 class Schedule(NamedTuple):
+    """Keys of the plans' section ``sam``."""
+
     epochs: int
-    iterations: int
-    val_iterations: int
+    iterations_per_epoch: int
+    val_iterations_per_epoch: int
 
 
 def choose_schedule(training_tiles: int, batch_size: int) -> Choice[Schedule]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -20,7 +20,7 @@ SPLITS = "splits_final.json"
 
 @dataclass(frozen=True)
 class Facts:
-    """Of the data set.
+    """A data set in numbers.
 
     Attributes:
         shapes: Slices, rows and columns of each case at the planned spacing.
@@ -51,13 +51,11 @@ def read_facts(plans: dict[str, Any], dataset_json: dict[str, Any], fingerprint:
     shapes = []
     for shape, spacing in zip(fingerprint["shapes_after_crop"], fingerprint["spacings"], strict=True):
         slices, *plane = (shape[axis] for axis in order)
-        own = [spacing[axis] for axis in order][1:]
-        rows, columns = compute_new_shape(plane, own, configuration.spacing)
+        rows, columns = compute_new_shape(plane, [spacing[axis] for axis in order[1:]], configuration.spacing)
         shapes.append((int(slices), int(rows), int(columns)))
-    strides = configuration.network_arch_init_kwargs["strides"]
-    divisor = [math.prod(int(stride[axis] if isinstance(stride, list | tuple) else stride) for stride in strides)
-               for axis in range(2)]
+    strides = [np.broadcast_to(stride, 2) for stride in configuration.network_arch_init_kwargs["strides"]]
+    rows, columns = np.prod(strides, axis=0)
     labels = manager.get_label_manager(dataset_json)
     return Facts(
-        tuple(shapes), (divisor[0], divisor[1]), determine_num_input_channels(manager, configuration, dataset_json),
+        tuple(shapes), (int(rows), int(columns)), determine_num_input_channels(manager, configuration, dataset_json),
         labels.num_segmentation_heads - (not labels.has_regions), tuple(configuration.normalization_schemes))

@@ -26,7 +26,7 @@ from desam_nnunet.encoders.base import Architecture, Features
 from desam_nnunet.networks.frame import Outline
 from desam_nnunet.planning.choices import MAX_BATCH_SIZE, MIN_BATCH_SIZE
 from desam_nnunet.sam.tiles import TileToImage
-from desam_nnunet.settings.sections import Method, SamSection
+from desam_nnunet.settings.sections import SamSection
 from desam_nnunet.training.base import Batch, SamTrainer
 
 _CONSTANT = 30e6  # bytes that libraries take, whatever the network
@@ -40,31 +40,32 @@ class Footprint(NamedTuple):
 
     Attributes:
         weights: Of the network with its encoder.
-        optimiser: Adam's two moments.
-        update: Gradients and what Adam works in, which is as large where all parameters are changed at once.
+        moments: Adam's two. Gradients and what it works in are as large where all parameters are changed at once.
         step: Held at once in forward and backward pass of no tiles: gradients.
         per_tile: More, for each tile of the batch.
         encoding: While one image is encoded.
     """
 
     weights: float
-    optimiser: float
-    update: float
+    moments: float
     step: float
     per_tile: float
     encoding: float
 
     def training(self, batch_size: int) -> float:
         """Peak of a training step, or of encoding, whichever is larger."""
-        step = self.optimiser + max(self.step + batch_size * self.per_tile, self.update)
+        step = self.moments + max(self.step + batch_size * self.per_tile, self.moments)
         return _CONSTANT + self.weights + max(step, self.encoding)
 
 
+@cache
 def footprint(
     trainer: type[SamTrainer], architecture: Architecture, image_size: int, patch_size: tuple[int, int], outputs: int,
     *, half: bool, checkpointing: bool = False, images: int = 1,
 ) -> Footprint:
     """The memory of training with a trainer on an encoder.
+
+    The steps are rehearsed in float32, as on a CPU, whose attention keeps no attention matrix, like a GPU's.
 
     Args:
         outputs: Foreground classes or regions.
@@ -72,106 +73,75 @@ def footprint(
         checkpointing: Whether the encoder's blocks are computed again in the backward pass, where the method can.
         images: For one tile, where it has many channels; they count where training goes through the encoder.
     """
-    size = Size(trainer, architecture, image_size, patch_size, outputs, checkpointing, images)
-    rehearsal = rehearse(size)
-    share = _SPARE * (_HALF if half else 1.0)
-    per_tile = (rehearsal.many - rehearsal.few) / (MAX_BATCH_SIZE - MIN_BATCH_SIZE)
-    return Footprint(
-        weights=rehearsal.weights, optimiser=8.0 * rehearsal.trained, update=8.0 * rehearsal.trained,
-        step=_SPARE * (rehearsal.few - MIN_BATCH_SIZE * per_tile), per_tile=share * per_tile,
-        encoding=share * rehearse_encoding(architecture, image_size))
-
-
-class Size(NamedTuple):
-    """What the memory of a step depends on; see :func:`footprint`."""
-
-    trainer: type[SamTrainer]
-    architecture: Architecture
-    image_size: int
-    patch_size: tuple[int, int]
-    outputs: int
-    checkpointing: bool
-    images: int
-
-
-class Rehearsal(NamedTuple):
-    """Attributes:
-        few, many: Bytes held at once in a step on the smallest and the largest batch, beside weights and optimiser.
-        weights: Bytes of the network with its encoder.
-        trained: How many numbers are trained.
-    """
-
-    few: int
-    many: int
-    weights: int
-    trained: int
-
-
-@cache
-def rehearse(size: Size) -> Rehearsal:
-    """Training steps in float32, as on a CPU, whose attention keeps no attention matrix, like a GPU's."""
     with torch.device("meta"):
-        trainer = _rehearsing(size)
-    network = trainer.bare_network
+        rehearsed = trainer_to_rehearse(
+            trainer, architecture, image_size, outputs, checkpointing=checkpointing, images=images)
+    network = rehearsed.bare_network
     with FakeTensorMode(allow_non_fake_inputs=True):
         network.to_empty(device="cpu")
         network.encoder.dtype = torch.float32
-        given = _tensors(network, *network.held)
-        few, many = (_rehearse_step(trainer, size, given, batch) for batch in (MIN_BATCH_SIZE, MAX_BATCH_SIZE))
-    weights = {id(value): value for value in given}.values()
-    trained = sum(value.numel() for value in weights if value.requires_grad)
-    return Rehearsal(few, many, sum(value.nbytes for value in weights), trained)
+        few, many = (_step_peak(rehearsed, patch_size, size) for size in (MIN_BATCH_SIZE, MAX_BATCH_SIZE))
+        tensors = _tensors(network, *network.held)
+    per_tile = (many - few) / (MAX_BATCH_SIZE - MIN_BATCH_SIZE)
+    share = _SPARE * (_HALF if half else 1.0)
+    return Footprint(
+        weights=sum(tensor.nbytes for tensor in tensors),
+        moments=8.0 * sum(tensor.numel() for tensor in tensors if tensor.requires_grad),
+        step=_SPARE * (few - MIN_BATCH_SIZE * per_tile), per_tile=share * per_tile,
+        encoding=share * _encoding_peak(architecture, image_size))
 
 
-def _rehearse_step(trainer: Any, size: Size, given: list[Tensor], batch_size: int) -> int:
-    """Bytes held at once, from the batch to the gradients. Args: given: What was there before."""
+def _step_peak(trainer: Any, patch_size: tuple[int, int], batch_size: int) -> int:
+    """Bytes held at once from the batch to the gradients, beside the network."""
     network = trainer.bare_network
-    with Held(given) as held:
-        batch = _batch(size, network.encoder.spec.maps, batch_size)
+    with PeakMemory(_tensors(network, *network.held)) as memory:
+        batch = empty_batch(trainer, patch_size, batch_size)
         loss, _ = trainer.compute_loss(*trainer._on_device(batch))
         loss.backward()
     network.zero_grad()
-    return held.peak
+    return memory.peak
 
 
 @cache
-def rehearse_encoding(architecture: Architecture, image_size: int) -> int:
+def _encoding_peak(architecture: Architecture, image_size: int) -> int:
     """Bytes held at once while one image is encoded in float32, each block as a whole, as on a GPU.
 
-    It runs as if gradients were wanted, since else it would go in a CPU's small steps; what they need is let go.
+    It runs as if gradients were wanted, since else it would go in a CPU's small steps; what they need is dropped.
     """
     with torch.device("meta"):
         encoder = architecture.blank(image_size).encoder
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.autograd.graph.saved_tensors_hooks(_let_go, _let_go):
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.autograd.graph.saved_tensors_hooks(_drop, _drop):
         encoder.to_empty(device="cpu")
-        with Held(_tensors(encoder)) as held:
+        with PeakMemory(_tensors(encoder)) as memory:
             encoder.run(torch.empty(1, 3, image_size, image_size, requires_grad=True))
-    return held.peak
+    return memory.peak
 
 
-def _tensors(*modules: nn.Module) -> list[Tensor]:
-    return [value for module in modules for value in (*module.parameters(), *module.buffers())]
-
-
-def _let_go(_: Any) -> Any:
+def _drop(_: Any) -> Any:
     """Instead of keeping a tensor for the backward pass."""
 
 
-class Held(TorchDispatchMode):
+def _tensors(*modules: nn.Module) -> list[Tensor]:
+    """Parameters and buffers, each once."""
+    together = nn.ModuleList(modules)
+    return [*together.parameters(), *together.buffers()]
+
+
+class PeakMemory(TorchDispatchMode):
     """Counts the memory of tensors that are made within it. Whatever is decided by a value is answered with yes.
 
     Args:
-        given: Tensors that were there before, views of which are no new memory.
+        before: Tensors that were there before, views of which are no new memory.
 
     Attributes:
         peak: Bytes held at once, at most.
     """
 
-    def __init__(self, given: Iterable[Tensor]) -> None:
+    def __init__(self, before: Iterable[Tensor]) -> None:
         super().__init__()
         self.peak = 0
         self._now = 0
-        self._known = {tensor.untyped_storage()._cdata for tensor in given}
+        self._known = {tensor.untyped_storage()._cdata for tensor in before}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -195,36 +165,33 @@ class Held(TorchDispatchMode):
         self._now -= size
 
 
-def _rehearsing(size: Size) -> Any:
-    """A trainer with a network and a loss, and nothing else of a training."""
-    loaded = size.architecture.blank(size.image_size)
-    to_image = TileToImage(size.trainer.image_of(loaded.encoder.spec.image), size.image_size, "unit")
-    section = default_section(size.trainer.method, checkpointing=size.checkpointing)
-    network = size.trainer.build_network(
-        Outline(loaded, to_image, _CHANNELS * size.images, size.outputs + 1, True, section))
-    trainer: Any = not_started(size.trainer, SimpleNamespace(batch_dice=True))  # type: ignore[arg-type]
-    trainer.network = network.train()
+def trainer_to_rehearse(
+    kind: type[SamTrainer], architecture: Architecture, image_size: int, outputs: int, *, checkpointing: bool,
+    images: int,
+) -> Any:
+    """A trainer with a network and a loss, and nothing else of a training; arguments as :func:`footprint`."""
+    options = kind.method.defaults(SamSection("", "", 0, "unit", False))
+    if any(row.name == "checkpointing" for row in fields(kind.method.section)):
+        options = options | {"checkpointing": checkpointing}
+    loaded = architecture.blank(image_size)
+    to_image = TileToImage(kind.image_of(loaded.encoder.spec.image), image_size, "unit")
+    trainer: Any = not_started(kind, SimpleNamespace(batch_dice=True))  # type: ignore[arg-type]
+    trainer.own = kind.method.section(**options)
+    trainer.network = kind.build_network(
+        Outline(loaded, to_image, _CHANNELS * images, outputs + 1, True, trainer.own)).train()
     trainer.device = torch.device("cpu")
     trainer.is_ddp, trainer.enable_deep_supervision, trainer.local_rank = False, False, 0
-    trainer.label_manager = LabelManager({"background": 0} | {str(k): k for k in range(1, size.outputs + 1)}, None)
-    trainer.own = section
+    trainer.label_manager = LabelManager({"background": 0} | {str(k): k for k in range(1, outputs + 1)}, None)
     trainer.loss = trainer._build_loss()
     return trainer
 
 
-def default_section(method: Method, *, checkpointing: bool = False) -> Any:
-    """A method's section as it is without any wish, of the type that the method says."""
-    given = method.defaults(SamSection("", "", 0, "unit", False))
-    if any(row.name == "checkpointing" for row in fields(method.section)):
-        given = given | {"checkpointing": checkpointing}
-    return method.section(**given)
-
-
-def _batch(size: Size, maps: tuple[Any, ...], batch_size: int) -> Batch:
-    target = torch.zeros(batch_size, 1, *size.patch_size)
-    if not size.trainer.method.frozen_features:
-        tiles = torch.empty(batch_size, _CHANNELS * size.images, *size.patch_size)
-        return {"data": tiles, "target": target, "keys": []}
-    *levels, neck = (
-        torch.empty(batch_size, level.channels, *(2 * (size.image_size // level.stride,))) for level in maps)
-    return {"features": Features(tuple(levels), neck), "target": target, "keys": []}
+def empty_batch(trainer: SamTrainer, patch_size: tuple[int, int], batch_size: int) -> Batch:
+    """What a loader gives: tiles, or features where these never change; no value means anything."""
+    network = trainer.bare_network
+    batch: Batch = {"target": torch.zeros(batch_size, 1, *patch_size), "keys": []}
+    if not trainer.method.frozen_features:
+        return batch | {"data": torch.empty(batch_size, network.num_channels, *patch_size)}
+    sides = [(level.channels, network.to_image.image_size // level.stride) for level in network.encoder.spec.maps]
+    *levels, neck = (torch.empty(batch_size, channels, side, side) for channels, side in sides)
+    return batch | {"features": Features(tuple(levels), neck)}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator
 from dataclasses import fields
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from desam_nnunet.cache.build import usable_bytes
 from desam_nnunet.cache.store import open_stores
 from desam_nnunet.encoders.weights import find_row, is_here
 from desam_nnunet.nnunet.datasets import dataset_folder
+from desam_nnunet.nnunet.model_folder import read_description
 from desam_nnunet.planning.choices import Choice, choose_schedule
 from desam_nnunet.planning.facts import CONFIGURATION, FOLDS, SPLITS, STOCK_PLANS, Facts, read_facts
 from desam_nnunet.planning.fit import Machine, choose_encoder
@@ -38,7 +39,7 @@ class Line(NamedTuple):
 
 
 class Planned(NamedTuple):
-    """Attributes: path: Of the plans. lines: Every choice with its reason. commands: What to type next."""
+    """Where the plans are, every choice with its reason, and the commands to type next."""
 
     path: Path
     lines: list[Line]
@@ -56,17 +57,17 @@ def plan_dataset(dataset: str, name: str, request: Request, device: torch.device
         find_row(request.sam["encoder"])
     folder = dataset_folder(dataset)
     path = folder / f"{name}.json"
-    before = _own_plans(path)
-    stock, dataset_json = _stock_plans(folder)
-    facts = read_facts(stock, dataset_json, json.loads((folder / "dataset_fingerprint.json").read_text()))
+    before = _plans_to_replace(path)
+    plans, dataset_json = _stock_plans(folder)
+    facts = read_facts(plans, dataset_json, json.loads((folder / "dataset_fingerprint.json").read_text()))
     machine = Machine(_memory(request, device), _disk(folder, request), device)
     configuration, lines = choose(facts, request, machine)
-    plans = copy.deepcopy(stock)
     plans["plans_name"] = name
     plans["configurations"][CONFIGURATION] |= configuration
     text = json.dumps(plans, indent=4).encode()
-    if before not in (None, text):
-        kept = _unused(path)
+    if before is not None and before != text:
+        names = (path.with_name(f"{path.name}.before{number}") for number in count(1))
+        kept = next(unused for unused in names if not unused.exists())
         replace_file(kept, [before])
         lines.append(Line("kept", kept.name, "the plans of this name as they were"))
     replace_file(path, [text])
@@ -76,21 +77,17 @@ def plan_dataset(dataset: str, name: str, request: Request, device: torch.device
 def choose(facts: Facts, request: Request, machine: Machine) -> tuple[dict[str, Any], list[Line]]:
     """The 2D configuration's keys that differ from nnU-Net's, and a table of them with reasons."""
     fit, why = choose_encoder(facts, request, machine)
-    storage = fit.storage.value
+    storage, method = fit.storage.value, request.method
     schedule = choose_schedule(storage.views * fit.tiles * (FOLDS - 1) // FOLDS, fit.batch.value)
     sam: dict[str, Any] = _published_procedure(SAM) | {
         "encoder": fit.encoder, "image_size": fit.image.value, "intensity": intensity_rule(list(facts.schemes)),
-        "features": storage.features, "views": storage.views, "cache_dtype": storage.dtype,
-        "epochs": schedule.value.epochs, "iterations_per_epoch": schedule.value.iterations,
-        "val_iterations_per_epoch": schedule.value.val_iterations,
+        "features": storage.features, "views": storage.views, "cache_dtype": storage.dtype, **schedule.value._asdict(),
     } | {key: value for key, value in request.sam.items() if key not in ("encoder", "image_size", "views")}
-    own = _published_procedure(request.method) | request.fragment.get(request.method.name, {})
-    if fit.checkpointing.value:
-        own["checkpointing"] = True
-    keys: dict[str, Any] = {"patch_size": list(fit.patch.value), "batch_size": fit.batch.value, "sam": sam,
-                            request.method.name: own}
+    section = _published_procedure(method) | request.fragment.get(method.name, {})
+    if fit.checkpointing:
+        section["checkpointing"] = True
     check_keys("sam", SamSection, sam)
-    check_keys(request.method.name, request.method.section, own)
+    check_keys(method.name, method.section, section)
     lines = [
         Line("memory", f"{machine.memory.value / 1e9:.1f} GB", machine.memory.reason),
         Line("sam.encoder", Path(sam["encoder"]).name, why),
@@ -104,10 +101,12 @@ def choose(facts: Facts, request: Request, machine: Machine) -> tuple[dict[str, 
              "the more exact" if sam["cache_dtype"] == DTYPES[0] else "half as large"),
         Line("sam.epochs", f"{sam['epochs']} of {sam['iterations_per_epoch']} iterations", schedule.reason),
     ]
-    if not request.method.frozen_features:
-        on = fit.checkpointing
-        lines.append(Line(f"{request.method.name}.checkpointing", str(on.value).lower(), on.reason))
-    return keys, lines
+    if not method.frozen_features:
+        lines.append(Line(
+            f"{method.name}.checkpointing", str(fit.checkpointing).lower(),
+            "saves memory, which would hold too few tiles without" if fit.checkpointing else
+            "what a step keeps fits into the memory"))
+    return {"patch_size": list(fit.patch.value), "batch_size": fit.batch.value, "sam": sam, method.name: section}, lines
 
 
 def _published_procedure(method: Method) -> dict[str, Any]:
@@ -146,28 +145,20 @@ def _stock_plans(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             raise ValueError("nnU-Net has not planned this data set, and its planner needs a worker, but "
                              "nnUNet_n_proc_DA is 0: set it to 1 for this command.")
         plan_experiment_dataset(number)
-    plans, dataset_json = (json.loads((folder / file).read_text()) for file in (f"{STOCK_PLANS}.json", "dataset.json"))
+    plans, dataset_json = read_description(folder, STOCK_PLANS)
     if CONFIGURATION not in plans["configurations"]:
         raise ValueError(f"{folder / STOCK_PLANS}.json has no configuration '{CONFIGURATION}': plan again with "
                          "nnU-Net.")
     return plans, dataset_json
 
 
-def _own_plans(path: Path) -> bytes | None:
-    """The plans of this name, if there are any; refused where they are not ours to replace."""
+def _plans_to_replace(path: Path) -> bytes | None:
+    """The plans of this name, if there are any; refused where they are not ours."""
     content = path.read_bytes() if path.is_file() else None
     sections = json.loads(content or b"{}").get("configurations", {}).get(CONFIGURATION, {})
     if path.stem == STOCK_PLANS or (content is not None and "sam" not in sections):
         raise ValueError(f"{path} is not desam plan's to write: choose another name with -overwrite_plans_name.")
     return content
-
-
-def _unused(path: Path) -> Path:
-    """A name beside `path` that nobody has."""
-    number = 1
-    while (other := path.with_name(f"{path.name}.before{number}")).exists():
-        number += 1
-    return other
 
 
 def _commands(folder: Path, plans: dict[str, Any], cases: int, trainer: str) -> Iterator[str]:

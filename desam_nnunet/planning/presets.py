@@ -8,13 +8,11 @@ from typing import Any
 
 from desam_nnunet._startup import shipped_folder
 
-
-def presets_folder() -> Path:
-    return Path(shipped_folder("plans"))
+_FOLDER = Path(shipped_folder("plans"))
 
 
 def preset_names() -> list[str]:
-    return sorted(path.stem for path in presets_folder().glob("*.json"))
+    return sorted(path.stem for path in _FOLDER.glob("*.json"))
 
 
 def read_preset(name: str) -> dict[str, Any]:
@@ -25,4 +23,4 @@ def read_preset(name: str) -> dict[str, Any]:
     """
     if name not in preset_names():
         raise ValueError(f"There is no preset '{name}'; there are: {', '.join(preset_names())}.")
-    return json.loads((presets_folder() / f"{name}.json").read_text())
+    return json.loads((_FOLDER / f"{name}.json").read_text())

@@ -13,9 +13,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from desam_nnunet.encoders.registry import ENCODERS
 from desam_nnunet.encoders.sam_vit import SamViT
 from desam_nnunet.encoders.weights import State, check_state, find_weights, read_weights
-from desam_nnunet.nnunet.checkpoints import read_checkpoint
 from desam_nnunet.nnunet.datasets import read_preprocessed
-from desam_nnunet.nnunet.model_folder import build_network, model_folder
+from desam_nnunet.nnunet.model_folder import build_network, model_folder, read_checkpoint
 from desam_nnunet.published.formats import IMAGE_ENCODER, Published, official_samed_names, read_published
 from desam_nnunet.settings.resolve import given_section, resolve_plans
 from desam_nnunet.system.files import replacing

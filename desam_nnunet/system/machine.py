@@ -87,17 +87,13 @@ def _groups(
         group = Path(path.lstrip("/"))
         for level in (group, *group.parents):
             folder = root / kind / level
-            limit = _number(folder / limit_file)
-            if limit is not None and limit < _UNLIMITED:
-                used = (_number(folder / used_file) or 0) - _statistic(folder / "memory.stat", cached)
+            limit = _numbers(folder / limit_file).get("", _UNLIMITED)
+            if limit < _UNLIMITED:
+                used = _numbers(folder / used_file).get("", 0) - _numbers(folder / "memory.stat").get(cached, 0)
                 yield limit, max(0, used)
 
 
-def _number(file: Path) -> int | None:
-    text = file.read_text().strip() if file.is_file() else ""
-    return int(text) if text.isdigit() else None
-
-
-def _statistic(file: Path, name: str) -> int:
+def _numbers(file: Path) -> dict[str, int]:
+    """The number of each line by the word before it, which is empty where there is none."""
     lines = file.read_text().splitlines() if file.is_file() else []
-    return next((int(line.split()[1]) for line in lines if line.split()[:1] == [name]), 0)
+    return {name: int(number) for name, _, number in (line.rpartition(" ") for line in lines) if number.isdigit()}

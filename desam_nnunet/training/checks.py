@@ -13,7 +13,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from desam_nnunet.encoders.base import Architecture
 from desam_nnunet.encoders.registry import ENCODERS, row_by_name
-from desam_nnunet.nnunet.labels import foreground_of
+from desam_nnunet.nnunet.datasets import foreground_of
 from desam_nnunet.nnunet.model_folder import read_description, trained_folds
 from desam_nnunet.settings.resolve import SAM, as_trained
 from desam_nnunet.settings.sections import Method
