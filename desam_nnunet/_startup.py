@@ -9,11 +9,6 @@ import os
 VARIABLE = "nnUNet_extTrainer"
 
 
-def trainers_folder() -> str:
-    """Our trainers."""
-    return shipped_folder("trainers")
-
-
 def shipped_folder(name: str) -> str:
     """A folder of ours: inside the package when installed from a wheel, beside it in a checkout."""
     package = os.path.dirname(os.path.abspath(__file__))
@@ -29,7 +24,7 @@ def listed_folders() -> list[str]:
 def register() -> None:
     """Append our folder once, behind what the user has listed; never raises."""
     try:
-        folder, listed = trainers_folder(), listed_folders()
+        folder, listed = shipped_folder("trainers"), listed_folders()
         if os.path.isdir(folder) and folder not in listed:
             os.environ[VARIABLE] = os.pathsep.join([*listed, folder])
     except (OSError, ValueError):

@@ -8,11 +8,10 @@ from desam_nnunet.planning.choices import (
     Choice,
     choose_batch_size,
     choose_checkpointing,
-    choose_image_size,
+    choose_image_sizes,
     choose_patch,
     choose_schedule,
     choose_storage,
-    smaller_image_sizes,
 )
 
 SIZES = {"float16": 100, "int8": 50}
@@ -45,14 +44,14 @@ def test_a_tile_shows_a_slice_as_far_as_masks_resolve_it(
 def test_masks_have_a_pixel_for_every_pixel_up_to_the_encoders_own_size(
     patch: tuple[int, int], native: int, multiple: int, size: int
 ) -> None:
-    assert choose_image_size(patch, native, multiple).value == size
+    assert choose_image_sizes(patch, native, multiple)[0].value == size
 
 
-def test_smaller_inputs_to_fall_back_to() -> None:
-    assert smaller_image_sizes(256, 16) == [192, 128, 64]
-    assert smaller_image_sizes(64, 16) == []
-    assert smaller_image_sizes(1024, 16)[-1] == 256
-    assert smaller_image_sizes(420, 28) == [336, 252, 168]  # an encoder refuses all but multiples of 28
+@pytest.mark.parametrize(("size", "multiple", "smaller"), [
+    (256, 16, [192, 128, 64]), (64, 16, []), (1024, 16, list(range(960, 255, -64))), (420, 28, [336, 252, 168]),
+])
+def test_smaller_inputs_to_fall_back_to(size: int, multiple: int, smaller: list[int]) -> None:
+    assert [choice.value for choice in choose_image_sizes((999, 999), size, multiple)] == [size, *smaller]
 
 
 @pytest.mark.parametrize(("tiles", "fit", "batch", "reason"), [

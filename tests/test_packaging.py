@@ -167,7 +167,7 @@ def test_start_entry_names_what_the_pth_line_calls() -> None:
     assert pkgutil.resolve_name(entry) is _startup.register
 
 
-OWN, OURS = os.path.join(os.sep, "own"), _startup.trainers_folder()
+OWN, OURS = os.path.join(os.sep, "own"), _startup.shipped_folder("trainers")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import timm
 import torch
 
 from desam_nnunet import __version__
-from desam_nnunet._startup import VARIABLE, listed_folders, trainers_folder
+from desam_nnunet._startup import VARIABLE, listed_folders, shipped_folder
 from desam_nnunet.encoders.precision import encoder_dtype
 from desam_nnunet.encoders.registry import ENCODERS, TIMM, EncoderRow
 from desam_nnunet.encoders.weights import find_row, find_weights, search_folders, wrong_hash
@@ -67,15 +67,16 @@ def report(findings: Iterable[Finding]) -> int:
 
 def _trainer(name: str) -> Finding:
     try:
-        found = look_up(name)
+        trainer = look_up(name)
     except Exception as error:  # the look-up imports files of others
-        remedy = f"export nnUNet_extTrainer=$nnUNet_extTrainer:{trainers_folder()}"
-        if trainers_folder() in listed_folders():
+        folder = shipped_folder("trainers")
+        remedy = f"export nnUNet_extTrainer=$nnUNet_extTrainer:{folder}"
+        if folder in listed_folders():
             remedy = (f"a file in {os.environ[VARIABLE]} fails to be imported: repair it or take its folder out of "
                       "nnUNet_extTrainer")
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return Finding(name, f"not found by nnU-Net: {reason}", remedy, wrong=True)
-    return Finding(name, f"{found.__module__}.{found.__qualname__}")
+    return Finding(name, f"{trainer.__module__}.{trainer.__qualname__}")
 
 
 def _others_trainers() -> Iterator[Finding]:

@@ -33,8 +33,8 @@ def _run(options: argparse.Namespace) -> None:
 
     if not options.minutes > 0:
         raise ValueError(f"--minutes is {options.minutes}, but must be a positive number.")
-    given = {field.name: value for field in fields(Recipe)
-             if (value := getattr(options, field.name)) is not None}
-    weights = pretrain(options.folder, Recipe(**given), device_named(options.device), minutes=options.minutes)
+    settings = {field.name: value for field in fields(Recipe)
+                if (value := getattr(options, field.name)) is not None}
+    weights = pretrain(options.folder, Recipe(**settings), device_named(options.device), minutes=options.minutes)
     if weights is not None:
         print(f'To train on it: "sam": {{"encoder": "{weights.resolve()}"}} in the plans, or desam plan --encoder.')

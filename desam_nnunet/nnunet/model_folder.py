@@ -54,10 +54,10 @@ def build_network(
 ) -> nn.Module:
     """The network that a trainer, found as nnU-Net finds it, builds for a model's plans; without trained weights."""
     manager = PlansManager(plans)
-    own = manager.get_configuration(configuration)
-    channels = determine_num_input_channels(manager, own, dataset_json)
+    settings = manager.get_configuration(configuration)
+    channels = determine_num_input_channels(manager, settings, dataset_json)
     heads = manager.get_label_manager(dataset_json).num_segmentation_heads
-    return look_up(trainer).build_network_architecture(manager, own, channels, heads, False)
+    return look_up(trainer).build_network_architecture(manager, settings, channels, heads, False)
 
 
 def read_checkpoint(model: Path, fold: str, name: str) -> dict[str, Any]:
@@ -73,6 +73,6 @@ def read_checkpoint(model: Path, fold: str, name: str) -> dict[str, Any]:
     path = model / f"fold_{fold}" / name
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: give the model folder, -f and -chk of a trained fold.")
-    told = damage_told(f"{path} can't be read as a checkpoint of nnU-Net's")
-    with told, torch.serialization.safe_globals(_NUMBERS):
+    what = f"{path} can't be read as a checkpoint of nnU-Net's"
+    with damage_told(what), torch.serialization.safe_globals(_NUMBERS):
         return torch.load(path, map_location="cpu", weights_only=True)

@@ -60,23 +60,23 @@ def choose_patch(
     return Choice((rows, columns), reason)
 
 
-def choose_image_size(patch: tuple[int, int], native: int, multiple: int) -> Choice[int]:
+def choose_image_sizes(patch: tuple[int, int], native: int, multiple: int) -> list[Choice[int]]:
     """The encoder's input: as large as gives a mask pixel for every pixel of the tile, at most its own size.
 
     Args:
         native: Its own size, a multiple of `multiple`.
         multiple: Of which all sizes are one that the encoder takes.
+
+    Returns:
+        That size, then smaller ones for where memory is short, down to a quarter of it.
     """
-    size = min(_round_up(MASK_STRIDE * max(patch), _round_up(_SIZE_STEP, multiple)), native)
-    pixels = max(patch) * MASK_STRIDE / size
-    reason = f"masks have a pixel for every {pixels:.2g} pixel(s) of the tile"
-    return Choice(size, reason + (", more does not pay" if size < native else ", the encoder's own size"))
-
-
-def smaller_image_sizes(size: int, multiple: int) -> list[int]:
-    """Sizes to fall back to where memory is short, down to a quarter of the side `size`; see above."""
     step = _round_up(_SIZE_STEP, multiple)
-    return list(range(size - step, max(size // 4, MIN_IMAGE_SIZE) - 1, -step))
+    size = min(_round_up(MASK_STRIDE * max(patch), step), native)
+    reason = "more does not pay" if size < native else "the encoder's own size"
+    pixels = max(patch) * MASK_STRIDE / size
+    smaller = range(size - step, max(size // 4, MIN_IMAGE_SIZE) - 1, -step)
+    return [Choice(size, f"masks have a pixel for every {pixels:.2g} pixel(s) of the tile, {reason}"),
+            *(Choice(side, "what fits into the memory") for side in smaller)]
 
 
 def _round_up(value: int, step: int) -> int:

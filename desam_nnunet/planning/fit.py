@@ -124,9 +124,7 @@ def _image_sizes(facts: Facts, request: Request, row: EncoderRow) -> list[Choice
     preset = request.sam.get("image_size")  # for the preset's own encoder, which may be a larger one
     if preset is None:
         patch = choices.choose_patch(facts.planes, facts.divisor, largest).value
-        image = choices.choose_image_size(patch, largest, multiple)
-        smaller = choices.smaller_image_sizes(image.value, multiple)
-        return [image, *(Choice(size, "what fits into the memory") for size in smaller)]
+        return choices.choose_image_sizes(patch, largest, multiple)
     size = min(preset // multiple * multiple, largest)
     reason = f"preset {request.preset}"
     if size < preset:

@@ -91,7 +91,7 @@ def footprint(
         encoding=share * _encoding_peak(architecture, image_size))
 
 
-def _step_peak(trainer: Any, patch_size: tuple[int, int], batch_size: int) -> int:
+def _step_peak(trainer: SamTrainer, patch_size: tuple[int, int], batch_size: int) -> int:
     """Bytes held at once from the batch to the gradients, beside the network."""
     network = trainer.bare_network
     with PeakMemory(_tensors(network, *network.held)) as memory:
@@ -168,7 +168,7 @@ class PeakMemory(TorchDispatchMode):
 def trainer_to_rehearse(
     kind: type[SamTrainer], architecture: Architecture, image_size: int, outputs: int, *, checkpointing: bool,
     images: int,
-) -> Any:
+) -> SamTrainer:
     """A trainer with a network and a loss, and nothing else of a training; arguments as :func:`footprint`."""
     options = kind.method.defaults(SamSection("", "", 0, "unit", False))
     if any(row.name == "checkpointing" for row in fields(kind.method.section)):

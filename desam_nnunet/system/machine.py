@@ -52,8 +52,10 @@ def peak_memory(device: torch.device) -> int:
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """What times and memory depend on."""
+    capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)  # empty where PyTorch is too old to tell
+    cpu = capabilities().get("cpu_name", platform.processor() or "CPU")
     description = {
-        "device": _cpu_name(), "threads": torch.get_num_threads(),
+        "device": f"{cpu}, {torch.backends.cpu.get_cpu_capability()}", "threads": torch.get_num_threads(),
         "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(), "torch": torch.__version__,
@@ -61,12 +63,6 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         description |= {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     return description
-
-
-def _cpu_name() -> str:
-    tell: Any = getattr(torch.cpu, "get_capabilities", dict)
-    level = torch.backends.cpu.get_cpu_capability()
-    return f"{tell().get('cpu_name', platform.processor() or 'CPU')}, {level}"
 
 
 def _groups(
