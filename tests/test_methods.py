@@ -81,7 +81,7 @@ def test_samed_goes_out_and_comes_back(planned: Workspace, trainer: str, tmp_pat
     predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(model), ("all",))
     back = official_samed_names(predictor.network.state_dict())
-    assert back.keys() == published.formats()
+    assert back.keys() == published.keys()
     assert all(torch.equal(back[key], value) for key, value in published.items())
 
 

@@ -82,7 +82,7 @@ class DeSAM(FrozenSamNetwork):
             points = prompter.points(geometry, features.neck.device)
             contexts = self.pdmm.context(features.levels)
             for number in best[present].unique():  # equal points share a run
-                prompt = Prompts(points=points[number][None])
+                prompt = Prompts(points=points.index_select(0, number))
                 masks = self.pdmm(self._prim(features.neck, prompt, score=False).mask_embedding, contexts)
                 classes = (present & (best == number)).nonzero()[:, 0]
                 logits[0, classes] = self._to_tile(masks[:, classes], geometry)[0].float()
