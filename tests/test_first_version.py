@@ -79,7 +79,8 @@ def test_logits_and_labels_are_as_they_were(name: str, root: Path, monkeypatch: 
     with torch.inference_mode():
         logits = network(tile, *(boxes if name == "DBSAMTrainerBoxes" else []))
     expected = np.load(model / "logits.npz")["logits"]
-    np.testing.assert_allclose(logits.numpy(), expected, atol=1e-5, rtol=0)
+    # The largest is 46, where float32 goes in steps of 4e-6: the number of threads alone changes three of them.
+    np.testing.assert_allclose(logits.numpy(), expected, atol=1e-5, rtol=1e-6)
     if name == "DBSAMTrainerBoxes":
         return  # nnU-Net's predictor has no boxes
     image = sitk.ReadImage(str(root / "unseen" / "case9_0000.nii.gz"))
