@@ -10,15 +10,20 @@ TEST_INSTALL := $(VENV)/.installed-test
 LINT_INSTALL := $(VENV)/.installed-lint
 endif
 
+# One process for each core, each file of tests in one of them, so that its fixtures are made once. Several threads in
+# each would wait for one another in loops that take the cores from all.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -q --durations=15 \
+	--numprocesses auto --maxprocesses 4 --dist loadfile
+
 .PHONY: venv test test-slow demo bench lint
 
 venv: $(TEST_INSTALL)
 
 test: $(TEST_INSTALL)
-	$(PYTHON) -m pytest -q --durations=15
+	$(PYTEST)
 
 test-slow: $(TEST_INSTALL)
-	$(PYTHON) -m pytest -q --durations=15 -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
 
 demo: $(TEST_INSTALL)
 	$(PYTHON) examples/demo.py --work $(DEMO_WORK)
