@@ -57,6 +57,7 @@ def test_desam_trains_and_predicts_on_a_backbone_of_timms(model: str, workspace:
     assert parts == {"prompt_encoder", "prim", "pdmm", "neck"}  # the encoder is in no checkpoint, its new neck is
 
 
+@pytest.mark.slow
 def test_desam_on_lite_medsam_caches_resumes_predicts_and_ensembles(workspace: Workspace, tmp_path: Path) -> None:
     plans = plans_for(workspace, "lite_medsam", epochs=2)
     for fold in (0, 1):
@@ -72,7 +73,8 @@ def test_desam_on_lite_medsam_caches_resumes_predicts_and_ensembles(workspace: W
     assert_segmented(workspace, predict(workspace, plans, "DeSAMTrainerWholeBox", tmp_path / "box"))
 
 
-@pytest.mark.parametrize("encoder", ["lite_medsam", "timm_random/vit_small_patch16_dinov3"])
+@pytest.mark.parametrize("encoder", [
+    pytest.param("lite_medsam", marks=pytest.mark.slow), "timm_random/vit_small_patch16_dinov3"])
 def test_samed_adapts_encoders_that_name_their_projections(
     encoder: str, workspace: Workspace, tmp_path: Path
 ) -> None:
