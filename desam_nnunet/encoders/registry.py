@@ -122,6 +122,14 @@ def row_by_name(encoder: str) -> EncoderRow | None:
     return ENCODERS.get(encoder)
 
 
+def brought_row(encoder: str) -> EncoderRow | None:
+    """The row of a name that says more than the weights file: timm's and imported ones; errors as above.
+
+    None for paths and for this package's encoders, whose files say by their shapes what they hold.
+    """
+    return None if encoder in ENCODERS else row_by_name(encoder)
+
+
 @lru_cache(maxsize=32)
 def _imported_row(encoder: str) -> EncoderRow:
     module, _, name = encoder.partition(":")

@@ -11,8 +11,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from desam_nnunet.encoders.base import Architecture
-from desam_nnunet.encoders.registry import ENCODERS, row_by_name
+from desam_nnunet.encoders.registry import brought_row
 from desam_nnunet.nnunet.datasets import foreground_of
 from desam_nnunet.nnunet.model_folder import read_description, trained_folds
 from desam_nnunet.settings.resolve import SAM, as_trained
@@ -96,19 +95,14 @@ def check_same_settings(now: dict[str, Any], then: dict[str, Any], what: str) ->
     """
     if now["sam.identity"] == then.get("sam.identity"):
         with suppress(ValueError):  # nobody knows the name of then any more
-            if _brought_architecture(now["sam.encoder"]) == _brought_architecture(then["sam.encoder"]):
+            here, there = (brought_row(settings["sam.encoder"]) for settings in (now, then))
+            if (here and here.architecture) == (there and there.architecture):
                 then = then | {"sam.encoder": now["sam.encoder"]}
     differing = [f"{key} was {then.get(key)!r} and is {value!r} now" for key, value in now.items()
                  if then.get(key) != value]
     if differing:
         raise ValueError(f"{what} was trained with other settings: {'; '.join(differing)}. Restore these values, train "
                          "under another plans name (-p), or remove what was trained.")
-
-
-def _brought_architecture(encoder: str) -> Architecture | None:
-    """What a name says beyond the weights file; None for paths and this package's encoders."""
-    row = None if encoder in ENCODERS else row_by_name(encoder)
-    return row.architecture if row else None
 
 
 def check_model_folder(model: Path, configuration_name: str, now: dict[str, Any], method: Method) -> None:

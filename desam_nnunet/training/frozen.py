@@ -23,7 +23,7 @@ from desam_nnunet.cache.loader import CachedLoader
 from desam_nnunet.cache.store import CaseRecord, Recipe, Store, open_stores
 from desam_nnunet.cache.tiles import STEP, Augmentation, content_of
 from desam_nnunet.encoders.base import Features
-from desam_nnunet.encoders.registry import ENCODERS, row_by_name
+from desam_nnunet.encoders.registry import brought_row
 from desam_nnunet.networks.frame import FrozenSamNetwork
 from desam_nnunet.settings.sections import SamSection
 from desam_nnunet.system.machine import free_memory
@@ -102,7 +102,7 @@ def identity_of_maps(encoder: str, network: FrozenSamNetwork) -> str:
     Empty where the weights alone say it: of encoders of this package's, or files like theirs, as they are.
     """
     spec, image = network.encoder.spec, network.to_image.spec
-    is_known = encoder in ENCODERS or row_by_name(encoder) is None
+    is_known = brought_row(encoder) is None
     return "" if is_known and image == spec.image else hashlib.sha256(f"{spec} {image}".encode()).hexdigest()[:16]
 
 
