@@ -13,7 +13,8 @@ from conftest import Workspace, make_trainer, tiny_sections
 
 from desam_nnunet.cache.manage import describe_stores
 from desam_nnunet.cache.store import Tile, open_stores
-from desam_nnunet.cache.tiles import Augmentation, crop, not_started
+from desam_nnunet.cache.tiles import crop
+from desam_nnunet.cache.views import Augmentation, not_started
 from desam_nnunet.training.dataset_cache import build_dataset
 from desam_nnunet.training.desam import DeSAMTrainer
 from desam_nnunet.training.frozen import cached_loaders

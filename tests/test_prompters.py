@@ -12,7 +12,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from test_network import make
 from torch import Tensor
 
-from desam_nnunet.cache.tiles import not_started
+from desam_nnunet.cache.views import not_started
 from desam_nnunet.networks.desam.prompters import (
     Choice,
     GridPrompter,

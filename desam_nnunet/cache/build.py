@@ -15,7 +15,8 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from tqdm import tqdm
 
 from desam_nnunet.cache.store import Store, Tile, entry_bytes
-from desam_nnunet.cache.tiles import Augmentation, content_of, crop, tiles_of
+from desam_nnunet.cache.tiles import content_of, crop, tiles_of
+from desam_nnunet.cache.views import Augmentation
 from desam_nnunet.encoders.base import Features
 from desam_nnunet.networks.frame import FrozenSamNetwork
 from desam_nnunet.sam.tiles import images_per_tile

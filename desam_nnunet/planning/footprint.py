@@ -21,7 +21,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from desam_nnunet.cache.tiles import not_started
+from desam_nnunet.cache.views import not_started
 from desam_nnunet.encoders.base import Architecture, Features
 from desam_nnunet.networks.frame import Outline
 from desam_nnunet.planning.choices import MAX_BATCH_SIZE, MIN_BATCH_SIZE

@@ -21,7 +21,8 @@ from desam_nnunet.cache.build import Builder, Share, usable_bytes
 from desam_nnunet.cache.entry import DamagedEntryError
 from desam_nnunet.cache.loader import CachedLoader
 from desam_nnunet.cache.store import CaseRecord, Recipe, Store, open_stores
-from desam_nnunet.cache.tiles import STEP, Augmentation, content_of
+from desam_nnunet.cache.tiles import STEP, content_of
+from desam_nnunet.cache.views import Augmentation
 from desam_nnunet.encoders.base import Features
 from desam_nnunet.encoders.registry import brought_row
 from desam_nnunet.networks.frame import FrozenSamNetwork
