@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_type_hints
 
 import pytest
@@ -367,3 +367,8 @@ def test_the_input_size_is_the_encoders_own(encoder: str, size: int) -> None:
 def test_the_input_size_is_a_multiple_of_the_encoders_largest_stride() -> None:
     with pytest.raises(ValueError, match="sam.image_size is 240, but must be a multiple of 32, at least 64"):
         resolved(make_plans(sam={"encoder": "timm_random/convnext_tiny", "image_size": 240}))
+
+
+def test_a_methods_own_bound_is_kept_in_steps_that_the_encoder_takes() -> None:
+    method = replace(DESAM, image_size=200)
+    assert resolved(make_plans(sam={"encoder": "timm_random/convnext_tiny"}), method=method)["sam"]["image_size"] == 192

@@ -249,12 +249,16 @@ class Architecture(ABC):
         """Whether files may hold `key`, which nothing here uses."""
         return False
 
+    @property
+    def multiple(self) -> int:
+        """Of which the input's side is one, in pixels."""
+        return self.spec(MIN_IMAGE_SIZE).image.multiple
+
     def check_image_size(self, size: int) -> None:
         """Refuses a size that it does not take, with a ValueError."""
-        multiple = self.spec(MIN_IMAGE_SIZE).image.multiple
-        if size < MIN_IMAGE_SIZE or size % multiple:
-            raise ValueError(f"The plans' key sam.image_size is {size!r}, but must be a multiple of {multiple}, at "
-                             f"least {MIN_IMAGE_SIZE}.")
+        if size < MIN_IMAGE_SIZE or size % self.multiple:
+            raise ValueError(f"The plans' key sam.image_size is {size!r}, but must be a multiple of {self.multiple}, "
+                             f"at least {MIN_IMAGE_SIZE}.")
 
     def operations(self, image_size: int) -> int:
         """Of encoding one image, counted on a network without values; a product and its sum are two."""

@@ -119,7 +119,7 @@ def _choose_largest(facts: Facts, request: Request, machine: Machine) -> tuple[F
 
 def _image_sizes(facts: Facts, request: Request, row: EncoderRow) -> list[Choice[int]]:
     """Sizes that the encoder takes: the preset's, or from the one that the data wants down."""
-    multiple = row.architecture.spec(row.image_size).image.multiple
+    multiple = row.architecture.multiple
     largest = min(row.image_size, request.method.image_size or row.image_size) // multiple * multiple
     preset = request.sam.get("image_size")  # for the preset's own encoder, which may be a larger one
     if preset is None:

@@ -126,10 +126,9 @@ def _given_or_trained(configuration: dict[str, Any], model: dict[str, Any] | Non
 
 def _resolve_sam(given: dict[str, Any], normalization_schemes: list[str], regions: bool, method: Method) -> SamSection:
     check_keys(SAM.name, SAM.section, given)
-    own_size = _own_image_size(given["encoder"])
     defaults = {
         "identity": "",
-        "image_size": min(own_size, method.image_size or own_size),
+        "image_size": _image_size(given["encoder"], method.image_size),
         "intensity": intensity_rule(normalization_schemes),
         "regions": regions,
     }
@@ -150,14 +149,21 @@ def _resolve_sam(given: dict[str, Any], normalization_schemes: list[str], region
     return replace(section, identity=identity)
 
 
-def _own_image_size(encoder: str) -> int:
-    """The input side that an encoder was trained with; of a file like SAM's, that of SAM, as it always was."""
-    default = ENCODERS[DEFAULT_ENCODER].image_size
+def _image_size(encoder: str, largest: int | None) -> int:
+    """The input side that an encoder was trained with, or as much of `largest` as it takes.
+
+    A file like SAM's was trained with SAM's, as it always was.
+    """
+    own = ENCODERS[DEFAULT_ENCODER].image_size
     try:
         row = find_row(encoder)
     except (ValueError, OSError):  # said again, and with what to do, once the section has been checked
-        return default
-    return default if row_by_name(encoder) is None and isinstance(row.architecture, SamViT) else row.image_size
+        return own
+    if row_by_name(encoder) is not None or not isinstance(row.architecture, SamViT):
+        own = row.image_size
+    if not largest or largest >= own:
+        return own
+    return largest - largest % row.architecture.multiple
 
 
 def check_offers(encoder: str, architecture: Architecture, method: Method) -> None:
