@@ -13,8 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.slow
-def test_demonstration(tmp_path: Path) -> None:
+def test_demonstration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At least 90 % of the organ-free slices of each unseen site are predicted empty, and the organ is found."""
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # other tests train without workers
     subprocess.run([sys.executable, ROOT / "examples" / "demo.py", "--work", tmp_path], check=True)
     text = (tmp_path / "demo.md").read_text()
     rows = re.findall(r"\*\*(Site\w)\*\* \| \*\*([\d.]+)\*\* \| \d+ \| \d+ \((\d+)%\)", text)
