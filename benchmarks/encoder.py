@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from desam_nnunet.encoders.base import Features
 from desam_nnunet.encoders.precision import encoder_dtype
+from desam_nnunet.encoders.tiny_vit import TinyViT, TinyViTEncoder
+from desam_nnunet.encoders.tiny_vit_frozen import frozen_form
 from measure import Report, compare, matmul_rate, seconds
 from peak import measured_peak
 from reference import Subject, build, stock_features
@@ -22,6 +26,7 @@ def run(device: torch.device, repeats: int) -> Report:
         "before timing."), device)
     with torch.inference_mode():
         _pairs(report, device, repeats)
+        _tiny_vit(report, device, repeats)
         for variant in ("vit_b", "vit_h") if device.type == "cuda" else ("vit_b",):
             _share_of_the_machine(report, variant, device)
         for who in ("reference", "ours"):
@@ -53,11 +58,46 @@ def _pairs(report: Report, device: torch.device, repeats: int) -> None:
                   4.0 if size == 1024 else None, dtype)
 
 
+def _tiny_vit(report: Report, device: torch.device, repeats: int) -> None:
+    """LiteMedSAM's encoder as timm's modules compute it, as upstream does, and as it runs here."""
+    dtype = encoder_dtype(device)
+    architecture = TinyViT(1)
+    network, spec = architecture.build(256).image_encoder.to(device).eval(), architecture.spec(256)
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):  # as trained ones: not all alike, and no branch is closed
+            for values in (layer.weight, layer.running_var):
+                values.uniform_(0.5, 1.5)
+            for values in (layer.bias, layer.running_mean):
+                values.uniform_(-0.2, 0.2)
+    stock, ours = TinyViTEncoder(deepcopy(network), spec, ""), TinyViTEncoder(frozen_form(network), spec, "")
+    for batch in (1, 4):
+        images = torch.rand(batch, 3, 256, 256, device=device)
+        stock.dtype = ours.dtype = torch.float32
+        error = compared(ours(images), stock(images))
+        if device.type == "cpu":
+            report.add("Time", compare(
+                f"lite_medsam, 256, batch {batch}, float32", lambda images=images: stock(images),
+                lambda images=images: ours(images), device=device, repeats=repeats,
+                notes={"largest error / largest value": f"{error:.1e}"}))
+        if dtype != torch.float32:
+            stock.dtype = torch.float32 if device.type == "cpu" else torch.float16
+            ours.dtype = dtype
+            ours(images)
+            report.add("Time", compare(
+                f"lite_medsam, 256, batch {batch}, {_name(dtype)} (timm {_name(stock.dtype)})",
+                lambda images=images: stock(images), lambda images=images: ours(images), device=device,
+                repeats=repeats))
+
+
 def check(subject: Subject, images: Tensor) -> float:
     """Largest error of our float32 outputs, as a share of each output's largest value."""
     encoder = subject.network.encoder
     encoder.dtype = torch.float32
-    ours, theirs = encoder(images), stock_features(subject.stock, images)
+    return compared(encoder(images), stock_features(subject.stock, images))
+
+
+def compared(ours: Features, theirs: Features) -> float:
+    """Largest error, as a share of each output's largest value."""
     errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours.tensors, theirs.tensors, strict=True)]
     assert max(errors) < TOLERANCE, f"outputs differ by {max(errors):.1e} of their largest value"
     return max(errors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from desam_nnunet.encoders.base import Level, State
-from desam_nnunet.encoders.tiny_vit import TinyViT
+from desam_nnunet.encoders.tiny_vit import TinyViT, TinyViTEncoder
+from desam_nnunet.encoders.tiny_vit_frozen import frozen_form
 from desam_nnunet.encoders.weights import describe_file, find_row, find_weights, load_encoder, read_weights
 from desam_nnunet.networks.samed.lora import AdaptedLinear, LowRank
 from desam_nnunet.sam.prompts import Prompts, dense_positions, prompt_tokens
@@ -127,6 +129,34 @@ def test_mobile_sams_shapes_give_the_features_of_the_written_out_network(tmp_pat
     classifier = {"image_encoder.norm_head.weight": torch.ones(320), "image_encoder.head.weight": torch.ones(1000, 320)}
     torch.save(state | classifier, tmp_path / "mine.pt")
     assert_same_features(str(tmp_path / "mine.pt"), state, 4)
+
+
+def test_whole_and_in_portions_with_gradients_and_without_it_is_the_same_network() -> None:
+    """With gradients nothing runs in portions, and a low-rank update of q learns as in timm's own modules."""
+    torch.manual_seed(0)
+    network = TinyViT(1).build(SIZE).image_encoder.eval()
+    with torch.no_grad():
+        for layer in network.modules():
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                for values in (layer.weight, layer.running_var):
+                    values.uniform_(0.5, 1.5)
+    spec = TinyViT(1).spec(SIZE)
+    stock, ours = TinyViTEncoder(deepcopy(network), spec, ""), TinyViTEncoder(frozen_form(network), spec, "")
+    images, gradients = torch.rand(1, 3, SIZE, SIZE), []
+    for encoder in (stock, ours):
+        encoder.dtype = torch.float32
+        projection = encoder.projections()[3]
+        layer = getattr(projection.attention, projection.name)
+        torch.manual_seed(1)
+        update = LowRank(layer.in_features, len(projection.rows["q"]), 2)
+        torch.nn.init.ones_(update.up.weight)
+        setattr(projection.attention, projection.name, AdaptedLinear(layer, [(update, projection.rows["q"])]))
+        encoder.neck(images).square().mean().backward()
+        gradients.append(update.down.weight.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-6)
+    with torch.no_grad():
+        portions = ours.neck(images)
+    torch.testing.assert_close(portions, ours.neck(images).detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_strides_and_images_are_those_of_the_two_publications() -> None:

@@ -33,6 +33,7 @@ from desam_nnunet.encoders.base import (
 )
 from desam_nnunet.encoders.sam_vit import IMAGE as SAM_IMAGE
 from desam_nnunet.encoders.sam_vit import assemble_sam, build_neck
+from desam_nnunet.encoders.tiny_vit_frozen import frozen_form
 
 _WIDTHS = (64, 128, 160, 320)
 _DIM = 256
@@ -113,7 +114,7 @@ class TinyViT(Architecture):
         return _UNUSED.match(key) is not None
 
     def _assembled(self, sam: Sam, image_size: int, identity: str) -> LoadedEncoder:
-        encoder = TinyViTEncoder(sam.image_encoder, self.spec(image_size), identity)
+        encoder = TinyViTEncoder(frozen_form(sam.image_encoder), self.spec(image_size), identity)
         return LoadedEncoder(encoder, sam.prompt_encoder.requires_grad_(False).eval(), sam.mask_decoder)
 
 
