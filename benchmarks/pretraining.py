@@ -6,9 +6,9 @@ from itertools import count
 
 import torch
 
+from desam_nnunet.augmentation.randomness import Randomness
 from desam_nnunet.pretraining.generator import Generated, generate
 from desam_nnunet.pretraining.network import Pretrained
-from desam_nnunet.pretraining.randomness import Randomness
 from desam_nnunet.pretraining.recipe import Recipe
 from desam_nnunet.pretraining.run import autocast, losses
 from measure import Report, compare

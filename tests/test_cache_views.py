@@ -15,6 +15,7 @@ from desam_nnunet.cache.manage import describe_stores
 from desam_nnunet.cache.store import Tile, open_stores
 from desam_nnunet.cache.tiles import crop
 from desam_nnunet.cache.views import Augmentation, not_started
+from desam_nnunet.settings.sections import SamSection
 from desam_nnunet.training.dataset_cache import build_dataset
 from desam_nnunet.training.desam import DeSAMTrainer
 from desam_nnunet.training.frozen import cached_loaders
@@ -24,7 +25,7 @@ PLANS = "ViewsPlans"
 
 def augmentation(patch_size: tuple[int, int], trainer: type[DeSAMTrainer] = DeSAMTrainer) -> Augmentation:
     configuration: Any = type("Configuration", (), {"patch_size": list(patch_size), "use_mask_for_norm": [False]})()
-    return Augmentation(not_started(trainer, configuration))
+    return Augmentation(not_started(trainer, configuration, SamSection("", "", 0, "unit", False)))
 
 
 def volumes(side: int = 90) -> tuple[np.ndarray, np.ndarray]:

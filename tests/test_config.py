@@ -47,8 +47,8 @@ def test_defaults() -> None:
     configuration = resolved(make_plans(sam={"encoder": "vit_tiny"}))
     assert configuration["sam"] == {
         "encoder": "vit_tiny", "identity": f"md5:{ENCODERS['vit_tiny'].md5}", "image_size": 256,
-        "intensity": "percentile", "regions": False, "features": "cached", "views": 1, "cache_dtype": "float16",
-        "epochs": 50, "iterations_per_epoch": 250, "val_iterations_per_epoch": 50,
+        "intensity": "percentile", "regions": False, "features": "cached", "views": 1, "augmentation": "nnunet",
+        "cache_dtype": "float16", "epochs": 50, "iterations_per_epoch": 250, "val_iterations_per_epoch": 50,
     }
     assert configuration["desam"] == {"grid": 9, "iou_threshold": 0.5, "lr": 1e-4, "mask_stride": 4,
                                       "grid_offset": 0.0, "through_input": False}
@@ -148,10 +148,11 @@ WRONG_TYPES: dict[type, list[Any]] = {
 WRONG_VALUES: dict[str, list[Any]] = {
     "sam.encoder": ["", "vit_x", "absent.pth"], "sam.identity": ["md5:0"], "sam.regions": [True],
     "sam.image_size": [0, 48, 500, -64], "sam.intensity": ["", "zscore"], "sam.features": ["", "disk"],
-    "sam.cache_dtype": ["float32", ""], "sam.views": [0, -1], "sam.epochs": [0, -1],
-    "sam.iterations_per_epoch": [0, -1], "sam.val_iterations_per_epoch": [0, -1],
+    "sam.cache_dtype": ["float32", ""], "sam.views": [0, -1], "sam.augmentation": ["", "mild"],
+    "sam.epochs": [0, -1], "sam.iterations_per_epoch": [0, -1], "sam.val_iterations_per_epoch": [0, -1],
     "desam.grid": [0, 65, -1], "desam.iou_threshold": [-0.1, 1.1, float("nan")], "desam.lr": [0, -1e-4, float("nan")],
     "desam.mask_stride": [0, 3, 8], "desam.grid_offset": [-8.1, 9, float("nan")], "desam.through_input": [],
+    "pdmm.width": [15, 1025], "pdmm.lr": [0, -1.0, float("nan")], "pdmm.mask_stride": [0, 3, 8],
     "samed.warmup": [-1], "samed.rank": [0, 65], "samed.targets": ["", "x", "qq", "qkvo"], "samed.lr": [0, -1.0],
     "samed.checkpointing": [], "samed.lr_after_step": [], "dbsam.lr": [0, -1.0], "dbsam.checkpointing": [],
     "dbsam.mask_tokens": [0, 2, 5],
@@ -372,3 +373,11 @@ def test_the_input_size_is_a_multiple_of_the_encoders_largest_stride() -> None:
 def test_a_methods_own_bound_is_kept_in_steps_that_the_encoder_takes() -> None:
     method = replace(DESAM, image_size=200)
     assert resolved(make_plans(sam={"encoder": "timm_random/convnext_tiny"}), method=method)["sam"]["image_size"] == 192
+
+
+def test_an_augmentation_that_no_view_would_get_is_refused() -> None:
+    with pytest.raises(ValueError, match="in one view: set sam.views to 2 or more, or sam.features to 'online'"):
+        resolved(make_plans(sam={"encoder": "vit_tiny", "augmentation": "strong"}))
+    for more in ({"views": 2}, {"features": "online"}):
+        given = {"encoder": "vit_tiny", "augmentation": "strong"} | more
+        assert resolved(make_plans(sam=given))["sam"]["augmentation"] == "strong"

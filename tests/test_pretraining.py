@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from desam_nnunet.augmentation.randomness import BATCHES, Randomness
 from desam_nnunet.commands.__main__ import main
 from desam_nnunet.encoders.registry import ENCODERS
 from desam_nnunet.encoders.sam_vit import IMAGE, PIXEL_MEAN, PIXEL_STD
@@ -33,7 +34,6 @@ from desam_nnunet.pretraining.prompts import (
     judge_answers,
     mask_labels,
 )
-from desam_nnunet.pretraining.randomness import BATCHES, Randomness
 from desam_nnunet.pretraining.recipe import MAX_SEED, Recipe
 from desam_nnunet.pretraining.regions import describe_regions, judge_descriptions
 from desam_nnunet.sam.prompts import Prompts

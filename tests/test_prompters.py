@@ -24,6 +24,7 @@ from desam_nnunet.networks.desam.prompters import (
 from desam_nnunet.networks.frame import ABSENT_LOGIT
 from desam_nnunet.sam.prompts import Prompts
 from desam_nnunet.sam.tiles import Geometry
+from desam_nnunet.settings.sections import SamSection
 from desam_nnunet.training.desam import DeSAMTrainer
 
 
@@ -82,7 +83,7 @@ def test_a_point_alone_gives_the_same_mask_with_and_without_its_score() -> None:
 
 def trainer_with(prompter: Prompter) -> Any:
     """A trainer with a network, labels and a loss, and nothing else of a training."""
-    trainer: Any = not_started(DeSAMTrainer, SimpleNamespace(batch_dice=True))
+    trainer: Any = not_started(DeSAMTrainer, SimpleNamespace(batch_dice=True), SamSection("", "", 0, "unit", False))
     trainer.network, trainer.label_manager = make(2, prompter).train(), LabelManager(
         {"background": 0, "organ": 1, "other": 2}, None)
     trainer.is_ddp, trainer.enable_deep_supervision = False, False

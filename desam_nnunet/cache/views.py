@@ -16,6 +16,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from desam_nnunet.cache.store import Tile
 from desam_nnunet.cache.tiles import crop
+from desam_nnunet.settings.sections import SamSection
 
 
 class Augmentation:
@@ -58,10 +59,12 @@ class Augmentation:
         return sample["image"].numpy(), sample["segmentation"][0].numpy()
 
 
-def not_started(trainer_class: type[nnUNetTrainer], configuration: ConfigurationManager) -> nnUNetTrainer:
-    """A trainer that knows its configuration and no more: enough to ask how it augments, and nothing on disk."""
-    trainer = object.__new__(trainer_class)
-    trainer.configuration_manager = configuration
+def not_started(
+    trainer_class: type[nnUNetTrainer], configuration: ConfigurationManager, sam: SamSection
+) -> nnUNetTrainer:
+    """A trainer that knows its settings and no more: enough to ask how it augments, and nothing on disk."""
+    trainer: Any = object.__new__(trainer_class)
+    trainer.configuration_manager, trainer.sam = configuration, sam
     trainer.print_to_log_file = lambda *_args, **_options: None
     return trainer
 

@@ -170,12 +170,13 @@ def trainer_to_rehearse(
     images: int,
 ) -> SamTrainer:
     """A trainer with a network and a loss, and nothing else of a training; arguments as :func:`footprint`."""
-    options = kind.method.defaults(SamSection("", "", 0, "unit", False))
+    sam = SamSection("", "", 0, "unit", False)
+    options = kind.method.defaults(sam)
     if any(row.name == "checkpointing" for row in fields(kind.method.section)):
         options = options | {"checkpointing": checkpointing}
     loaded = architecture.blank(image_size)
     to_image = TileToImage(kind.image_of(loaded.encoder.spec.image), image_size, "unit")
-    trainer: Any = not_started(kind, SimpleNamespace(batch_dice=True))  # type: ignore[arg-type]
+    trainer: Any = not_started(kind, SimpleNamespace(batch_dice=True), sam)  # type: ignore[arg-type]
     trainer.own = kind.method.section(**options)
     trainer.network = kind.build_network(
         Outline(loaded, to_image, _CHANNELS * images, outputs + 1, True, trainer.own)).train()

@@ -7,13 +7,13 @@ shapes are all there is to learn). Ringing and resolution by a limit in k-space,
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from desam_nnunet.pretraining.randomness import Randomness
+from desam_nnunet.augmentation.acquisition import bias_field, in_k_space, rician_noise
+from desam_nnunet.augmentation.randomness import Randomness
 from desam_nnunet.pretraining.shapes import AIR, GROUNDS, LABELS, OBJECTS, draw_labels
 
 VERSION = 1  # of what is drawn for a seed and asked about it: a run is not taken up under another
@@ -55,29 +55,14 @@ def _intensities(random: Randomness, labels: Tensor) -> Tensor:
 def _acquired(random: Randomness, picture: Tensor) -> Tensor:
     """(B, S, S), 0 to 1."""
     number, size = len(picture), picture.shape[-1]
-    bias = random.uniform(0, 0.35, number, 1, 1) * random.chance(0.7, number, 1, 1)
-    picture = picture * torch.exp(bias * random.smooth(number, 1, size, coarsest=2, finest=4)[:, 0])
-    picture = _in_k_space(random, picture)
-    noise = random.uniform(0, 0.08, number, 1, 1) * random.chance(0.8, number, 1, 1)
-    real, imaginary = (noise * random.normal(*picture.shape) for _ in range(2))
-    picture = torch.hypot(picture + real, imaginary)
+    picture = picture * bias_field(random, number, size, strongest=0.35)
+    picture = in_k_space(random, picture, blurred=0.6, limited=0.5)
+    picture = rician_noise(random, picture, strongest=0.08, noisy=0.8)
     sample = picture[:, ::2, ::2].flatten(1)  # of every second pixel: sorting is most of the work
     low, high = torch.quantile(sample, picture.new_tensor(_PERCENTILES), dim=1)[..., None, None]
     picture = ((picture - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
     picture = picture ** torch.exp(random.uniform(-0.5, 0.5, number, 1, 1))
     return torch.where(random.chance(0.3, number, 1, 1), 1 - picture, picture)
-
-
-def _in_k_space(random: Randomness, picture: Tensor) -> Tensor:
-    """Blurred, and of limited resolution, each axis on its own; a sharp limit rings."""
-    number, size = len(picture), picture.shape[-1]
-    passed = []
-    for frequency in (torch.fft.fftfreq(size, device=picture.device), torch.fft.rfftfreq(size, device=picture.device)):
-        blur = random.uniform(0, 1.6, number, 1) * random.chance(0.6, number, 1)  # deviation in pixels
-        limit = torch.where(random.chance(0.5, number, 1), random.uniform(0.12, 0.5, number, 1), 0.5)
-        passed.append(torch.exp(-2 * (math.pi * frequency * blur).square()) * (frequency.abs() <= limit))
-    spectrum = torch.fft.rfft2(picture) * passed[0][:, :, None] * passed[1][:, None, :]
-    return torch.fft.irfft2(spectrum, s=(size, size))
 
 
 def _looked_up(table: Tensor, labels: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from desam_nnunet.pretraining.randomness import Randomness
+from desam_nnunet.augmentation.randomness import Randomness
 from desam_nnunet.pretraining.shapes import AIR, LABELS
 from desam_nnunet.sam.prompts import Prompts, extent, random_place
 from desam_nnunet.sam.tiles import MASK_STRIDE

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from desam_nnunet.augmentation.randomness import BATCHES
 from desam_nnunet.encoders.registry import ENCODERS
 from desam_nnunet.encoders.sam_vit import SamViT
-from desam_nnunet.pretraining.randomness import BATCHES
 
 SIZES = {row.name: row.architecture for row in ENCODERS.values() if isinstance(row.architecture, SamViT)}
 MAX_SEED = 999  # each has a second stream, for prompts; above lie the images that no run is trained on

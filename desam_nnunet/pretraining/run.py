@@ -19,12 +19,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from desam_nnunet import __version__
+from desam_nnunet.augmentation.randomness import Randomness
 from desam_nnunet.encoders.precision import encoder_dtype
 from desam_nnunet.pretraining import records
 from desam_nnunet.pretraining.generator import VERSION, Generated, generate
 from desam_nnunet.pretraining.network import Pretrained
 from desam_nnunet.pretraining.prompts import ask_boxes, ask_points, judge_answers, mask_labels
-from desam_nnunet.pretraining.randomness import Randomness
 from desam_nnunet.pretraining.recipe import MAX_SEED, Recipe
 from desam_nnunet.pretraining.regions import describe_regions, judge_descriptions
 from desam_nnunet.system.files import replace_file

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from desam_nnunet.pretraining.randomness import Randomness
+from desam_nnunet.augmentation.randomness import Randomness
 
 AIR, SHELL = 0, 1  # around a body, and its outermost layer
 _TISSUES = 4  # the ground is cut into

@@ -16,7 +16,7 @@ from desam_nnunet.encoders.registry import ENCODERS, row_by_name
 from desam_nnunet.encoders.sam_vit import SamViT
 from desam_nnunet.encoders.weights import check_identity, find_row, identify
 from desam_nnunet.sam.tiles import intensity_rule
-from desam_nnunet.settings.sections import AS_BEFORE, DEFAULT_ENCODER, Method, SamSection
+from desam_nnunet.settings.sections import AS_BEFORE, AUGMENTATIONS, DEFAULT_ENCODER, Method, SamSection
 
 SAM = Method("sam", SamSection, "")
 _TYPES = (int, float, str, bool)
@@ -146,6 +146,9 @@ def _resolve_sam(given: dict[str, Any], normalization_schemes: list[str], region
     check_offers(section.encoder, architecture, method)
     if not method.frozen_features:
         section = replace(section, features="online", views=1)
+    if section.augmentation != AUGMENTATIONS[0] and (section.features, section.views) == ("cached", 1):
+        raise ValueError(f"sam.augmentation is '{section.augmentation}', but each tile is cached as it is, in one view:"
+                         " set sam.views to 2 or more, or sam.features to 'online'.")
     return replace(section, identity=identity)
 
 

@@ -10,6 +10,7 @@ from desam_nnunet.sam.tiles import INTENSITY_RULES
 
 FEATURES = ("online", "cached")
 DTYPES = ("float16", "int8")
+AUGMENTATIONS = ("nnunet", "strong")
 DEFAULT_ENCODER = "vit_b"
 AS_BEFORE = "as before"  # in a field's metadata, any section's: what its absence means in older plans than the key is
 
@@ -29,7 +30,9 @@ class SamSection:
         regions: Whether the data set trains regions, which have no background output.
         features: ``cached``: every tile is encoded once, before training, and read from disk; ``online``: augmented
             tiles are encoded as they come. SAMed and DB-SAM change the encoder's features: always ``online``.
-        views: Versions of each cached tile, the first as it is, the others augmented once as nnU-Net augments.
+        views: Versions of each cached tile, the first as it is, the others augmented once.
+        augmentation: How views after the first, and online training, change a tile: ``nnunet`` as nnU-Net does, or
+            ``strong``: with intensities as scanners elsewhere might give them.
         cache_dtype: ``float16`` or ``int8``, of the cache on disk.
         epochs: Of training; the learning rate decays to zero over them.
         iterations_per_epoch: Training steps of an epoch.
@@ -44,6 +47,7 @@ class SamSection:
     regions: bool = field(metadata={"default": "filled in"})
     features: str = "cached"
     views: int = 1
+    augmentation: str = field(default="nnunet", metadata={AS_BEFORE: "nnunet"})
     cache_dtype: str = "float16"
     epochs: int = 50
     iterations_per_epoch: int = 250
@@ -52,6 +56,7 @@ class SamSection:
     def __post_init__(self) -> None:
         require(self.intensity in INTENSITY_RULES, "sam.intensity", self.intensity, " or ".join(INTENSITY_RULES))
         require(self.features in FEATURES, "sam.features", self.features, " or ".join(FEATURES))
+        require(self.augmentation in AUGMENTATIONS, "sam.augmentation", self.augmentation, " or ".join(AUGMENTATIONS))
         require(self.cache_dtype in DTYPES, "sam.cache_dtype", self.cache_dtype, " or ".join(DTYPES))
         for name in ("views", "epochs", "iterations_per_epoch", "val_iterations_per_epoch"):
             require(getattr(self, name) > 0, f"sam.{name}", getattr(self, name), "a positive number")

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from nnunetv2.training.loss.dice import get_tp_fp_fn_tn
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
+from desam_nnunet.augmentation.strong import strengthened
 from desam_nnunet.encoders.base import Features, ImageSpec
 from desam_nnunet.encoders.registry import OURS, row_by_name
 from desam_nnunet.encoders.weights import load_encoder
@@ -87,6 +89,11 @@ class SamTrainer(nnUNetTrainer):
         """As nnU-Net asks for it, in training and in prediction; errors as :func:`outline_from_plans`."""
         return cls.build_network(outline_from_plans(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, cls.method, cls.image_of))
+
+    def get_training_transforms(self, *patch: Any, **data: Any) -> BasicTransform:  # type: ignore[override]
+        """nnU-Net's, which is a static method, or what the plans' ``sam.augmentation`` makes of them."""
+        stock = super().get_training_transforms(*patch, **data)
+        return strengthened(stock) if self.sam.augmentation == "strong" else stock
 
     def compute_loss(self, inputs: Any, target: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of a batch, and logits at tile size for nnU-Net's pseudo Dice.

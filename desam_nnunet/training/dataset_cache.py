@@ -54,6 +54,6 @@ def build_dataset(
     assert isinstance(network, FrozenSamNetwork)
     data = infer_dataset_class(str(data_folder))(str(data_folder))
     sam = read_sam(configuration.configuration)
-    builder = builder_of(not_started(trainer, configuration), data, sam, network, device)
+    builder = builder_of(not_started(trainer, configuration, sam), data, sam, network, device)
     build_missing(builder, Share(part_id, num_parts))
     return builder.store

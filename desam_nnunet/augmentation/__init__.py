@@ -1,0 +1,1 @@
+"""What images become in training, and how chance is drawn for it."""
