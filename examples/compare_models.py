@@ -1,0 +1,311 @@
+"""Which encoder, decoder and recipe? Models of your choice, compared at the source alone and on unseen hospitals.
+
+    python examples/compare_models.py DATA WORK MODELS.json --source RUNMC -f 0 1 2 3 4
+
+DATA holds one folder per site, as ``desam cross-site`` reads them. MODELS.json names the models: each has a trainer and
+whatever its plans say otherwise than nnU-Net's, as in
+
+    {"strong": {"trainer": "PDMMTrainer", "sam": {"encoder": "lite_medsam", "views": 2, "augmentation": "strong"}},
+     "nnU-Net": {"trainer": "nnUNetTrainer", "sam": {"epochs": 10, "iterations_per_epoch": 50}}}
+
+(nnU-Net's own trainers take their number of iterations from ``sam`` as well.) Everything runs by nnU-Net's commands.
+Each case of the source is segmented by the fold that has not seen it, as it is and through
+``desam_nnunet.evaluation.shift``, an intensity recipe that no training uses: **choose by these two**. The folds
+together segment the other sites, which are there to be reported. Whole volumes, all slices. What is done already is not
+done again, so a comparison that was stopped goes on, and models can be added; cached features are shared by all models
+that read the same ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from desam_nnunet.cross_site.sites import Case, check_sites, ending_of, read_sites
+from desam_nnunet.evaluation.scores import read_rows, score_cases, write_rows
+from desam_nnunet.evaluation.statistics import Summary, summarise
+from desam_nnunet.nnunet.model_folder import read_checkpoint
+from desam_nnunet.settings.sections import SamSection
+from desam_nnunet.system.files import replace_file
+
+FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+CONFIGURATION, STOCK, CHECKPOINT = "2d", "nnUNetPlans", "checkpoint_final.pth"
+BUDGET = ("epochs", "iterations_per_epoch", "val_iterations_per_epoch")
+HELD_OUT, SIMULATED = "held out", "simulated shift"
+TOLERANCE = 2.0  # of the surface Dice, in mm
+
+
+class Comparison(NamedTuple):
+    """What is compared, and where it lies."""
+
+    work: Path
+    sites: dict[str, list[Case]]
+    source: str
+    folds: list[str]
+    models: dict[str, dict[str, Any]]
+    label: str
+    device: str
+    targets: list[str]
+    shifts: int
+    mirrored: bool
+
+    @property
+    def dataset(self) -> str:
+        return f"Dataset{700 + sorted(self.sites).index(self.source)}_{self.source}"
+
+    @property
+    def number(self) -> str:
+        return self.dataset[7:10]
+
+    @property
+    def preprocessed(self) -> Path:
+        return self.work / "nnUNet_preprocessed" / self.dataset
+
+    @property
+    def ending(self) -> str:
+        return ending_of(self.sites[self.source][0].label)
+
+    def model(self, name: str) -> Path:
+        trainer = self.models[name]["trainer"]
+        return self.work / "nnUNet_results" / self.dataset / f"{trainer}__{plans_of(name)}__{CONFIGURATION}"
+
+    def scores(self, name: str, tested: str) -> Path:
+        mirrored = "" if self.mirrored else "__not_mirrored"
+        file = f"{tested}__{'_'.join(self.folds)}{mirrored}.json"
+        return self.work / "scores" / self.source / self.model(name).name / file
+
+
+def plans_of(name: str) -> str:
+    """The name of a model's plans."""
+    return "Compared_" + re.sub(r"\W+", "_", name)
+
+
+def main() -> None:
+    comparison = parse()
+    os.environ |= {name: str(comparison.work / name) for name in FOLDERS}
+    prepare(comparison)
+    for name in comparison.models:
+        write_plans(comparison, name)
+        for fold in comparison.folds:
+            train(comparison, name, fold)
+        score_all(comparison, name)
+    text = report(comparison)
+    (comparison.work / f"{comparison.source}__{'_'.join(comparison.folds)}.md").write_text(text)
+    print(text)
+
+
+def parse() -> Comparison:
+    """What was asked for, checked before hours are spent on it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path, metavar="DATA", help="folder with a folder per site")
+    parser.add_argument("work", type=Path, metavar="WORK", help="folder to work in")
+    parser.add_argument("models", type=Path, metavar="MODELS.json", help="models by name")
+    parser.add_argument("--source", required=True, help="site to train at")
+    parser.add_argument("-f", nargs="+", default=["0"], choices=list("01234"), metavar="FOLD",
+                        help="folds, 0 to 4 (default: 0)")
+    parser.add_argument("--targets", nargs="*", metavar="SITE", help="to report on (default: all other sites)")
+    parser.add_argument("--shifts", type=int, default=1, help="simulated shifts of each held-out case (default: 1)")
+    parser.add_argument("--disable_tta", action="store_true", help="no mirroring, but in nnU-Net's own validation")
+    parser.add_argument("--label", default="prostate", help="of value 1 (default: prostate)")
+    parser.add_argument("-device", default="cpu", choices=["cpu", "cuda"], help="default: cpu")
+    options = parser.parse_args()
+    try:
+        sites = read_sites(options.data.resolve())
+        check_sites(sites)
+        if options.source not in sites:
+            raise ValueError(f"--source {options.source}: {options.data} has {', '.join(sites)}.")
+        models = json.loads(options.models.read_text())
+        if lacking := [name for name, model in models.items() if "trainer" not in model]:
+            raise ValueError(f"{options.models}: {lacking[0]} has no trainer.")
+        if len({plans_of(name) for name in models}) < len(models):
+            raise ValueError(f"{options.models}: names must differ in more than signs: {', '.join(models)}.")
+        if several := [case.name for rows in sites.values() for case in rows if len(case.images) > 1]:
+            raise ValueError(f"{several[0]} has several channels, but only one is compared here.")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    others = [site for site in sites if site != options.source]
+    targets = others if options.targets is None else options.targets
+    if unknown := [site for site in targets if site not in others]:
+        parser.error(f"--targets {unknown[0]}: choose from {', '.join(others)}")
+    return Comparison(options.work.resolve(), sites, options.source, options.f, models, options.label, options.device,
+                      targets, options.shifts, not options.disable_tta)
+
+
+def prepare(comparison: Comparison) -> None:
+    """The data set of the source, planned and preprocessed by nnU-Net, and images to predict."""
+    cases = comparison.sites[comparison.source]
+    raw = comparison.work / "nnUNet_raw" / comparison.dataset
+    raw.mkdir(parents=True, exist_ok=True)
+    description = {
+        "channel_names": {"0": "T2"}, "labels": {"background": 0, comparison.label: 1}, "numTraining": len(cases),
+        "file_ending": comparison.ending,
+        "dataset": {case.name: {"images": list(map(str, case.images)), "label": str(case.label)} for case in cases}}
+    replace_file(raw / "dataset.json", [json.dumps(description, indent=1).encode()])
+    for site, rows in comparison.sites.items():
+        for case in rows:
+            link(images(comparison, site) / f"{case.name}_0000{comparison.ending}", case.images[0])
+    if not (comparison.preprocessed / f"{STOCK}.json").is_file():
+        call("nnUNetv2_plan_and_preprocess", "-d", comparison.number, "-c", CONFIGURATION, "-np", 2, "-npfp", 2)
+    shifted = images(comparison, f"{comparison.source}_shifted")
+    wanted = [shifted / f"{case.name}_draw{draw}_0000{comparison.ending}"
+              for case in cases for draw in range(comparison.shifts)]
+    if not all(path.is_file() for path in wanted):
+        call(sys.executable, "-m", "desam_nnunet.evaluation.shift", images(comparison, comparison.source), shifted,
+             "--draws", comparison.shifts)
+
+
+def images(comparison: Comparison, site: str) -> Path:
+    return comparison.work / "images" / site
+
+
+def link(path: Path, to: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_symlink():
+        path.symlink_to(to)
+
+
+def write_plans(comparison: Comparison, name: str) -> None:
+    """nnU-Net's plans with what the model says; refused where it was trained with something else."""
+    plans = json.loads((comparison.preprocessed / f"{STOCK}.json").read_text())
+    given = {key: value for key, value in comparison.models[name].items() if key != "trainer"}
+    plans["configurations"][CONFIGURATION] |= given
+    plans["plans_name"] = plans_of(name)
+    path = comparison.preprocessed / f"{plans_of(name)}.json"
+    if path.is_file() and json.loads(path.read_text()) != plans and comparison.model(name).is_dir():
+        sys.exit(f"'{name}' was trained with other settings in {comparison.work}: give it another name.")
+    replace_file(path, [json.dumps(plans, indent=1).encode()])
+
+
+def train(comparison: Comparison, name: str, fold: str) -> None:
+    """One fold, with its validation; nnU-Net's own trainers for as many iterations as ``sam`` says."""
+    folder = comparison.model(name) / f"fold_{fold}"
+    if (folder / CHECKPOINT).is_file() and (folder / "validation" / "summary.json").is_file():
+        return
+    model = comparison.models[name]
+    common = ("-tr", model["trainer"], "-p", plans_of(name), "-device", comparison.device)
+    if model["trainer"].startswith("nnUNet"):
+        sam = {row.name: row.default for row in fields(SamSection)} | model.get("sam", {})
+        call(sys.executable, "-m", "desam_nnunet.cross_site.budget", comparison.number, fold, *common,
+             *(f"--{key}={sam[key]}" for key in BUDGET))
+    else:
+        call("nnUNetv2_train", comparison.number, CONFIGURATION, fold, *common, "--c")
+
+
+def score_all(comparison: Comparison, name: str) -> None:
+    source = comparison.source
+    splits = json.loads((comparison.preprocessed / "splits_final.json").read_text())
+    held_out = {fold: splits[int(fold)]["val"] for fold in comparison.folds}
+    files = {HELD_OUT: {}, SIMULATED: {}}
+    for fold, cases in held_out.items():
+        validated = comparison.model(name) / f"fold_{fold}" / "validation"
+        files[HELD_OUT] |= {case: validated / f"{case}{comparison.ending}" for case in cases}
+        chosen = images(comparison, f"{source}_shifted_{fold}")
+        draws = [f"{case}_draw{draw}" for case in cases for draw in range(comparison.shifts)]
+        for draw in draws:
+            shifted = images(comparison, f"{source}_shifted") / f"{draw}_0000{comparison.ending}"
+            link(chosen / shifted.name, shifted)
+        files[SIMULATED] |= predict(comparison, name, chosen, draws, [fold])
+    for site in comparison.targets:
+        cases = [case.name for case in comparison.sites[site]]
+        files[site] = predict(comparison, name, images(comparison, site), cases, comparison.folds)
+    for tested, predictions in files.items():
+        path = comparison.scores(name, tested)
+        site = tested if tested in comparison.targets else source
+        labels = {case.name: case.label for case in comparison.sites[site]}
+        references = {case: labels[case.partition("_draw")[0]] for case in predictions}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_rows(path, score_cases(predictions, references, {comparison.label: (1,)}, None, TOLERANCE))
+
+
+def predict(
+    comparison: Comparison, name: str, folder: Path, cases: list[str], folds: list[str]
+) -> dict[str, Path]:
+    """Segmentations of a folder's images by these folds together, made where they are not there."""
+    mirrored = "" if comparison.mirrored else "__not_mirrored"
+    out = (comparison.work / "predictions" / comparison.source / comparison.model(name).name
+           / f"{folder.name}__{'_'.join(folds)}{mirrored}")
+    files = {case: out / f"{case}{comparison.ending}" for case in cases}
+    if not all(path.is_file() for path in files.values()):
+        missing = sum(not path.is_file() for path in files.values())
+        begin = time.monotonic()
+        call("nnUNetv2_predict", "-i", folder, "-o", out, "-d", comparison.number, "-c", CONFIGURATION, "-f", *folds,
+             "-tr", comparison.models[name]["trainer"], "-p", plans_of(name), "-device", comparison.device,
+             "-npp", 1, "-nps", 1, "--continue_prediction", *([] if comparison.mirrored else ["--disable_tta"]))
+        seconds = (time.monotonic() - begin) / missing
+        replace_file(out / "seconds.json", [json.dumps(seconds).encode()])
+    return files
+
+
+def call(*command: object) -> None:
+    words = [str(word) for word in command]
+    if not words[0].startswith("/"):
+        words[0] = str(Path(sys.executable).with_name(words[0]))
+    print("+", *(Path(word).name if number == 0 else word for number, word in enumerate(words)), flush=True)
+    if code := subprocess.run(words).returncode:
+        sys.exit(code)  # it said why
+
+
+def report(comparison: Comparison) -> str:
+    """Markdown: a row per model, then every case."""
+    tested = [HELD_OUT, SIMULATED, *comparison.targets]
+    scores = {(name, where): pd.DataFrame(read_rows(comparison.scores(name, where)))
+              for name in comparison.models for where in tested}
+    volume = {key: of_cases(rows[rows.protocol == "volume"]) for key, rows in scores.items()}
+    lines = [f"Trained at {comparison.source}, folds {', '.join(comparison.folds)}. Dice of whole volumes with its 95 "
+             "% bootstrap interval over cases, surface Dice at 2 mm, HD95 in mm; minutes without encoding.", "",
+             *table(["model", "min a fold", "s a volume", *(f"{where}: {what}" for where in tested
+                                                            for what in ("Dice", "surface", "HD95"))],
+                    [[name, *costs(comparison, name), *(cell for where in tested
+                                                        for cell in cells(volume[name, where]))]
+                     for name in comparison.models])]
+    for where in tested:
+        cases = pd.DataFrame({name: volume[name, where].dice for name in comparison.models})
+        lines += ["", f"Dice of every case, {where}:", "", *table(
+            ["case", *cases.columns],
+            [[case, *(f"{value:.3f}" for value in values)] for case, *values in cases.itertuples()])]
+    return "\n".join(lines) + "\n"
+
+
+def of_cases(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row per case: the mean over the draws of a simulated shift."""
+    return rows.groupby(rows.case.str.partition("_draw")[0])[["dice", "nsd", "hd95"]].mean()
+
+
+def costs(comparison: Comparison, name: str) -> list[str]:
+    """Minutes of a fold from its checkpoint's log, and seconds of a held-out volume by one fold, start to file."""
+    minutes = []
+    for fold in comparison.folds:
+        log = read_checkpoint(comparison.model(name), fold, CHECKPOINT)["logging"]
+        minutes.append(sum(end - begin for begin, end in zip(
+            log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=True)) / 60)
+    folder = comparison.work / "predictions" / comparison.source / comparison.model(name).name
+    mirrored = "" if comparison.mirrored else "__not_mirrored"
+    parts = [folder / f"{comparison.source}_shifted_{fold}__{fold}{mirrored}" for fold in comparison.folds]
+    seconds = [json.loads((part / "seconds.json").read_text()) for part in parts]
+    return [f"{sum(minutes) / len(minutes):.1f}", f"{sum(seconds) / len(seconds):.1f}"]
+
+
+def cells(rows: pd.DataFrame) -> list[str]:
+    return [said(summarise(rows.dice)), f"{rows.nsd.mean():.3f}", f"{rows.hd95.mean():.1f}"]
+
+
+def said(summary: Summary) -> str:
+    return f"{summary.mean:.3f} ({summary.low:.3f} to {summary.high:.3f})"
+
+
+def table(head: list[str], rows: list[list[object]]) -> list[str]:
+    return [f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+if __name__ == "__main__":
+    main()
