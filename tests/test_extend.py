@@ -61,36 +61,46 @@ def test_an_encoder_that_cannot_be_imported_is_refused_before_anything_runs(work
 
 
 def test_a_method_of_ones_own_is_planned_cached_trained_and_predicted(workspace: Workspace, tmp_path: Path) -> None:
-    planned = nnunet("desam", "plan", "-d", 501, "--trainer", "PDMMAloneTrainer", "--encoder", "vit_tiny", "-device",
+    planned = nnunet("desam", "plan", "-d", 501, "--trainer", "LinearProbeTrainer", "--encoder", "vit_tiny", "-device",
                      "cpu").stdout
-    assert "nnUNetv2_train 501 2d 0 -tr PDMMAloneTrainer -p PDMMAlonePlans" in planned
+    assert "nnUNetv2_train 501 2d 0 -tr LinearProbeTrainer -p LinearProbePlans" in planned
     sections = tiny_sections(image_size=64)
-    workspace.write_plans("AlonePlans", sam=sections["sam"], pdmm_alone={"lr": 1e-3})
-    nnunet("desam", "cache", "-d", 501, "-p", "AlonePlans", "-tr", "PDMMAloneTrainer", "-device", "cpu")
-    files = train_and_predict(workspace, "PDMMAloneTrainer", "AlonePlans", tmp_path / "out")
+    workspace.write_plans("ProbePlans", sam=sections["sam"], linear_probe={"lr": 1e-3})
+    nnunet("desam", "cache", "-d", 501, "-p", "ProbePlans", "-tr", "LinearProbeTrainer", "-device", "cpu")
+    files = train_and_predict(workspace, "LinearProbeTrainer", "ProbePlans", tmp_path / "out")
     assert len(files) == 2
-    model = workspace.model("PDMMAloneTrainer", "AlonePlans")
+    model = workspace.model("LinearProbeTrainer", "ProbePlans")
     log = next((model / "fold_0").glob("training_log*.txt")).read_text()
     assert "to encode" not in log  # desam cache had done it
     weights = torch.load(model / "fold_0" / "checkpoint_final.pth", weights_only=False)["network_weights"]
-    assert {key.split(".")[0] for key in weights} == {"pdmm"}
+    assert {key.split(".")[0] for key in weights} == {"probe"}
     assert all(sitk.ReadImage(str(file)).GetSize() == sitk.ReadImage(
         str(workspace.unseen / "images" / file.name.replace(".nii", "_0000.nii"))).GetSize() for file in files)
 
 
+@torch.no_grad()
+def test_the_probe_reads_raw_maps_of_encoders_without_a_neck_too() -> None:
+    loaded = load_encoder("timm_random/convnext_tiny", 64)
+    trainer = look_up("LinearProbeTrainer")
+    to_image = TileToImage(loaded.encoder.spec.image, 64, "unit")
+    network = trainer.build_network(Outline(loaded, to_image, 1, 3, True, trainer.method.section())).eval()
+    assert network(torch.rand(2, 1, 40, 64)).shape == (2, 3, 40, 64)
+    assert {name.split(".")[0] for name, _ in network.named_parameters()} == {"probe"}
+
+
 def test_a_key_that_the_methods_section_does_not_have_is_refused(workspace: Workspace) -> None:
-    workspace.write_plans("AloneWrongPlans", **tiny_sections(), pdmm_alone={"grid": 3})
-    result = nnunet("nnUNetv2_train", 501, "2d", 0, "-tr", "PDMMAloneTrainer", "-p", "AloneWrongPlans", "-device",
+    workspace.write_plans("ProbeWrongPlans", **tiny_sections(), linear_probe={"grid": 3})
+    result = nnunet("nnUNetv2_train", 501, "2d", 0, "-tr", "LinearProbeTrainer", "-p", "ProbeWrongPlans", "-device",
                     "cpu", check=False)
-    assert "The plans' section 'pdmm_alone' has an unknown key 'grid'. Valid keys: lr (float)." in result.stderr
+    assert "The plans' section 'linear_probe' has an unknown key 'grid'. Valid keys: lr (float)." in result.stderr
 
 
 def test_the_doctor_and_a_study_know_a_trainer_of_ones_own(workspace: Workspace, tmp_path: Path) -> None:
-    assert "PDMMAloneTrainer        method pdmm_alone" in nnunet("desam", "doctor").stdout
+    assert "LinearProbeTrainer      method linear_probe" in nnunet("desam", "doctor").stdout
     phantom.write_unseen(tmp_path / "sites", sites=("SiteA", "SiteB"), cases=2)
-    described = nnunet("desam", "cross-site", tmp_path / "sites", "-o", tmp_path / "study", "-tr", "PDMMAloneTrainer",
+    described = nnunet("desam", "cross-site", tmp_path / "sites", "-o", tmp_path / "study", "-tr", "LinearProbeTrainer",
                        "-f", "all", "-device", "cpu", "--dry-run").stdout
-    assert "--trainer PDMMAloneTrainer" in described
+    assert "--trainer LinearProbeTrainer" in described
 
 
 def test_another_prompt_rule_asks_a_trained_model_in_another_way(trained: Workspace) -> None:
@@ -129,7 +139,7 @@ def test_the_doctor_passes_by_what_is_no_trainer_and_no_usable_backbone(
     monkeypatch.setenv(VARIABLE, os.pathsep.join([str(tmp_path), os.environ[VARIABLE]]))
     monkeypatch.setenv("DESAM_WEIGHTS", str(tmp_path))
     said = nnunet("desam", "doctor", check=False).stdout
-    assert "PDMMAloneTrainer" in said
+    assert "LinearProbeTrainer" in said
     assert "MyBase" not in said
 
 

@@ -27,6 +27,7 @@ FILES = Path(__file__).with_name("first_version")
 DATASET = "Dataset501_Discs"
 CHECKPOINT = "checkpoint_final.pth"
 CPU = torch.device("cpu")
+THEN = ("DeSAMTrainer", "DeSAMTrainerWholeBox", "SAMedTrainer", "SAMedTrainerS", "DBSAMTrainer", "DBSAMTrainerBoxes")
 BEFORE = {"desam": {"mask_stride": 4, "grid_offset": -0.5, "through_input": False}, "samed": {"lr_after_step": False},
           "dbsam": {"mask_tokens": 1}}  # what younger keys mean in these models
 
@@ -67,7 +68,7 @@ def in_float32(network: Any) -> Any:
     return network
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", THEN)
 def test_logits_and_labels_are_as_they_were(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(name, root)
     predictor = nnUNetPredictor(device=CPU, perform_everything_on_device=False, allow_tqdm=False)
@@ -93,7 +94,7 @@ def test_logits_and_labels_are_as_they_were(name: str, root: Path, monkeypatch: 
     assert set(np.unique(before)) == {0, 1, 2}
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", THEN)
 def test_training_goes_on_with_what_was_meant_before_keys_existed(name: str, root: Path) -> None:
     model = model_of(name, root)
     plans, dataset_json = read_description(model)
@@ -103,6 +104,7 @@ def test_training_goes_on_with_what_was_meant_before_keys_existed(name: str, roo
     trainer.load_checkpoint(str(model / "fold_0" / CHECKPOINT))
     assert trainer.current_epoch == 3
     assert {key: getattr(trainer.own, key) for key in BEFORE[trainer.method.name]} == BEFORE[trainer.method.name]
+    assert trainer.sam.augmentation == "nnunet"
     stores = {path: path.stat().st_mtime_ns for path in root.glob("nnUNet_preprocessed/*/desam_cache/*/case0/*")}
     trainer.on_train_start()
     state = trainer.optimizer.state_dict()["state"]

@@ -18,7 +18,7 @@ def test_the_page_is_what_the_code_gives() -> None:
 
 def test_every_key_has_type_default_and_effect() -> None:
     sections = {"sam": SamSection} | {trainer.method.name: trainer.method.section for trainer in TRAINERS.values()}
-    assert list(sections) == ["sam", "desam", "samed", "dbsam"]
+    assert list(sections) == ["sam", "desam", "pdmm", "samed", "dbsam"]
     rows = [line.split(" | ") for line in reference().splitlines() if line.startswith("| `")]
     assert [row[0].strip("|` ") for row in rows] == [
         f"{name}.{key.name}" for name, kind in sections.items() for key in fields(kind)]

@@ -6,11 +6,13 @@ from desam_nnunet.nnunet.lookup import look_up
 from desam_nnunet.training.base import SamTrainer
 from desam_nnunet.training.dbsam import DBSAMTrainer, DBSAMTrainerBoxes
 from desam_nnunet.training.desam import DeSAMTrainer, DeSAMTrainerWholeBox
+from desam_nnunet.training.pdmm import PDMMTrainer
 from desam_nnunet.training.samed import SAMedTrainer, SAMedTrainerS
 
 TRAINERS: dict[str, type[SamTrainer]] = {
     trainer.__name__: trainer
-    for trainer in (DeSAMTrainer, DeSAMTrainerWholeBox, SAMedTrainer, SAMedTrainerS, DBSAMTrainer, DBSAMTrainerBoxes)
+    for trainer in (DeSAMTrainer, DeSAMTrainerWholeBox, PDMMTrainer, SAMedTrainer, SAMedTrainerS, DBSAMTrainer,
+                    DBSAMTrainerBoxes)
 }
 
 

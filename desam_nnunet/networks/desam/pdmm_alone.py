@@ -1,0 +1,61 @@
+"""PDMM alone: a convolutional decoder on frozen features, without a prompt and without PRIM.
+
+Source: Gao et al., DeSAM, MICCAI 2024, section 3.3, ablation (a). The width is ours: the paper's is the encoder's
+prompt width, 256 with SAM.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from desam_nnunet.encoders.base import Features
+from desam_nnunet.networks.desam.pdmm import PDMM
+from desam_nnunet.networks.frame import FrozenSamNetwork, Outline
+from desam_nnunet.sam.prompts import Prompts
+from desam_nnunet.sam.tiles import Geometry
+from desam_nnunet.settings.sections import Method, require
+
+
+@dataclass(frozen=True)
+class PdmmSection:
+    """PDMM's own settings.
+
+    Attributes:
+        width: Channels of its coarsest level, at least 16; each next one has half as many. 256 with SAM's encoders
+            is published.
+        lr: Adam's initial learning rate, decayed polynomially (0.9).
+        mask_stride: Pixels of the encoder's input along a side of a mask's pixel: 1, 2 or 4.
+    """
+
+    width: int = 64
+    lr: float = 1e-3
+    mask_stride: int = 4
+
+    def __post_init__(self) -> None:
+        require(16 <= self.width <= 1024, "pdmm.width", self.width, "between 16 and 1024")
+        require(self.lr > 0, "pdmm.lr", self.lr, "a positive number")
+        require(self.mask_stride in (1, 2, 4), "pdmm.mask_stride", self.mask_stride, "1, 2 or 4")
+
+
+PDMM_ALONE = Method("pdmm", PdmmSection, "PDMMPlans", frozen_features=True)
+
+
+class PDMMAlone(FrozenSamNetwork):
+    """The neck's map, brought to PDMM's width, stands where PRIM's mask embedding stood."""
+
+    def __init__(self, outline: Outline) -> None:
+        loaded, section = outline.loaded, outline.section
+        super().__init__(encoder=loaded.encoder, to_image=outline.to_image, num_channels=outline.num_channels,
+                         background=outline.background, neck=loaded.neck, mask_stride=section.mask_stride)
+        dim, width = loaded.prompt_dim, section.width
+        self.narrowed = nn.Identity() if dim == width else nn.Conv2d(dim, width, 1, bias=False)
+        self.pdmm = PDMM(spec=loaded.encoder.spec, prompt_dim=width, num_classes=outline.num_classes,
+                         mask_stride=section.mask_stride)
+
+    def decode(self, features: Features, prompts: Prompts) -> tuple[Tensor, None]:
+        return self.pdmm(self.narrowed(features.neck), self.pdmm.context(features.levels)), None
+
+    def predict(self, features: Features, geometry: Geometry) -> Tensor:
+        return self.tile_logits(self.decode(features, Prompts())[0], geometry)
