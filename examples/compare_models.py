@@ -31,16 +31,16 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from desam_nnunet.cross_site.budget import KEYS
 from desam_nnunet.cross_site.sites import Case, check_sites, ending_of, read_sites
+from desam_nnunet.cross_site.study import CHECKPOINT, FOLDERS, method_of
 from desam_nnunet.evaluation.scores import read_rows, score_cases, write_rows
 from desam_nnunet.evaluation.statistics import Summary, summarise
 from desam_nnunet.nnunet.model_folder import read_checkpoint
+from desam_nnunet.planning.facts import CONFIGURATION, SPLITS, STOCK_PLANS
 from desam_nnunet.settings.sections import SamSection
 from desam_nnunet.system.files import replace_file
 
-FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
-CONFIGURATION, STOCK, CHECKPOINT = "2d", "nnUNetPlans", "checkpoint_final.pth"
-BUDGET = ("epochs", "iterations_per_epoch", "val_iterations_per_epoch")
 HELD_OUT, SIMULATED = "held out", "simulated shift"
 TOLERANCE = 2.0  # of the surface Dice, in mm
 
@@ -79,10 +79,17 @@ class Comparison(NamedTuple):
         trainer = self.models[name]["trainer"]
         return self.work / "nnUNet_results" / self.dataset / f"{trainer}__{plans_of(name)}__{CONFIGURATION}"
 
+    def predicted(self, name: str, tested: str, folds: list[str]) -> Path:
+        """A folder of segmentations, of the images that are called `tested`."""
+        folder = self.work / "predictions" / self.source / self.model(name).name
+        return folder / self._made_by(tested, folds)
+
     def scores(self, name: str, tested: str) -> Path:
-        mirrored = "" if self.mirrored else "__not_mirrored"
-        file = f"{tested}__{'_'.join(self.folds)}{mirrored}.json"
-        return self.work / "scores" / self.source / self.model(name).name / file
+        folder = self.work / "scores" / self.source / self.model(name).name
+        return folder / f"{self._made_by(tested, self.folds)}.json"
+
+    def _made_by(self, tested: str, folds: list[str]) -> str:
+        return f"{tested}__{'_'.join(folds)}{'' if self.mirrored else '__not_mirrored'}"
 
 
 def plans_of(name: str) -> str:
@@ -100,7 +107,7 @@ def main() -> None:
             train(comparison, name, fold)
         score_all(comparison, name)
     text = report(comparison)
-    (comparison.work / f"{comparison.source}__{'_'.join(comparison.folds)}.md").write_text(text)
+    replace_file(comparison.work / f"{comparison.source}__{'_'.join(comparison.folds)}.md", [text.encode()])
     print(text)
 
 
@@ -154,7 +161,7 @@ def prepare(comparison: Comparison) -> None:
     for site, rows in comparison.sites.items():
         for case in rows:
             link(images(comparison, site) / f"{case.name}_0000{comparison.ending}", case.images[0])
-    if not (comparison.preprocessed / f"{STOCK}.json").is_file():
+    if not (comparison.preprocessed / f"{STOCK_PLANS}.json").is_file():
         call("nnUNetv2_plan_and_preprocess", "-d", comparison.number, "-c", CONFIGURATION, "-np", 2, "-npfp", 2)
     shifted = images(comparison, f"{comparison.source}_shifted")
     wanted = [shifted / f"{case.name}_draw{draw}_0000{comparison.ending}"
@@ -176,7 +183,7 @@ def link(path: Path, to: Path) -> None:
 
 def write_plans(comparison: Comparison, name: str) -> None:
     """nnU-Net's plans with what the model says; refused where it was trained with something else."""
-    plans = json.loads((comparison.preprocessed / f"{STOCK}.json").read_text())
+    plans = json.loads((comparison.preprocessed / f"{STOCK_PLANS}.json").read_text())
     given = {key: value for key, value in comparison.models[name].items() if key != "trainer"}
     plans["configurations"][CONFIGURATION] |= given
     plans["plans_name"] = plans_of(name)
@@ -193,17 +200,17 @@ def train(comparison: Comparison, name: str, fold: str) -> None:
         return
     model = comparison.models[name]
     common = ("-tr", model["trainer"], "-p", plans_of(name), "-device", comparison.device)
-    if model["trainer"].startswith("nnUNet"):
+    if method_of(model["trainer"]) is None:
         sam = {row.name: row.default for row in fields(SamSection)} | model.get("sam", {})
         call(sys.executable, "-m", "desam_nnunet.cross_site.budget", comparison.number, fold, *common,
-             *(f"--{key}={sam[key]}" for key in BUDGET))
+             *(f"--{key}={sam[key]}" for key in KEYS))
     else:
         call("nnUNetv2_train", comparison.number, CONFIGURATION, fold, *common, "--c")
 
 
 def score_all(comparison: Comparison, name: str) -> None:
     source = comparison.source
-    splits = json.loads((comparison.preprocessed / "splits_final.json").read_text())
+    splits = json.loads((comparison.preprocessed / SPLITS).read_text())
     held_out = {fold: splits[int(fold)]["val"] for fold in comparison.folds}
     files = {HELD_OUT: {}, SIMULATED: {}}
     for fold, cases in held_out.items():
@@ -231,12 +238,9 @@ def predict(
     comparison: Comparison, name: str, folder: Path, cases: list[str], folds: list[str]
 ) -> dict[str, Path]:
     """Segmentations of a folder's images by these folds together, made where they are not there."""
-    mirrored = "" if comparison.mirrored else "__not_mirrored"
-    out = (comparison.work / "predictions" / comparison.source / comparison.model(name).name
-           / f"{folder.name}__{'_'.join(folds)}{mirrored}")
+    out = comparison.predicted(name, folder.name, folds)
     files = {case: out / f"{case}{comparison.ending}" for case in cases}
-    if not all(path.is_file() for path in files.values()):
-        missing = sum(not path.is_file() for path in files.values())
+    if missing := sum(not path.is_file() for path in files.values()):
         begin = time.monotonic()
         call("nnUNetv2_predict", "-i", folder, "-o", out, "-d", comparison.number, "-c", CONFIGURATION, "-f", *folds,
              "-tr", comparison.models[name]["trainer"], "-p", plans_of(name), "-device", comparison.device,
@@ -288,9 +292,7 @@ def costs(comparison: Comparison, name: str) -> list[str]:
         log = read_checkpoint(comparison.model(name), fold, CHECKPOINT)["logging"]
         minutes.append(sum(end - begin for begin, end in zip(
             log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=True)) / 60)
-    folder = comparison.work / "predictions" / comparison.source / comparison.model(name).name
-    mirrored = "" if comparison.mirrored else "__not_mirrored"
-    parts = [folder / f"{comparison.source}_shifted_{fold}__{fold}{mirrored}" for fold in comparison.folds]
+    parts = [comparison.predicted(name, f"{comparison.source}_shifted_{fold}", [fold]) for fold in comparison.folds]
     seconds = [json.loads((part / "seconds.json").read_text()) for part in parts]
     return [f"{sum(minutes) / len(minutes):.1f}", f"{sum(seconds) / len(seconds):.1f}"]
 

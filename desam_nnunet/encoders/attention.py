@@ -25,6 +25,8 @@ from segment_anything.modeling.image_encoder import Attention, Block, window_par
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from desam_nnunet.encoders.small_steps import in_small_steps, join
+
 # Elements of the bias made at once on a CPU: 8 MiB in float32, found by measuring (docs/performance.md).
 _BAND = 2**21
 _STEP = 2048  # tokens that a CPU feeds forward at once: 24 MiB at ViT-B, which the allocator keeps
@@ -50,8 +52,8 @@ class ExactBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
         tokens = self.norm2(x).flatten(0, 2)  # B H W D -> BHW D
-        steps = tokens.split(_STEP) if _in_small_steps(x) else [tokens]
-        return x + _join([self.mlp(step) for step in steps], 0).view_as(x)
+        steps = tokens.split(_STEP) if in_small_steps(x) else [tokens]
+        return x + join([self.mlp(step) for step in steps], 0).view_as(x)
 
 
 class ExactAttention(nn.Module):
@@ -83,9 +85,9 @@ class ExactAttention(nn.Module):
         if not self.window:
             return self.proj(self._attend(self.qkv(x)))
         padding = self.qkv(x.new_zeros(x.shape[-1]))
-        large = x[..., 0].numel() > _STEP and _in_small_steps(x)
+        large = x[..., 0].numel() > _STEP and in_small_steps(x)
         rows = x.split(self.window, dim=1) if large else [x]
-        return _join([self._attend_in_windows(row, padding) for row in rows], 1)
+        return join([self._attend_in_windows(row, padding) for row in rows], 1)
 
     def _attend_in_windows(self, x: Tensor, padding: Tensor) -> Tensor:
         """Attention on whole rows of windows; `padding` (3 D) is what a zero token is projected to."""
@@ -107,7 +109,7 @@ class ExactAttention(nn.Module):
         queries = q.unflatten(2, (height, width))
         rows = torch.einsum("bnyxd,yid->bnyxi", queries, relative_table(self.rel_pos_h, height)).flatten(2, 3)
         columns = torch.einsum("bnyxd,xjd->bnyxj", queries, relative_table(self.rel_pos_w, width)).flatten(2, 3)
-        if _in_small_steps(q) and q.dtype == torch.float32:
+        if in_small_steps(q) and q.dtype == torch.float32:
             attended = _banded(q, k, v, rows, columns, self.scale)
         else:
             is_usual = height == width == self.side
@@ -125,12 +127,6 @@ def relative_table(table: Tensor, size: int) -> Tensor:
     if len(table) != 2 * size - 1:
         table = F.interpolate(table.T[None], size=2 * size - 1, mode="linear")[0].T  # L d -> 1 d L -> L' d
     return table.flip(0).unfold(0, size, 1).flip(0).transpose(1, 2)  # size d size -> size size d
-
-
-def _in_small_steps(x: Tensor) -> bool:
-    """Whether to compute in steps whose memory a CPU uses again and keeps in its cache. Gradients need it all."""
-    wants_gradient = torch.is_grad_enabled() and x.requires_grad
-    return x.device.type == "cpu" and not wants_gradient and not torch.compiler.is_compiling()
 
 
 def _places(height: int, width: int, dim: int) -> Tensor:
@@ -174,11 +170,6 @@ def _banded(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor, scal
                 bias = (rows[here][..., :, None] + columns[here][..., None, :]).flatten(3)
                 attended[here] = F.scaled_dot_product_attention(q[here], keys, values, attn_mask=bias, scale=scale)
     return attended
-
-
-def _join(steps: list[Tensor], dim: int) -> Tensor:
-    """One step is handed on as it is: a copy of it would be for nothing."""
-    return steps[0] if len(steps) == 1 else torch.cat(steps, dim)
 
 
 def _parts(length: int, size: int) -> list[slice]:

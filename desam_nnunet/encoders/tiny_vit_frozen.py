@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from timm.models.tiny_vit import Attention, ConvNorm, MBConv, NormMlp
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from desam_nnunet.encoders.small_steps import in_small_steps, join
 
 # Found by measuring (docs/performance.md).
 _BAND = 2**20  # elements of a band of the first stage's widest map: 4 MiB in float32
@@ -84,10 +85,10 @@ class Portioned(nn.Module):
         self.windows = windows
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _in_portions(x):
+        if not in_small_steps(x):
             return self.inner(x)
         portions = x.split(max(1, _TOKENS // x.shape[1])) if self.windows else x.split(_TOKENS, 1)
-        return torch.cat([self.inner(portion) for portion in portions], 0 if self.windows else 1)
+        return join([self.inner(portion) for portion in portions], 0 if self.windows else 1)
 
 
 class BandedMBConv(nn.Module):
@@ -100,11 +101,11 @@ class BandedMBConv(nn.Module):
         self.width: int = deep.out_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _in_portions(x):
+        if not in_small_steps(x):
             return self.block(x)
         batch, _, height, width = x.shape
         rows = max(1, _BAND // (batch * width * self.width))
-        return torch.cat([self._band(x, top, min(top + rows, height)) for top in range(0, height, rows)], dim=2)
+        return join([self._band(x, top, min(top + rows, height)) for top in range(0, height, rows)], 2)
 
     def _band(self, x: Tensor, top: int, bottom: int) -> Tensor:
         block: Any = self.block
@@ -114,7 +115,3 @@ class BandedMBConv(nn.Module):
         deep = block.conv2
         wide = block.act2(F.conv2d(wide, deep.weight, deep.bias, padding=(0, 1), groups=deep.groups))
         return block.act3(block.conv3(wide) + x[:, :, top:bottom])
-
-
-def _in_portions(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not torch.is_grad_enabled()
