@@ -6,7 +6,8 @@ DATA holds one folder per site, as ``desam cross-site`` reads them. MODELS.json 
 whatever its plans say otherwise than nnU-Net's, as in
 
     {"strong": {"trainer": "PDMMTrainer", "sam": {"encoder": "lite_medsam", "views": 2, "augmentation": "strong"}},
-     "nnU-Net": {"trainer": "nnUNetTrainer", "sam": {"epochs": 10, "iterations_per_epoch": 50}}}
+     "nnU-Net": {"trainer": "nnUNetTrainer", "sam": {"epochs": 10, "iterations_per_epoch": 50}},
+     "both": {"ensemble": ["strong", "nnU-Net"]}}
 
 (nnU-Net's own trainers take their number of iterations from ``sam`` as well.) Everything runs by nnU-Net's commands.
 Each case of the source is segmented by the fold that has not seen it, as it is and through
@@ -75,18 +76,28 @@ class Comparison(NamedTuple):
     def ending(self) -> str:
         return ending_of(self.sites[self.source][0].label)
 
+    @property
+    def ensembles(self) -> dict[str, list[str]]:
+        """Names of models by the name of what averages their probabilities."""
+        return {name: model["ensemble"] for name, model in self.models.items() if "ensemble" in model}
+
+    @property
+    def trained(self) -> list[str]:
+        return [name for name in self.models if name not in self.ensembles]
+
     def model(self, name: str) -> Path:
-        trainer = self.models[name]["trainer"]
-        return self.work / "nnUNet_results" / self.dataset / f"{trainer}__{plans_of(name)}__{CONFIGURATION}"
+        return self.work / "nnUNet_results" / self.dataset / self._folder(name)
 
     def predicted(self, name: str, tested: str, folds: list[str]) -> Path:
         """A folder of segmentations, of the images that are called `tested`."""
-        folder = self.work / "predictions" / self.source / self.model(name).name
-        return folder / self._made_by(tested, folds)
+        return self.work / "predictions" / self.source / self._folder(name) / self._made_by(tested, folds)
 
     def scores(self, name: str, tested: str) -> Path:
-        folder = self.work / "scores" / self.source / self.model(name).name
-        return folder / f"{self._made_by(tested, self.folds)}.json"
+        return self.work / "scores" / self.source / self._folder(name) / f"{self._made_by(tested, self.folds)}.json"
+
+    def _folder(self, name: str) -> str:
+        trainer = self.models[name].get("trainer", "ensemble")
+        return f"{trainer}__{plans_of(name)}__{CONFIGURATION}"
 
     def _made_by(self, tested: str, folds: list[str]) -> str:
         return f"{tested}__{'_'.join(folds)}{'' if self.mirrored else '__not_mirrored'}"
@@ -102,9 +113,10 @@ def main() -> None:
     os.environ |= {name: str(comparison.work / name) for name in FOLDERS}
     prepare(comparison)
     for name in comparison.models:
-        write_plans(comparison, name)
-        for fold in comparison.folds:
-            train(comparison, name, fold)
+        if name in comparison.trained:
+            write_plans(comparison, name)
+            for fold in comparison.folds:
+                train(comparison, name, fold)
         score_all(comparison, name)
     text = report(comparison)
     replace_file(comparison.work / f"{comparison.source}__{'_'.join(comparison.folds)}.md", [text.encode()])
@@ -132,8 +144,11 @@ def parse() -> Comparison:
         if options.source not in sites:
             raise ValueError(f"--source {options.source}: {options.data} has {', '.join(sites)}.")
         models = json.loads(options.models.read_text())
-        if lacking := [name for name, model in models.items() if "trainer" not in model]:
+        if lacking := [name for name, model in models.items() if not model.keys() & {"trainer", "ensemble"}]:
             raise ValueError(f"{options.models}: {lacking[0]} has no trainer.")
+        trained = [name for name, model in models.items() if "ensemble" not in model]
+        if unknown := [name for model in models.values() for name in model.get("ensemble", []) if name not in trained]:
+            raise ValueError(f"{options.models}: {unknown[0]} is in an ensemble, but no model of that name is trained.")
         if len({plans_of(name) for name in models}) < len(models):
             raise ValueError(f"{options.models}: names must differ in more than signs: {', '.join(models)}.")
         if several := [case.name for rows in sites.values() for case in rows if len(case.images) > 1]:
@@ -214,14 +229,13 @@ def score_all(comparison: Comparison, name: str) -> None:
     held_out = {fold: splits[int(fold)]["val"] for fold in comparison.folds}
     files = {HELD_OUT: {}, SIMULATED: {}}
     for fold, cases in held_out.items():
-        validated = comparison.model(name) / f"fold_{fold}" / "validation"
-        files[HELD_OUT] |= {case: validated / f"{case}{comparison.ending}" for case in cases}
-        chosen = images(comparison, f"{source}_shifted_{fold}")
         draws = [f"{case}_draw{draw}" for case in cases for draw in range(comparison.shifts)]
-        for draw in draws:
-            shifted = images(comparison, f"{source}_shifted") / f"{draw}_0000{comparison.ending}"
-            link(chosen / shifted.name, shifted)
-        files[SIMULATED] |= predict(comparison, name, chosen, draws, [fold])
+        files[SIMULATED] |= predict_chosen(comparison, name, f"{source}_shifted", draws, fold)
+        if name in comparison.ensembles:
+            files[HELD_OUT] |= predict_chosen(comparison, name, source, cases, fold)
+        else:
+            validated = comparison.model(name) / f"fold_{fold}" / "validation"
+            files[HELD_OUT] |= {case: validated / f"{case}{comparison.ending}" for case in cases}
     for site in comparison.targets:
         cases = [case.name for case in comparison.sites[site]]
         files[site] = predict(comparison, name, images(comparison, site), cases, comparison.folds)
@@ -234,19 +248,38 @@ def score_all(comparison: Comparison, name: str) -> None:
         write_rows(path, score_cases(predictions, references, {comparison.label: (1,)}, None, TOLERANCE))
 
 
-def predict(
-    comparison: Comparison, name: str, folder: Path, cases: list[str], folds: list[str]
-) -> dict[str, Path]:
+def predict_chosen(comparison: Comparison, name: str, folder: str, cases: list[str], fold: str) -> dict[str, Path]:
+    """As :func:`predict`, of some of a folder's images, by one fold."""
+    chosen = images(comparison, f"{folder}_{fold}")
+    for case in cases:
+        file = f"{case}_0000{comparison.ending}"
+        link(chosen / file, images(comparison, folder) / file)
+    return predict(comparison, name, chosen, cases, [fold])
+
+
+def predict(comparison: Comparison, name: str, folder: Path, cases: list[str], folds: list[str]) -> dict[str, Path]:
     """Segmentations of a folder's images by these folds together, made where they are not there."""
     out = comparison.predicted(name, folder.name, folds)
     files = {case: out / f"{case}{comparison.ending}" for case in cases}
-    if missing := sum(not path.is_file() for path in files.values()):
-        begin = time.monotonic()
+    if name in comparison.ensembles:
+        members = comparison.ensembles[name]
+        for member in members:
+            predict(comparison, member, folder, cases, folds)
+        if not all(file.is_file() for file in files.values()):
+            call("nnUNetv2_ensemble", "-i", *(comparison.predicted(member, folder.name, folds) for member in members),
+                 "-o", out, "-np", 1)
+        return files
+    averaged = any(name in members for members in comparison.ensembles.values())
+    wanted = [out / f"{case}{end}" for case in cases for end in (comparison.ending, *([".npz"] if averaged else []))]
+    if not all(file.is_file() for file in wanted):
+        begin, missing = time.monotonic(), sum(not file.is_file() for file in files.values())
         call("nnUNetv2_predict", "-i", folder, "-o", out, "-d", comparison.number, "-c", CONFIGURATION, "-f", *folds,
              "-tr", comparison.models[name]["trainer"], "-p", plans_of(name), "-device", comparison.device,
-             "-npp", 1, "-nps", 1, "--continue_prediction", *([] if comparison.mirrored else ["--disable_tta"]))
-        seconds = (time.monotonic() - begin) / missing
-        replace_file(out / "seconds.json", [json.dumps(seconds).encode()])
+             "-npp", 1, "-nps", 1, "--continue_prediction", *(["--save_probabilities"] if averaged else []),
+             *([] if comparison.mirrored else ["--disable_tta"]))
+        if missing:
+            seconds = (time.monotonic() - begin) / missing
+            replace_file(out / "seconds.json", [json.dumps(seconds).encode()])
     return files
 
 
@@ -267,10 +300,10 @@ def report(comparison: Comparison) -> str:
     volume = {key: of_cases(rows[rows.protocol == "volume"]) for key, rows in scores.items()}
     lines = [f"Trained at {comparison.source}, folds {', '.join(comparison.folds)}. Dice of whole volumes with its 95 "
              "% bootstrap interval over cases, surface Dice at 2 mm, HD95 in mm; minutes without encoding.", "",
-             *table(["model", "min a fold", "s a volume", *(f"{where}: {what}" for where in tested
-                                                            for what in ("Dice", "surface", "HD95"))],
-                    [[name, *costs(comparison, name), *(cell for where in tested
-                                                        for cell in cells(volume[name, where]))]
+             *table(["model", "min a fold", "s a volume",
+                     *(f"{where}: {what}" for where in tested for what in ("Dice", "surface", "HD95"))],
+                    [[name, *(f"{value:.1f}" for value in costs(comparison, name)),
+                      *(cell for where in tested for cell in cells(volume[name, where]))]
                      for name in comparison.models])]
     for where in tested:
         cases = pd.DataFrame({name: volume[name, where].dice for name in comparison.models})
@@ -285,8 +318,14 @@ def of_cases(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.groupby(rows.case.str.partition("_draw")[0])[["dice", "nsd", "hd95"]].mean()
 
 
-def costs(comparison: Comparison, name: str) -> list[str]:
-    """Minutes of a fold from its checkpoint's log, and seconds of a held-out volume by one fold, start to file."""
+def costs(comparison: Comparison, name: str) -> tuple[float, float]:
+    """Minutes of a fold from its checkpoint's log, and seconds of a held-out volume by one fold, start to file.
+
+    An ensemble costs what its models do.
+    """
+    if name in comparison.ensembles:
+        every = [costs(comparison, member) for member in comparison.ensembles[name]]
+        return sum(minutes for minutes, _ in every), sum(seconds for _, seconds in every)
     minutes = []
     for fold in comparison.folds:
         log = read_checkpoint(comparison.model(name), fold, CHECKPOINT)["logging"]
@@ -294,7 +333,7 @@ def costs(comparison: Comparison, name: str) -> list[str]:
             log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=True)) / 60)
     parts = [comparison.predicted(name, f"{comparison.source}_shifted_{fold}", [fold]) for fold in comparison.folds]
     seconds = [json.loads((part / "seconds.json").read_text()) for part in parts]
-    return [f"{sum(minutes) / len(minutes):.1f}", f"{sum(seconds) / len(seconds):.1f}"]
+    return sum(minutes) / len(minutes), sum(seconds) / len(seconds)
 
 
 def cells(rows: pd.DataFrame) -> list[str]:
