@@ -23,9 +23,11 @@ from desam_nnunet.training.frozen import cached_loaders
 PLANS = "ViewsPlans"
 
 
-def augmentation(patch_size: tuple[int, int], trainer: type[DeSAMTrainer] = DeSAMTrainer) -> Augmentation:
+def augmentation(
+    patch_size: tuple[int, int], trainer: type[DeSAMTrainer] = DeSAMTrainer, *, by_case: bool = False
+) -> Augmentation:
     configuration: Any = type("Configuration", (), {"patch_size": list(patch_size), "use_mask_for_norm": [False]})()
-    return Augmentation(not_started(trainer, configuration, SamSection("", "", 0, "unit", False)))
+    return Augmentation(not_started(trainer, configuration, SamSection("", "", 0, "unit", False)), by_case=by_case)
 
 
 def volumes(side: int = 90) -> tuple[np.ndarray, np.ndarray]:
@@ -55,26 +57,43 @@ def test_a_view_that_changes_nothing_is_the_tile(patch_size: tuple[int, int], ti
     np.testing.assert_array_equal(target, crop(seg, tile, patch_size, -1)[0])
 
 
-def test_views_are_seeded_and_leave_the_generators_alone() -> None:
+@pytest.mark.parametrize("by_case", [False, True])
+def test_views_are_seeded_and_leave_the_generators_alone(by_case: bool) -> None:
     data, seg = volumes()
     tile = Tile(1, 10, 12)
+    augment = augmentation((64, 64), by_case=by_case)
     np.random.seed(1)
     torch.manual_seed(1)
-    first = augmentation((64, 64))(data, seg, tile, "case", 3, 1)
+    first = augment(data, seg, tile, "case", 3, 1)
     after = np.random.rand(), torch.rand(1)
     np.random.seed(1)
     torch.manual_seed(1)
     assert after == (np.random.rand(), torch.rand(1))
-    again = augmentation((64, 64))(data, seg, tile, "case", 3, 1)
+    again = augmentation((64, 64), by_case=by_case)(data, seg, tile, "case", 3, 1)
     for one, other in zip(first, again, strict=True):
         np.testing.assert_array_equal(one, other)
     for other in (("case", 3, 2), ("case", 4, 1), ("other", 3, 1)):
-        assert not np.array_equal(augmentation((64, 64))(data, seg, tile, *other)[0], first[0])
+        assert not np.array_equal(augment(data, seg, tile, *other)[0], first[0])
 
 
-def test_image_and_target_are_transformed_alike() -> None:
+def test_a_view_of_a_case_moves_its_slices_alike() -> None:
+    """Neighbouring slices fit together by case, and by tile they do not; intensities are each slice's own."""
     data, seg = volumes()
-    augment = augmentation((64, 64))
+    data[0, 0], seg[0, 0] = data[0, 1], seg[0, 1]  # two equal slices
+    for by_case in (True, False):
+        augment = augmentation((64, 64), by_case=by_case)
+        pairs = [[augment(data, seg, Tile(number, 10, 12), "case", number, view) for number in (0, 1)]
+                 for view in range(1, 11)]
+        alike = [np.array_equal(one[1], other[1]) for one, other in pairs]
+        assert all(alike) if by_case else sum(alike) < 5
+        assert len({target.tobytes() for (_, target), _ in pairs}) > 5  # views differ
+        assert not all(np.array_equal(one[0], other[0]) for one, other in pairs)
+
+
+@pytest.mark.parametrize("by_case", [False, True])
+def test_image_and_target_are_transformed_alike(by_case: bool) -> None:
+    data, seg = volumes()
+    augment = augmentation((64, 64), by_case=by_case)
     corners = set()
     for view in range(1, 40):
         image, target = augment(data, seg, Tile(1, 10, 12), "case", 0, view)
@@ -89,7 +108,8 @@ def test_image_and_target_are_transformed_alike() -> None:
 
 def test_the_name_says_what_would_change_a_view() -> None:
     names = {augmentation((64, 64)).name, augmentation((64, 32)).name, augmentation((64, 64), OnlyCropping).name}
-    assert len(names) == 3
+    names.add(augmentation((64, 64), by_case=True).name)
+    assert len(names) == 4
     assert augmentation((64, 64)).name == augmentation((64, 64)).name
 
 

@@ -48,7 +48,7 @@ def test_defaults() -> None:
     assert configuration["sam"] == {
         "encoder": "vit_tiny", "identity": f"md5:{ENCODERS['vit_tiny'].md5}", "image_size": 256,
         "intensity": "percentile", "regions": False, "features": "cached", "views": 1, "augmentation": "nnunet",
-        "cache_dtype": "float16", "epochs": 50, "iterations_per_epoch": 250, "val_iterations_per_epoch": 50,
+        "view_geometry": "case", "cache_dtype": "float16", "epochs": 50, "iterations_per_epoch": 250, "val_iterations_per_epoch": 50,
     }
     assert configuration["desam"] == {"grid": 9, "iou_threshold": 0.5, "lr": 1e-4, "mask_stride": 4,
                                       "grid_offset": 0.0, "through_input": False}
@@ -149,6 +149,7 @@ WRONG_VALUES: dict[str, list[Any]] = {
     "sam.encoder": ["", "vit_x", "absent.pth"], "sam.identity": ["md5:0"], "sam.regions": [True],
     "sam.image_size": [0, 48, 500, -64], "sam.intensity": ["", "zscore"], "sam.features": ["", "disk"],
     "sam.cache_dtype": ["float32", ""], "sam.views": [0, -1], "sam.augmentation": ["", "mild"],
+    "sam.view_geometry": ["", "slice"],
     "sam.epochs": [0, -1], "sam.iterations_per_epoch": [0, -1], "sam.val_iterations_per_epoch": [0, -1],
     "desam.grid": [0, 65, -1], "desam.iou_threshold": [-0.1, 1.1, float("nan")], "desam.lr": [0, -1e-4, float("nan")],
     "desam.mask_stride": [0, 3, 8], "desam.grid_offset": [-8.1, 9, float("nan")], "desam.through_input": [],

@@ -30,7 +30,7 @@ def ramp(number: int, height: int = 40, width: int = 56) -> torch.Tensor:
 def augmentation(name: str) -> Augmentation:
     configuration: Any = type("Configuration", (), {"patch_size": [64, 64], "use_mask_for_norm": [False]})()
     sam = SamSection("", "", 0, "unit", False, augmentation=name)
-    return Augmentation(not_started(DeSAMTrainer, configuration, sam))
+    return Augmentation(not_started(DeSAMTrainer, configuration, sam), by_case=True)
 
 
 def test_curves_are_monotone_and_keep_the_ends() -> None:
@@ -128,7 +128,7 @@ def test_the_recipe_is_named_and_nnunets_own_keeps_its_name() -> None:
         pass
 
     configuration: Any = type("Configuration", (), {"patch_size": [64, 64], "use_mask_for_norm": [False]})()
-    plain = Augmentation(not_started(Plain, configuration, SamSection("", "", 0, "unit", False)))
+    plain = Augmentation(not_started(Plain, configuration, SamSection("", "", 0, "unit", False)), by_case=True)
     assert augmentation("nnunet").name == plain.name  # stores of before the key are found
     assert augmentation("strong").name == augmentation("strong").name != plain.name
     with pytest.raises(ValueError, match="sam.augmentation is 'mild', but must be nnunet or strong"):
@@ -141,5 +141,5 @@ def test_views_are_stored_under_the_recipe(workspace: Workspace) -> None:
     trainer.initialize()
     for loader in cached_loaders(trainer):
         loader.close()
-    assert Augmentation(trainer).name in {store.recipe.augmentation for store in open_stores(workspace.preprocessed)}
+    assert Augmentation(trainer, by_case=True).name in {store.recipe.augmentation for store in open_stores(workspace.preprocessed)}
     assert trainer.inference_allowed_mirroring_axes == (0, 1)

@@ -1,4 +1,4 @@
-"""Augmented versions of a tile: the trainer's own transforms, with draws that depend on the tile alone."""
+"""Augmented versions of a tile: the trainer's own transforms, with draws that depend on case, tile and view alone."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, ImageOnlyTransform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
@@ -22,15 +23,20 @@ from desam_nnunet.settings.sections import SamSection
 class Augmentation:
     """How a trainer augments its patches, asked through nnU-Net's two hooks for it: makes views of tiles.
 
+    Args:
+        by_case: Whether all tiles of a case are turned, scaled and mirrored alike in a view.
+
     Attributes:
-        name: Everything that changes a view: the transforms with their parameters, versions and the larger window.
+        name: Everything that changes a view: the transforms with their parameters, versions, the larger window, and
+            whether geometry is drawn by case.
         mirror_axes: Those that the views are mirrored along; prediction may mirror them too.
     """
 
-    def __init__(self, trainer: nnUNetTrainer) -> None:
+    def __init__(self, trainer: nnUNetTrainer, *, by_case: bool) -> None:
         configuration = trainer.configuration_manager
         rotation, dummy_2d, initial, mirror_axes = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         self.mirror_axes = mirror_axes
+        self._by_case = by_case
         self._transforms = trainer.get_training_transforms(
             configuration.patch_size, rotation, None, mirror_axes, dummy_2d,
             use_mask_for_norm=configuration.use_mask_for_norm)
@@ -43,7 +49,8 @@ class Augmentation:
                         for large, small in zip(self._window, configuration.patch_size, strict=True)]
         versions = ", ".join(f"{library} {version(library)}" for library in ("nnunetv2", "batchgeneratorsv2"))
         parameters = re.sub(r" at 0x[0-9a-f]+", "", f"{self._transforms!r} {configuration.use_mask_for_norm}")
-        self.name = f"{hashlib.sha256(parameters.encode()).hexdigest()[:16]}, {versions}, window {self._window}"
+        self.name = (f"{hashlib.sha256(parameters.encode()).hexdigest()[:16]}, {versions}, window {self._window}"
+                     f"{', geometry by case' if self._by_case else ''}")
 
     def __call__(self, data: Any, seg: Any, tile: Tile, case: str, number: int, view: int) -> tuple[np.ndarray, ...]:
         """View `view` of tile `number`: image (C, H, W) and labels (H, W), the same whenever it is asked for.
@@ -54,9 +61,20 @@ class Augmentation:
         around = Tile(tile.slice, tile.top - self._margin[0], tile.left - self._margin[1])
         image = torch.tensor(crop(data, around, self._window, 0), dtype=torch.float32)  # copied: some work in place
         labels = torch.tensor(crop(seg, around, self._window, -1), dtype=torch.int16)
-        with _seeded(f"{case} {number} {view}"):
-            sample = self._transforms(image=image, segmentation=labels)
+        sample = {"image": image, "segmentation": labels}
+        if self._by_case:
+            for place, transform in enumerate(self._transforms.transforms):
+                drawn_for = f"{case} {number}" if _changes_image_only(transform) else case
+                with _seeded(f"{drawn_for}, view {view}, transform {place}"):
+                    sample = transform(**sample)
+        else:
+            with _seeded(f"{case} {number} {view}"):
+                sample = self._transforms(**sample)
         return sample["image"].numpy(), sample["segmentation"][0].numpy()
+
+
+def _changes_image_only(transform: BasicTransform) -> bool:
+    return isinstance(getattr(transform, "transform", transform), ImageOnlyTransform)
 
 
 def not_started(

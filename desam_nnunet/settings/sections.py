@@ -11,6 +11,7 @@ from desam_nnunet.sam.tiles import INTENSITY_RULES
 FEATURES = ("online", "cached")
 DTYPES = ("float16", "int8")
 AUGMENTATIONS = ("nnunet", "strong")
+VIEW_GEOMETRIES = ("case", "tile")
 DEFAULT_ENCODER = "vit_b"
 AS_BEFORE = "as before"  # in a field's metadata, any section's: what its absence means in older plans than the key is
 
@@ -33,6 +34,9 @@ class SamSection:
         views: Versions of each cached tile, the first as it is, the others augmented once.
         augmentation: How views after the first, and online training, change a tile: ``nnunet`` as nnU-Net does, or
             ``strong``: with intensities as scanners elsewhere might give them.
+        view_geometry: Whether a view turns, scales and mirrors all tiles of a ``case`` alike, so that neighbouring
+            slices fit together, or each ``tile`` by itself; intensities are drawn for each tile. Plans without the key,
+            from before it existed, mean ``tile``.
         cache_dtype: ``float16`` or ``int8``, of the cache on disk.
         epochs: Of training; the learning rate decays to zero over them.
         iterations_per_epoch: Training steps of an epoch.
@@ -48,6 +52,7 @@ class SamSection:
     features: str = "cached"
     views: int = 1
     augmentation: str = field(default="nnunet", metadata={AS_BEFORE: "nnunet"})
+    view_geometry: str = field(default="case", metadata={AS_BEFORE: "tile"})
     cache_dtype: str = "float16"
     epochs: int = 50
     iterations_per_epoch: int = 250
@@ -57,6 +62,8 @@ class SamSection:
         require(self.intensity in INTENSITY_RULES, "sam.intensity", self.intensity, " or ".join(INTENSITY_RULES))
         require(self.features in FEATURES, "sam.features", self.features, " or ".join(FEATURES))
         require(self.augmentation in AUGMENTATIONS, "sam.augmentation", self.augmentation, " or ".join(AUGMENTATIONS))
+        require(self.view_geometry in VIEW_GEOMETRIES, "sam.view_geometry", self.view_geometry,
+                " or ".join(VIEW_GEOMETRIES))
         require(self.cache_dtype in DTYPES, "sam.cache_dtype", self.cache_dtype, " or ".join(DTYPES))
         for name in ("views", "epochs", "iterations_per_epoch", "val_iterations_per_epoch"):
             require(getattr(self, name) > 0, f"sam.{name}", getattr(self, name), "a positive number")

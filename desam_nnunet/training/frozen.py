@@ -84,7 +84,7 @@ def builder_of(
     Args:
         trainer: Knows at least its configuration; how it augments is how the views after the first are made.
     """
-    augmentation = Augmentation(trainer) if sam.views > 1 else None
+    augmentation = Augmentation(trainer, by_case=sam.view_geometry == "case") if sam.views > 1 else None
     height, width = trainer.configuration_manager.patch_size
     recipe = Recipe(
         data_identifier=trainer.configuration_manager.data_identifier, encoder=sam.encoder, identity=sam.identity,
