@@ -62,7 +62,8 @@ def test_model_folder_holds_every_resolved_setting(trained: Workspace) -> None:
     assert configuration["sam"] == {
         "encoder": "vit_tiny", "identity": f"md5:{ENCODERS['vit_tiny'].md5}", "image_size": 128,
         "intensity": "percentile", "regions": False, "features": "cached", "views": 1, "augmentation": "nnunet",
-        "view_geometry": "case", "cache_dtype": "float16", "epochs": 1, "iterations_per_epoch": 3, "val_iterations_per_epoch": 1,
+        "view_geometry": "case", "cache_dtype": "float16",
+        "epochs": 1, "iterations_per_epoch": 3, "val_iterations_per_epoch": 1,
     }
     assert configuration["desam"] == {
         "grid": 3, "iou_threshold": 0.0, "lr": 1e-4, "mask_stride": 4, "grid_offset": 0.0, "through_input": False}

@@ -202,7 +202,7 @@ PLANS_OF_AN_UNET: dict[str, Any] = {
 @pytest.mark.parametrize("name", preset_names())
 def test_presets_are_valid_sections_and_go_before_the_planner(name: str) -> None:
     request = Request(preset=name)
-    configuration, lines = choose(CARDIAC, request, machine())
+    configuration, _, lines = choose(CARDIAC, request, machine())
     for key, value in request.fragment["sam"].items():
         assert configuration["sam"][key] == value
     assert any(line.reason.startswith(f"preset {name}") for line in lines)
@@ -213,9 +213,9 @@ def test_there_are_four_presets() -> None:
 
 
 def test_flags_and_what_is_there_go_before_a_preset() -> None:
-    configuration, lines = choose(CT, Request(preset="paper"), machine(disk=1))
+    configuration, _, lines = choose(CT, Request(preset="paper"), machine(disk=1))
     assert configuration["sam"]["features"] == "online"
-    configuration, lines = choose(CT, Request(preset="paper"), machine(memory=6))
+    configuration, _, lines = choose(CT, Request(preset="paper"), machine(memory=6))
     (batch,) = (line for line in lines if line.key == "batch_size")
     assert configuration["batch_size"] < 8
     assert batch.reason == "what fits into the memory; preset paper asks for 8"
@@ -233,7 +233,7 @@ def test_a_gpu_gets_the_largest_encoder_that_memory_and_disk_hold(
     weights: None, facts: Facts, memory: float, disk: float, encoder: str, patch: list[int], image_size: int,
     features: str,
 ) -> None:
-    configuration, _ = choose(facts, Request(), machine(memory, disk, "cuda"))
+    configuration, *_ = choose(facts, Request(), machine(memory, disk, "cuda"))
     sam = configuration["sam"]
     assert (sam["encoder"], configuration["patch_size"], sam["image_size"], sam["features"]) == (
         encoder, patch, image_size, features)
@@ -243,7 +243,7 @@ def test_a_gpu_gets_the_largest_encoder_that_memory_and_disk_hold(
 def test_few_tiles_do_not_mean_a_small_encoder(weights: None) -> None:
     """Their batch is small for want of tiles, not of memory."""
     few = Facts(((10, 128, 128),) * 4, (32, 32), 1, 3, ("ZScoreNormalization",))
-    configuration, _ = choose(few, Request(), machine(6, 100, "cuda"))
+    configuration, *_ = choose(few, Request(), machine(6, 100, "cuda"))
     assert (configuration["batch_size"], configuration["sam"]["encoder"]) == (2, "vit_h")
 
 
@@ -254,7 +254,7 @@ def test_few_tiles_do_not_mean_a_small_encoder(weights: None) -> None:
 def test_blocks_are_computed_again_before_the_input_shrinks(
     weights: None, trainer: type[SamTrainer], memory: float, image_size: int, checkpointing: bool
 ) -> None:
-    configuration, lines = choose(CT, Request(trainer=trainer), machine(memory, 1000, "cuda"))
+    configuration, _, lines = choose(CT, Request(trainer=trainer), machine(memory, 1000, "cuda"))
     sam, own = configuration["sam"], configuration[trainer.method.name]
     assert (sam["encoder"], sam["image_size"], sam["features"]) == ("vit_b", image_size, "online")
     assert own.get("checkpointing", False) == checkpointing
@@ -265,7 +265,7 @@ def test_blocks_are_computed_again_before_the_input_shrinks(
 
 def test_a_smaller_input_gets_a_smaller_patch(weights: None) -> None:
     """Masks would else be coarser than 2.5 pixels of the tile."""
-    configuration, _ = choose(CT, Request(encoder="vit_h"), machine(3.3, 1000, "cuda"))
+    configuration, *_ = choose(CT, Request(encoder="vit_h"), machine(3.3, 1000, "cuda"))
     assert configuration["sam"]["image_size"] < 1024
     assert max(configuration["patch_size"]) <= max(256, 2.5 * configuration["sam"]["image_size"] / 4)
 
@@ -293,14 +293,14 @@ def test_only_sizes_that_the_encoder_takes_are_planned(
     of_multiple: None, preset: str | None, memory: float, image_size: int, reason: str
 ) -> None:
     request = Request(encoder="of_multiple", preset=preset)
-    configuration, lines = choose(CARDIAC, request, machine(memory))
+    configuration, _, lines = choose(CARDIAC, request, machine(memory))
     assert configuration["sam"]["image_size"] == image_size
     assert next(line.reason for line in lines if line.key == "sam.image_size").endswith(reason)
 
 
 def test_five_channels_of_few_large_slices_on_a_cpu() -> None:
     facts = Facts(((2, 1024, 1024),) * 2, (256, 256), 5, 1, ("ZScoreNormalization",) * 5)
-    configuration, lines = choose(facts, Request(), machine(8, 100))
+    configuration, _, lines = choose(facts, Request(), machine(8, 100))
     assert configuration["patch_size"] == [512, 512]
     assert configuration["sam"]["encoder"] == "vit_b"
     assert "desam weights get vit_b" in next(line.reason for line in lines if line.key == "sam.encoder")

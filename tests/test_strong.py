@@ -141,5 +141,6 @@ def test_views_are_stored_under_the_recipe(workspace: Workspace) -> None:
     trainer.initialize()
     for loader in cached_loaders(trainer):
         loader.close()
-    assert Augmentation(trainer, by_case=True).name in {store.recipe.augmentation for store in open_stores(workspace.preprocessed)}
+    recipes = {store.recipe.augmentation for store in open_stores(workspace.preprocessed)}
+    assert Augmentation(trainer, by_case=True).name in recipes
     assert trainer.inference_allowed_mirroring_axes == (0, 1)

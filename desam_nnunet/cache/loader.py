@@ -22,12 +22,13 @@ from desam_nnunet.encoders.base import Features
 from desam_nnunet.nnunet.datasets import foreground_of
 from desam_nnunet.system.machine import free_memory, memory_limit
 
+MISSING = -1
 _AHEAD = 4  # batches at most that are read ahead: they are large
 _RESERVE = 10  # no tile is kept where less than one part in so many of the memory is free
 
 
 class Draw(NamedTuple):
-    """One tile of a batch: the case, the tile's number and its view."""
+    """One tile of a batch: the case, the tile's number and its view; the number is MISSING where a slab has none."""
 
     case: str
     number: int
@@ -43,15 +44,21 @@ class CachedLoader:
     an ignore label, other samples are drawn in proportion to their labelled pixels. The draws come from numpy's
     global generator, in order, whatever the number of workers.
 
+    Of slabs, a batch has the slices in a row. What is drawn so is one of a slab's slices; the slab lies around it,
+    anywhere within the volume with equal chances. Where the volume has fewer slices, features and target of the missing
+    ones are zero.
+
     Attributes:
         records: Of the cases to draw from.
         oversample: Share of a batch that is sure to hold foreground.
         probabilistic: Whether that share is drawn per sample.
+        batch_size: Tiles or slabs.
         transforms: nnU-Net's for targets (regions, ignore label).
         workers: Threads that read ahead; 0 reads when asked.
         pin_memory: For copies to a GPU.
         in_memory: Keep the tiles that were read, while memory is free.
         views: How many views of a tile are drawn from, the first as it is.
+        depth: Slices of a slab; 1 for tiles.
     """
 
     store: Store
@@ -65,6 +72,7 @@ class CachedLoader:
     pin_memory: bool
     in_memory: bool
     views: int
+    depth: int = 1
 
     def __post_init__(self) -> None:
         self.cases = sorted(self.records)
@@ -103,8 +111,22 @@ class CachedLoader:
     def draw(self) -> list[Draw]:
         """The next batch's tiles."""
         cases = np.random.choice(self.cases, self.batch_size)
-        return [Draw(str(case), *self._shares[case].draw(self._wants_foreground(place)))
-                for place, case in enumerate(cases)]
+        draws = [Draw(str(case), *self._shares[case].draw(self._wants_foreground(place)))
+                 for place, case in enumerate(cases)]
+        return draws if self.depth == 1 else [draw for anchor in draws for draw in self._slab_around(anchor)]
+
+    def _slab_around(self, anchor: Draw) -> list[Draw]:
+        """The tiles of a slab that holds `anchor`, at the same place of each slice."""
+        tiles = self.records[anchor.case].tiles
+        slices = tiles[-1].slice + 1
+        in_plane = len(tiles) // slices
+        here, place = divmod(anchor.number, in_plane)
+        if slices < self.depth:
+            first = (slices - self.depth) // 2
+        else:
+            first = np.random.randint(max(0, here - self.depth + 1), min(here, slices - self.depth) + 1)
+        return [anchor._replace(number=z * in_plane + place if 0 <= z < slices else MISSING)
+                for z in range(first, first + self.depth)]
 
     def read(self, draws: list[Draw]) -> dict[str, Any]:
         """The batch of `draws`."""
@@ -117,7 +139,7 @@ class CachedLoader:
             targets.append(target)
             if batch is None:
                 batch = features.map(
-                    lambda x: torch.empty((self.batch_size, *x.shape), dtype=x.dtype, pin_memory=self.pin_memory))
+                    lambda x: torch.empty((len(draws), *x.shape), dtype=x.dtype, pin_memory=self.pin_memory))
             elif not self.in_memory:
                 continue  # the store has filled its place in the batch
             for there, feature in zip(batch.sample(place).tensors, features.tensors, strict=True):
@@ -136,6 +158,9 @@ class CachedLoader:
         return sample
 
     def _from_disk(self, draw: Draw, room: Features | None) -> tuple[Features, Tensor]:
+        if draw.number == MISSING:
+            features, target = self._from_disk(draw._replace(number=0), room)
+            return features.map(torch.zero_ if room else torch.zeros_like), torch.zeros_like(target)
         try:
             features, labels = self.store.read(*draw, self.records[draw.case].content, room)
         except DamagedEntryError as error:

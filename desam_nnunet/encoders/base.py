@@ -7,7 +7,7 @@ global attention); Kirillov et al., Segment Anything, ICCV 2023 (the neck).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -90,13 +90,25 @@ class Features(NamedTuple):
         """Levels and neck in one row."""
         return (*self.levels, self.neck)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in self.tensors)
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Features:
         """Every tensor changed alike."""
         return Features(tuple(map(change, self.levels)), change(self.neck))
 
-    def part(self, number: int) -> Features:
-        """One sample of a batch, as a batch of one."""
-        return self.map(lambda x: x[number : number + 1])
+    def part(self, number: int, samples: int = 1) -> Features:
+        """The `number`-th group of so many samples of a batch, as a batch."""
+        return self.map(lambda x: x[number * samples : (number + 1) * samples])
+
+    @staticmethod
+    def joined(parts: Sequence[Features]) -> Features:
+        """Batches of features as one."""
+        if len(parts) == 1:
+            return parts[0]
+        *levels, neck = (torch.cat(tensors) for tensors in zip(*(part.tensors for part in parts), strict=True))
+        return Features(tuple(levels), neck)
 
     def sample(self, number: int) -> Features:
         """One sample of a batch, as views without the batch dimension."""

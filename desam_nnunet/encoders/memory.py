@@ -21,16 +21,21 @@ class FeatureMemory:
     """Keeps as many tiles' features as the budget allows, and admits no more when it is full.
 
     It never drops one tile for another: a pass over more tiles than fit would then find none of them in the
-    next fold. Nothing tells a network that a new volume has begun, so it is inferred: weights come back that
-    were loaded before, or the first tile after weights were loaded is a new one. Where a volume was seen with
-    one set of weights alone, there is no ensemble, and nothing is kept any more.
+    next fold. Where slabs overlap, each slice comes again soon, in one fold too: there the one that was asked for
+    longest ago makes room.
+
+    Nothing tells a network that a new volume has begun, so it is inferred: weights come back that were loaded before,
+    or the first tile after weights were loaded is a new one. Where a volume was seen with one set of weights alone,
+    there is no ensemble, and nothing is kept any more.
 
     Args:
         budget: Bytes; None for a quarter of what is free on the features' device when a volume begins.
+        overlapping: Whether what a network is shown overlaps.
     """
 
-    def __init__(self, budget: int | None = None) -> None:
+    def __init__(self, budget: int | None = None, *, overlapping: bool = False) -> None:
         self.budget = budget
+        self.overlapping = overlapping
         self._kept: dict[bytes, Features] = {}
         self._left: int | None = None  # bytes; None before the first tile of a volume
         self._weights: set[int] = set()
@@ -47,6 +52,8 @@ class FeatureMemory:
         if known is None and self._just_loaded:
             self._forget_tiles()
         self._just_loaded = False
+        if known is not None:
+            self._kept[key] = self._kept.pop(key)  # the last to be dropped
         return known
 
     @torch.compiler.disable
@@ -54,8 +61,10 @@ class FeatureMemory:
         """Keeps `features` under `key` if they still fit and another fold may ask for them."""
         if self._left is None:
             self._left = free_memory(features.neck.device) // _SHARE if self.budget is None else self.budget
-        size = sum(x.nbytes for x in features.tensors)
-        if size <= self._left and not self._single:
+        size = features.nbytes
+        while self.overlapping and self._kept and size > self._left:
+            self._left += self._kept.pop(next(iter(self._kept))).nbytes
+        if size <= self._left and (self.overlapping or not self._single):
             self._kept[key] = features
             self._left -= size
 

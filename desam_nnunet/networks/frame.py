@@ -1,4 +1,4 @@
-"""What all networks here share: a tile of nnU-Net's in, logits of its size out, the encoder held aside."""
+"""What all networks here share: a tile or slab of nnU-Net's in, logits of its size out, the encoder held aside."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from desam_nnunet.encoders.base import Encoder, Features, LoadedEncoder
 from desam_nnunet.encoders.memory import FeatureMemory, content_key
 from desam_nnunet.sam.prompts import Prompts
+from desam_nnunet.sam.slabs import slabs_of, slices_of
 from desam_nnunet.sam.tiles import MASK_STRIDE, Geometry, TileToImage, logits_to_tile
 
 # nnU-Net sums logits times ten in float16 and gives a volume up where they overflow. No decision changes.
@@ -30,6 +31,7 @@ class Outline(NamedTuple):
         num_outputs: Channels of the logits: foreground classes and background, or regions.
         background: Whether the first output is the background.
         section: The method's settings, resolved; the method knows their type.
+        depth: Slices of a slab; 1 where tiles are shown one by one.
     """
 
     loaded: LoadedEncoder
@@ -38,6 +40,7 @@ class Outline(NamedTuple):
     num_outputs: int
     background: bool
     section: Any
+    depth: int = 1
 
     @property
     def num_classes(self) -> int:
@@ -108,20 +111,22 @@ class FrozenSamNetwork(SamNetwork):
     """Decodes features that training does not change: a method adds :meth:`decode` and :meth:`predict`.
 
     ``network(tiles)`` predicts, ``network(features, prompts)`` is what training calls, because DDP and torch.compile
-    see nothing but ``forward``.
+    see nothing but ``forward``. Of slabs, methods see their slices, those of one slab in a row: B is then B·D.
 
     Args:
         neck: Trained, where the encoder has none of its own.
+        depth: Slices of a slab, D; 1 for tiles.
     """
 
     def __init__(
         self, *, encoder: Encoder, to_image: TileToImage, num_channels: int, background: bool,
-        neck: nn.Module | None = None, mask_stride: int = MASK_STRIDE,
+        neck: nn.Module | None = None, mask_stride: int = MASK_STRIDE, depth: int = 1,
     ) -> None:
         super().__init__(held=[encoder], to_image=to_image, num_channels=num_channels, background=background,
                          mask_stride=mask_stride)
         self.neck = neck or nn.Identity()
-        self.memory = FeatureMemory()
+        self.depth = depth
+        self.memory = FeatureMemory(overlapping=depth > 1)
 
     def decode(self, features: Features, prompts: Prompts) -> tuple[Tensor, Tensor | None]:
         """Mask logits (B, K, S / stride, S / stride) of one prompt per image, and scores (B, K) if there are any."""
@@ -134,11 +139,14 @@ class FrozenSamNetwork(SamNetwork):
     def forward(self, x: Tensor | Features, prompts: Prompts | None = None) -> Tensor | tuple[Tensor, Tensor | None]:
         """What :meth:`predict` gives for tiles (B, C, H, W), or :meth:`decode` for features and a prompt per image.
 
+        Slabs (B, C, D, H, W) are predicted as slabs.
+
         Raises:
             ValueError: As :meth:`images`.
         """
         if isinstance(x, Tensor):
-            return self._predict(x).clamp(-MAX_LOGIT, MAX_LOGIT)
+            logits = self._predict(slices_of(x)).clamp(-MAX_LOGIT, MAX_LOGIT)
+            return slabs_of(logits, self.depth) if x.dim() == 5 else logits
         return self.decode(self.with_neck(x), prompts or Prompts())
 
     def with_neck(self, features: Features) -> Features:
@@ -147,10 +155,29 @@ class FrozenSamNetwork(SamNetwork):
 
     @uncompiled
     def encode(self, tiles: Tensor) -> Features:
-        """Frozen features of (B, C, H, W) tiles; channel groups are encoded one by one and averaged."""
+        """Frozen features of (B, C, H, W) tiles; channel groups are encoded one by one and averaged.
+
+        Of a slab, slices of zeros are missing, as nnU-Net pads a volume: their features are zero.
+        """
+        if self.depth > 1 and not (there := tiles.flatten(1).any(1)).all():
+            return self._with_gaps(tiles, there)
         images = self.images(tiles)  # B G 3 S S
         features = self.encoder(images.flatten(0, 1))
         return features.map(lambda x: mean_over_groups(x, images.shape[1]))
+
+    def there(self, features: Features) -> Tensor | None:
+        """Which slices of slabs are not missing, (B·D,) bool; None where there are no slabs."""
+        return None if self.depth == 1 else features.tensors[0].flatten(1).any(1)
+
+    def _with_gaps(self, tiles: Tensor, there: Tensor) -> Features:
+        spec, size = self.encoder.spec, self.to_image.image_size
+        *levels, neck = (tiles.new_zeros(len(tiles), level.channels, size // level.stride, size // level.stride)
+                         for level in spec.maps)
+        features = Features(tuple(levels), neck)
+        if there.any():
+            for whole, part in zip(features.tensors, self.encode(tiles[there]).tensors, strict=True):
+                whole[there] = part.to(whole.dtype)
+        return features
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenSamNetwork:
         """Forgets the features that lie on another device."""
@@ -185,15 +212,19 @@ class FrozenSamNetwork(SamNetwork):
 
     @uncompiled
     def _remembered(self, tiles: Tensor) -> Features:
-        """Features of `tiles`, encoded once per volume. Training draws its tiles anew: nothing to remember."""
+        """Features of `tiles`, each encoded once per volume. Training draws its tiles anew: nothing to remember."""
         if self.training or torch.is_grad_enabled():
             return self.encode(tiles)
-        key = content_key(tiles, self.encoder.identity, self.encoder.precision(tiles.device), self.to_image.settings)
-        known = self.memory.find(key)
-        if known is None:
-            known = self.encode(tiles)
-            self.memory.keep(key, known)
-        return known
+        settings = self.encoder.identity, self.encoder.precision(tiles.device), self.to_image.settings
+        keys = [content_key(tile, *settings) for tile in tiles.split(1)]
+        known = {key: found for key in keys if (found := self.memory.find(key)) is not None}
+        new = {key: number for number, key in enumerate(keys) if key not in known}
+        if new:
+            encoded = self.encode(tiles if len(new) == len(tiles) else tiles[list(new.values())])
+            for number, key in enumerate(new):
+                known[key] = encoded.part(number)
+                self.memory.keep(key, known[key])
+        return Features.joined([known[key] for key in keys])
 
 
 def mean_over_groups(features: Tensor, groups: int) -> Tensor:

@@ -22,6 +22,7 @@ MAX_ITERATIONS = 250  # of an epoch, nnU-Net's
 MIN_ITERATIONS = 25
 _COARSEST = 2.5  # pixels of a tile per mask pixel
 _LARGEST_OF_MEDIAN = 1.5  # a few large slices do not decide the patch
+_DEPTH, _LEAST_DEPTH = 5, 3  # slices of a slab
 _VIEWS = 4
 _ENCODING_HOURS = 1.0  # that views may cost
 
@@ -99,6 +100,29 @@ def choose_batch_size(tiles: int, fits: Callable[[int], bool]) -> Choice[int] | 
     if best == MAX_BATCH_SIZE:
         return Choice(best, "as many as DeSAM was published with")
     return Choice(best, "the least" if best == MIN_BATCH_SIZE else "5 % of the tiles, as in nnU-Net")
+
+
+class Slab(NamedTuple):
+    """Slices that are shown together, and slabs in a batch."""
+
+    depth: int
+    batch_size: int
+
+
+def choose_slab(slices: Sequence[int], batch_size: int, fits: Callable[[Slab], bool]) -> Choice[Slab] | None:
+    """As many slices as see each other, and about as many in a batch as without slabs; None where there are no slabs.
+
+    Args:
+        slices: Of every case.
+        batch_size: Tiles in a batch without slabs.
+    """
+    depth = min(_DEPTH, median_high(slices))
+    if depth < _LEAST_DEPTH:
+        return None
+    wanted = max(MIN_BATCH_SIZE, round(batch_size / depth))
+    best = next((slab for count in range(wanted, 0, -1) if fits(slab := Slab(depth, count))), None)
+    reason = "a slice and two on either side" if depth == _DEPTH else "most volumes have no more slices"
+    return best and Choice(best, reason)
 
 
 class Storage(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from timeit import repeat
@@ -13,7 +14,7 @@ from desam_nnunet.encoders.precision import encoder_dtype
 from desam_nnunet.encoders.registry import EncoderRow
 from desam_nnunet.encoders.weights import find_row, is_here
 from desam_nnunet.planning import choices
-from desam_nnunet.planning.choices import GOOD_BATCH_SIZE, MIN_BATCH_SIZE, Choice, Storage
+from desam_nnunet.planning.choices import GOOD_BATCH_SIZE, MIN_BATCH_SIZE, Choice, Slab, Storage
 from desam_nnunet.planning.facts import Facts
 from desam_nnunet.planning.footprint import Footprint, footprint
 from desam_nnunet.planning.request import Request
@@ -48,6 +49,7 @@ class Fit:
     checkpointing: bool
     storage: Choice[Storage]
     tiles: int
+    slab: Choice[Slab] | None
 
 
 def fit_encoder(encoder: str, facts: Facts, request: Request, machine: Machine) -> Fit:
@@ -75,7 +77,8 @@ def fit_encoder(encoder: str, facts: Facts, request: Request, machine: Machine) 
                 operations = tiles * images * row.architecture.operations(image.value)
                 hours = operations / operations_per_hour(machine.device)
                 storage = choices.choose_storage(tiles, sizes, machine.disk, hours, request.sam.get("views"))
-            return Fit(encoder, patch, image, *step, storage, tiles)
+            slab = _choose_slab(facts, request, step[0].value, need, memory)
+            return Fit(encoder, patch, image, *step, storage, tiles, slab)
     least = need(checkpointing=not frozen).training(MIN_BATCH_SIZE)
     raise ValueError(
         f"Training {row.name} at {image.value} on tiles of {patch.value[0]} x {patch.value[1]} takes "
@@ -143,6 +146,15 @@ def _choose_batch(request: Request, tiles: int, need: Footprint, memory: float) 
     if wanted is None or batch is None:
         return batch
     return Choice(batch.value, f"{batch.reason}; preset {request.preset} asks for {wanted}")
+
+
+def _choose_slab(
+    facts: Facts, request: Request, batch_size: int, need: Callable[..., Footprint], memory: float
+) -> Choice[Slab] | None:
+    if not request.method.slabs:
+        return None
+    return choices.choose_slab([shape[0] for shape in facts.shapes], batch_size,
+                               lambda slab: need(depth=slab.depth).training(slab.batch_size) <= memory)
 
 
 def _missing(encoder: str) -> str:

@@ -42,7 +42,7 @@ class Footprint(NamedTuple):
         weights: Of the network with its encoder.
         moments: Adam's two. Gradients and what it works in are as large where all parameters are changed at once.
         step: Held at once in forward and backward pass of no tiles: gradients.
-        per_tile: More, for each tile of the batch.
+        per_tile: More, for each tile or slab of the batch.
         encoding: While one image is encoded.
     """
 
@@ -61,7 +61,7 @@ class Footprint(NamedTuple):
 @cache
 def footprint(
     trainer: type[SamTrainer], architecture: Architecture, image_size: int, patch_size: tuple[int, int], outputs: int,
-    *, half: bool, checkpointing: bool = False, images: int = 1,
+    *, half: bool, checkpointing: bool = False, images: int = 1, depth: int = 1,
 ) -> Footprint:
     """The memory of training with a trainer on an encoder.
 
@@ -72,15 +72,16 @@ def footprint(
         half: Under autocast, as on a GPU.
         checkpointing: Whether the encoder's blocks are computed again in the backward pass, where the method can.
         images: For one tile, where it has many channels; they count where training goes through the encoder.
+        depth: Slices of a slab; 1 for tiles.
     """
     with torch.device("meta"):
         rehearsed = trainer_to_rehearse(
-            trainer, architecture, image_size, outputs, checkpointing=checkpointing, images=images)
+            trainer, architecture, image_size, outputs, checkpointing=checkpointing, images=images, depth=depth)
     network = rehearsed.bare_network
     with FakeTensorMode(allow_non_fake_inputs=True):
         network.to_empty(device="cpu")
         network.encoder.dtype = torch.float32
-        few, many = (_step_peak(rehearsed, patch_size, size) for size in (MIN_BATCH_SIZE, MAX_BATCH_SIZE))
+        few, many = (_step_peak(rehearsed, patch_size, depth * size) for size in (MIN_BATCH_SIZE, MAX_BATCH_SIZE))
         tensors = _tensors(network, *network.held)
     per_tile = (many - few) / (MAX_BATCH_SIZE - MIN_BATCH_SIZE)
     share = _SPARE * (_HALF if half else 1.0)
@@ -91,11 +92,11 @@ def footprint(
         encoding=share * _encoding_peak(architecture, image_size))
 
 
-def _step_peak(trainer: SamTrainer, patch_size: tuple[int, int], batch_size: int) -> int:
-    """Bytes held at once from the batch to the gradients, beside the network."""
+def _step_peak(trainer: SamTrainer, patch_size: tuple[int, int], tiles: int) -> int:
+    """Bytes held at once from the batch of so many tiles or slices to the gradients, beside the network."""
     network = trainer.bare_network
     with PeakMemory(_tensors(network, *network.held)) as memory:
-        batch = empty_batch(trainer, patch_size, batch_size)
+        batch = empty_batch(trainer, patch_size, tiles)
         loss, _ = trainer.compute_loss(*trainer._on_device(batch))
         loss.backward()
     network.zero_grad()
@@ -167,7 +168,7 @@ class PeakMemory(TorchDispatchMode):
 
 def trainer_to_rehearse(
     kind: type[SamTrainer], architecture: Architecture, image_size: int, outputs: int, *, checkpointing: bool,
-    images: int,
+    images: int, depth: int,
 ) -> SamTrainer:
     """A trainer with a network and a loss, and nothing else of a training; arguments as :func:`footprint`."""
     sam = SamSection("", "", 0, "unit", False)
@@ -179,7 +180,7 @@ def trainer_to_rehearse(
     trainer: Any = not_started(kind, SimpleNamespace(batch_dice=True), sam)  # type: ignore[arg-type]
     trainer.own = kind.method.section(**options)
     trainer.network = kind.build_network(
-        Outline(loaded, to_image, _CHANNELS * images, outputs + 1, True, trainer.own)).train()
+        Outline(loaded, to_image, _CHANNELS * images, outputs + 1, True, trainer.own, depth)).train()
     trainer.device = torch.device("cpu")
     trainer.is_ddp, trainer.enable_deep_supervision, trainer.local_rank = False, False, 0
     trainer.label_manager = LabelManager({"background": 0} | {str(k): k for k in range(1, outputs + 1)}, None)
@@ -187,12 +188,12 @@ def trainer_to_rehearse(
     return trainer
 
 
-def empty_batch(trainer: SamTrainer, patch_size: tuple[int, int], batch_size: int) -> Batch:
+def empty_batch(trainer: SamTrainer, patch_size: tuple[int, int], tiles: int) -> Batch:
     """What a loader gives: tiles, or features where these never change; no value means anything."""
     network = trainer.bare_network
-    batch: Batch = {"target": torch.zeros(batch_size, 1, *patch_size), "keys": []}
+    batch: Batch = {"target": torch.zeros(tiles, 1, *patch_size), "keys": []}
     if not trainer.method.frozen_features:
-        return batch | {"data": torch.empty(batch_size, network.num_channels, *patch_size)}
+        return batch | {"data": torch.empty(tiles, network.num_channels, *patch_size)}
     sides = [(level.channels, network.to_image.image_size // level.stride) for level in network.encoder.spec.maps]
-    *levels, neck = (torch.empty(batch_size, channels, side, side) for channels, side in sides)
+    *levels, neck = (torch.empty(tiles, channels, side, side) for channels, side in sides)
     return batch | {"features": Features(tuple(levels), neck)}

@@ -20,8 +20,8 @@ from desam_nnunet.encoders.weights import find_row, is_here
 from desam_nnunet.nnunet.datasets import dataset_folder
 from desam_nnunet.nnunet.model_folder import read_description
 from desam_nnunet.planning.choices import Choice, choose_schedule
-from desam_nnunet.planning.facts import CONFIGURATION, FOLDS, SPLITS, STOCK_PLANS, Facts, read_facts
-from desam_nnunet.planning.fit import Machine, choose_encoder
+from desam_nnunet.planning.facts import CONFIGURATION, FOLDS, SLABS, SPLITS, STOCK_PLANS, Facts, read_facts
+from desam_nnunet.planning.fit import Fit, Machine, choose_encoder
 from desam_nnunet.planning.request import Request
 from desam_nnunet.sam.tiles import intensity_rule
 from desam_nnunet.settings.resolve import SAM, check_keys
@@ -61,9 +61,11 @@ def plan_dataset(dataset: str, name: str, request: Request, device: torch.device
     plans, dataset_json = _stock_plans(folder)
     facts = read_facts(plans, dataset_json, json.loads((folder / "dataset_fingerprint.json").read_text()))
     machine = Machine(_memory(request, device), _disk(folder, request), device)
-    configuration, lines = choose(facts, request, machine)
+    configuration, slab, lines = choose(facts, request, machine)
     plans["plans_name"] = name
     plans["configurations"][CONFIGURATION] |= configuration
+    if slab:
+        plans["configurations"][SLABS] = slab
     text = json.dumps(plans, indent=4).encode()
     if before is not None and before != text:
         names = (path.with_name(f"{path.name}.before{number}") for number in count(1))
@@ -74,8 +76,8 @@ def plan_dataset(dataset: str, name: str, request: Request, device: torch.device
     return Planned(path, lines, list(_commands(folder, plans, len(facts.shapes), request.trainer.__name__)))
 
 
-def choose(facts: Facts, request: Request, machine: Machine) -> tuple[dict[str, Any], list[Line]]:
-    """The 2D configuration's keys that differ from nnU-Net's, and a table of them with reasons."""
+def choose(facts: Facts, request: Request, machine: Machine) -> tuple[dict[str, Any], dict[str, Any], list[Line]]:
+    """The 2D configuration's keys that differ from nnU-Net's, that of slabs, if any, and a table with reasons."""
     fit, why = choose_encoder(facts, request, machine)
     storage, method = fit.storage.value, request.method
     schedule = choose_schedule(storage.views * fit.tiles * (FOLDS - 1) // FOLDS, fit.batch.value)
@@ -106,7 +108,18 @@ def choose(facts: Facts, request: Request, machine: Machine) -> tuple[dict[str, 
             f"{method.name}.checkpointing", str(fit.checkpointing).lower(),
             "saves memory, which would hold too few tiles without" if fit.checkpointing else
             "what a step keeps fits into the memory"))
-    return {"patch_size": list(fit.patch.value), "batch_size": fit.batch.value, "sam": sam, method.name: section}, lines
+    configuration = {"patch_size": list(fit.patch.value), "batch_size": fit.batch.value, "sam": sam,
+                     method.name: section}
+    return configuration, _slabs(fit, lines), lines
+
+
+def _slabs(fit: Fit, lines: list[Line]) -> dict[str, Any]:
+    """The configuration of neighbouring slices, and its line; nothing where there are none."""
+    if fit.slab is None:
+        return {}
+    (depth, batch_size), reason = fit.slab.value, fit.slab.reason
+    lines.append(Line(SLABS, f"{depth} slices, {batch_size} slab(s) a batch", reason))
+    return {"inherits_from": CONFIGURATION, "patch_size": [depth, *fit.patch.value], "batch_size": batch_size}
 
 
 def _published_procedure(method: Method) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from desam_nnunet.encoders.base import MIN_IMAGE_SIZE, Architecture
 from desam_nnunet.encoders.registry import ENCODERS, row_by_name
 from desam_nnunet.encoders.sam_vit import SamViT
 from desam_nnunet.encoders.weights import check_identity, find_row, identify
+from desam_nnunet.sam.slabs import depth_of
 from desam_nnunet.sam.tiles import intensity_rule
 from desam_nnunet.settings.sections import AS_BEFORE, AUGMENTATIONS, DEFAULT_ENCODER, Method, SamSection
 
@@ -104,7 +105,7 @@ def resolve_plans(
     """
     manager = PlansManager(plans)
     configuration = manager.get_configuration(configuration_name).configuration
-    _refuse_3d(manager, configuration_name)
+    _refuse_3d(manager, configuration_name, method)
     own = plans["configurations"][configuration_name]
     if "sam" not in configuration:
         own["batch_size"] = min(configuration["batch_size"], method.batch_size)
@@ -189,12 +190,17 @@ def _lacking(architecture: Architecture, method: Method) -> str:
     return ""
 
 
-def _refuse_3d(manager: PlansManager, name: str) -> None:
-    flat = [other for other in manager.available_configurations
-            if len(manager.get_configuration(other).patch_size) == 2]
-    if name not in flat:
-        raise ValueError(f"The configuration '{name}' is 3D, but SAM works on slices: use "
-                         f"{' or '.join(flat) or 'a 2D configuration (the plans have none)'}.")
+def _refuse_3d(manager: PlansManager, name: str, method: Method) -> None:
+    """Refuses what is resampled between slices; slabs too, where the method sees one slice at a time."""
+    known = {other: manager.get_configuration(other) for other in manager.available_configurations}
+    of_slices = [other for other, row in known.items()
+                 if len(row.spacing) == 2 and (method.slabs or depth_of(row.patch_size) == 1)]
+    use = f"use {' or '.join(of_slices) or 'a 2D configuration (the plans have none)'}"
+    if len(known[name].spacing) == 3:
+        raise ValueError(f"The configuration '{name}' is 3D, but SAM works on slices: {use}.")
+    if name not in of_slices:
+        raise ValueError(f"The configuration '{name}' shows slabs of neighbouring slices, but the method {method.name} "
+                         f"sees one slice at a time: {use}.")
 
 
 def given_section(configuration: dict[str, Any], name: str) -> dict[str, Any]:

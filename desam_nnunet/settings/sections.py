@@ -85,6 +85,7 @@ class Method:
         batch_size: At most this on plans without our sections, which may ask for many more.
         image_size: The input side is at most this, unless it is given; None for no bound.
         frozen_features: Whether the encoder's output never changes, so that it can be stored.
+        slabs: Whether its network lets neighbouring slices see each other, where the plans show them together.
         needs: What it asks of an encoder's architecture, see
             :class:`~desam_nnunet.encoders.base.Architecture`; empty for features alone.
         stride: Of every map, in pixels, where it takes no other; 0 for any.
@@ -97,6 +98,7 @@ class Method:
     batch_size: int = 8
     image_size: int | None = None
     frozen_features: bool = False
+    slabs: bool = False
     needs: str = ""
     stride: int = 0
     defaults: Callable[[SamSection], dict[str, Any]] = lambda _: {}

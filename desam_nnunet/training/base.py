@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -20,12 +21,14 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
+from desam_nnunet.augmentation.gaps import with_gaps_blank
 from desam_nnunet.augmentation.strong import strengthened
 from desam_nnunet.encoders.base import Features, ImageSpec
 from desam_nnunet.encoders.registry import OURS, row_by_name
 from desam_nnunet.encoders.weights import load_encoder
 from desam_nnunet.networks.frame import Outline, SamNetwork
 from desam_nnunet.nnunet.model_folder import trained_plans
+from desam_nnunet.sam.slabs import depth_of, slices_of
 from desam_nnunet.sam.tiles import TileToImage, ct_window
 from desam_nnunet.settings.resolve import read_own, read_sam, resolve_plans
 from desam_nnunet.settings.sections import Method, SamSection
@@ -35,6 +38,7 @@ from desam_nnunet.training.losses import foreground_target
 
 Batch = dict[str, Any]
 Inputs = Tensor | Features | tuple[Tensor, Tensor]
+Axes = tuple[int, ...] | None
 _GRADIENT_NORM = 12  # nnU-Net's
 _MAX_SKIPPED = 50  # in a row; more than CUDA's loss scaling needs to settle
 
@@ -92,24 +96,43 @@ class SamTrainer(nnUNetTrainer):
 
     def get_training_transforms(self, *patch: Any, **data: Any) -> BasicTransform:  # type: ignore[override]
         """nnU-Net's, which is a static method, or what the plans' ``sam.augmentation`` makes of them."""
-        stock = super().get_training_transforms(*patch, **data)
-        return strengthened(stock) if self.sam.augmentation == "strong" else stock
+        transforms = super().get_training_transforms(*patch, **data)
+        if self.sam.augmentation == "strong":
+            transforms = strengthened(transforms)
+        return with_gaps_blank(transforms) if self.depth > 1 else transforms
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(  # noqa: N802 - nnU-Net's name
+        self,
+    ) -> tuple[Any, bool, Any, Axes]:
+        """nnU-Net's; a slab is turned, scaled and mirrored in its planes alone, as its slices are one by one."""
+        if self.depth == 1:
+            return super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        flat = copy.copy(self)
+        flat.configuration_manager = flat_configuration(self.configuration_manager)
+        rotation, _, plane, axes = flat.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        self.inference_allowed_mirroring_axes = axes_of_slab(axes)
+        return rotation, True, [self.depth, *plane], self.inference_allowed_mirroring_axes
 
     def compute_loss(self, inputs: Any, target: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of a batch, and logits at tile size for nnU-Net's pseudo Dice.
 
         Args:
             inputs: What :meth:`inputs_of` makes of the batch.
-            target: (B, 1 or regions, H, W), as large as the tiles.
+            target: (B, 1 or regions, H, W), as large as the tiles; of slabs, of their slices in a row.
         """
         raise NotImplementedError
 
     def inputs_of(self, batch: Batch) -> Inputs:
-        """The tiles of a batch on the device, (B, C, H, W)."""
+        """The tiles of a batch on the device, (B, C, H, W); of slabs, their slices in a row."""
         if not torch.isfinite(batch["data"]).all():
             raise ValueError(f"A batch from the cases {', '.join(batch['keys'])} holds NaN or infinite values: repair "
                              "or remove the image and preprocess again.")
-        return batch["data"].to(self.device, non_blocking=True)
+        return slices_of(batch["data"]).to(self.device, non_blocking=True)
+
+    @property
+    def depth(self) -> int:
+        """Slices that the network is shown together."""
+        return depth_of(self.configuration_manager.patch_size)
 
     @property
     def target_labels(self) -> LabelManager:
@@ -197,7 +220,7 @@ class SamTrainer(nnUNetTrainer):
         return checks.settings_of(self.plans_manager.plans, self.configuration_name, self.dataset_json, self.method)
 
     def _on_device(self, batch: Batch) -> tuple[Inputs, Tensor]:
-        return self.inputs_of(batch), batch["target"].to(self.device, non_blocking=True)
+        return self.inputs_of(batch), slices_of(batch["target"]).to(self.device, non_blocking=True)
 
     def _evaluate(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, logits and target of a batch, under nnU-Net's autocast."""
@@ -254,7 +277,18 @@ def outline_from_plans(
     if section.intensity == "window":
         window = ct_window(plans_manager.foreground_intensity_properties_per_channel, num_input_channels)
     to_image = TileToImage(image_of(loaded.encoder.spec.image), section.image_size, section.intensity, window)
-    return Outline(loaded, to_image, num_input_channels, num_output_channels, not section.regions, own)
+    return Outline(loaded, to_image, num_input_channels, num_output_channels, not section.regions, own,
+                   depth_of(configuration_manager.patch_size))
+
+
+def flat_configuration(configuration: ConfigurationManager) -> ConfigurationManager:
+    """The same for single slices."""
+    return ConfigurationManager(configuration.configuration | {"patch_size": list(configuration.patch_size[-2:])})
+
+
+def axes_of_slab(axes: Axes) -> Axes:
+    """The axes of a plane, as axes of a slab."""
+    return axes and tuple(axis + 1 for axis in axes)
 
 
 def _warn_of_weights(section: SamSection) -> None:

@@ -22,13 +22,14 @@ from desam_nnunet.cache.entry import DamagedEntryError
 from desam_nnunet.cache.loader import CachedLoader
 from desam_nnunet.cache.store import CaseRecord, Recipe, Store, open_stores
 from desam_nnunet.cache.tiles import STEP, content_of
-from desam_nnunet.cache.views import Augmentation
+from desam_nnunet.cache.views import Augmentation, not_started
 from desam_nnunet.encoders.base import Features
 from desam_nnunet.encoders.registry import brought_row
 from desam_nnunet.networks.frame import FrozenSamNetwork
+from desam_nnunet.sam.slabs import depth_of
 from desam_nnunet.settings.sections import SamSection
 from desam_nnunet.system.machine import free_memory
-from desam_nnunet.training.base import Batch, SamTrainer
+from desam_nnunet.training.base import Batch, SamTrainer, axes_of_slab, flat_configuration
 
 _RAM_SHARE = 2  # a store is kept in memory if it takes at most one part in so many of what is free
 _WAIT = 5.0  # seconds between two looks at what another process builds
@@ -71,8 +72,9 @@ class FrozenSamTrainer(SamTrainer):
                 loader.close()
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """One fold sees every volume once: keeping features would cost memory for nothing."""
-        self.bare_network.memory.budget = 0
+        """One fold sees every volume once: keeping features would cost memory for nothing, but where slabs overlap."""
+        if self.depth == 1:
+            self.bare_network.memory.budget = 0
         super().perform_actual_validation(save_probabilities)
 
 
@@ -84,8 +86,12 @@ def builder_of(
     Args:
         trainer: Knows at least its configuration; how it augments is how the views after the first are made.
     """
-    augmentation = Augmentation(trainer, by_case=sam.view_geometry == "case") if sam.views > 1 else None
-    height, width = trainer.configuration_manager.patch_size
+    augmentation = None
+    if sam.views > 1:
+        if depth_of(trainer.configuration_manager.patch_size) > 1:  # stored are slices, which other trainings share
+            trainer = not_started(type(trainer), flat_configuration(trainer.configuration_manager), sam)
+        augmentation = Augmentation(trainer, by_case=sam.view_geometry == "case")
+    height, width = trainer.configuration_manager.patch_size[-2:]
     recipe = Recipe(
         data_identifier=trainer.configuration_manager.data_identifier, encoder=sam.encoder, identity=sam.identity,
         image_size=sam.image_size, intensity=sam.intensity, window=network.to_image.window,
@@ -132,7 +138,8 @@ def cached_loaders(trainer: FrozenSamTrainer) -> tuple[CachedLoader, CachedLoade
     cases = sorted({case for dataset in datasets for case in dataset.identifiers})
     everything = trainer.dataset_class(trainer.preprocessed_dataset_folder, cases)
     builder = builder_of(trainer, everything, trainer.sam, trainer.bare_network.eval(), trainer.device)
-    trainer.inference_allowed_mirroring_axes = builder.augmentation.mirror_axes if builder.augmentation else None
+    axes = builder.augmentation.mirror_axes if builder.augmentation else None
+    trainer.inference_allowed_mirroring_axes = axes_of_slab(axes) if trainer.depth > 1 else axes
     share = _share_of_process()
     _refuse_other_recipes(builder.store.recipe, share)
     build_missing(builder, share)
@@ -155,7 +162,7 @@ def cached_loaders(trainer: FrozenSamTrainer) -> tuple[CachedLoader, CachedLoade
             builder.store, rows, label_manager=manager, batch_size=trainer.batch_size,
             oversample=trainer.oversample_foreground_percent, probabilistic=trainer.probabilistic_oversampling,
             transforms=transforms, workers=workers, pin_memory=trainer.device.type == "cuda", in_memory=in_memory,
-            views=seen)
+            views=seen, depth=trainer.depth)
         for rows, workers, seen in zip(records, (processes, processes // 2), views, strict=True)
     )
     return training, validation

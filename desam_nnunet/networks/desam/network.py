@@ -36,10 +36,10 @@ class DeSAM(FrozenSamNetwork):
     def __init__(
         self, *, encoder: Encoder, prompt_encoder: PromptEncoder, prim: PRIM, pdmm: PDMM, prompter: Prompter,
         to_image: TileToImage, num_channels: int = 1, background: bool = True, neck: nn.Module | None = None,
-        mask_stride: int = MASK_STRIDE, through_input: bool = False,
+        mask_stride: int = MASK_STRIDE, through_input: bool = False, depth: int = 1,
     ) -> None:
         super().__init__(encoder=encoder, to_image=to_image, num_channels=num_channels, background=background,
-                         neck=neck, mask_stride=mask_stride)
+                         neck=neck, mask_stride=mask_stride, depth=depth)
         self.prompt_encoder = prompt_encoder.requires_grad_(False)
         self.prim = prim
         self.pdmm = pdmm
@@ -50,16 +50,18 @@ class DeSAM(FrozenSamNetwork):
 
     def decode(self, features: Features, prompts: Prompts) -> tuple[Tensor, Tensor | None]:
         output = self._prim(features.neck, prompts, score=isinstance(self.prompter, PointPrompter))
-        return self.pdmm(output.mask_embedding, self.pdmm.context(features.levels)), output.iou
+        contexts = self.pdmm.context(features.levels)
+        return self.pdmm(output.mask_embedding, contexts, self.there(features)), output.iou
 
     @uncompiled
     def predict(self, features: Features, geometry: Geometry) -> Tensor:
-        """Logits (B, K or K + 1, H, W): each present class from the mask of its prompt."""
+        """Logits (B, K or K + 1, H, W): each present class from the mask of its prompt, slice by slice."""
         batch, prompter = len(features.neck), self.prompter
         if isinstance(prompter, SinglePrompter):
             masks, _ = self.decode(features, prompter.prompts(geometry, batch, features.neck.device))
             return self.with_background(self._to_tile(masks, geometry))
-        return torch.cat([self._predict_by_scores(prompter, features.part(tile), geometry) for tile in range(batch)])
+        return torch.cat([self._predict_by_scores(prompter, features.part(number, self.depth), geometry)
+                          for number in range(batch // self.depth)])
 
     @uncompiled
     def scores(self, features: Features, geometry: Geometry) -> Tensor:
@@ -76,16 +78,20 @@ class DeSAM(FrozenSamNetwork):
 
     @uncompiled
     def _predict_by_scores(self, prompter: PointPrompter, features: Features, geometry: Geometry) -> Tensor:
-        present, best = prompter.choose(self.scores(features, geometry))
-        logits = features.neck.new_full((1, len(present), *geometry.tile), ABSENT_LOGIT, dtype=torch.float32)
-        if present.any():
-            points = prompter.points(geometry, features.neck.device)
+        """Of one tile or slab. A class that is in some of a slab's slices asks its best point in each."""
+        chosen = [prompter.choose(self.scores(features.part(number), geometry)) for number in range(self.depth)]
+        present, best = (torch.stack(rows, dim=1) for rows in zip(*chosen, strict=True))  # K D
+        found = present.any(1)
+        logits = features.neck.new_full((*present.T.shape, *geometry.tile), ABSENT_LOGIT, dtype=torch.float32)
+        if found.any():
+            points, there = prompter.points(geometry, features.neck.device), self.there(features)
             contexts = self.pdmm.context(features.levels)
-            for number in best[present].unique():  # equal points share a run
-                prompt = Prompts(points=points.index_select(0, number))
-                masks = self.pdmm(self._prim(features.neck, prompt, score=False).mask_embedding, contexts)
-                classes = (present & (best == number)).nonzero()[:, 0]
-                logits[0, classes] = self._to_tile(masks[:, classes], geometry)[0].float()
+            for numbers in best[found].unique(dim=0):  # equal points share a run
+                prompts = Prompts(points=points[numbers])
+                masks = self.pdmm(self._prim(features.neck, prompts, score=False).mask_embedding, contexts, there)
+                classes = (found & (best == numbers).all(1)).nonzero()[:, 0]
+                masks = self._to_tile(masks[:, classes], geometry).float()
+                logits[:, classes] = masks.where(present[classes].T[..., None, None], logits[:, classes])
         return self.with_background(logits)
 
     def _to_tile(self, masks: Tensor, geometry: Geometry) -> Tensor:
@@ -115,6 +121,8 @@ def build_desam(
         prim.load_from_sam(loaded.mask_decoder)
     return DeSAM(
         encoder=loaded.encoder, prompt_encoder=loaded.prompt_encoder, prim=prim,
-        pdmm=PDMM(spec=loaded.encoder.spec, prompt_dim=dim, num_classes=outline.num_classes, mask_stride=mask_stride),
+        pdmm=PDMM(spec=loaded.encoder.spec, prompt_dim=dim, num_classes=outline.num_classes, mask_stride=mask_stride,
+                  depth=outline.depth),
         prompter=prompter, to_image=outline.to_image, num_channels=outline.num_channels,
-        background=outline.background, neck=loaded.neck, mask_stride=mask_stride, through_input=through_input)
+        background=outline.background, neck=loaded.neck, mask_stride=mask_stride, through_input=through_input,
+        depth=outline.depth)

@@ -10,6 +10,7 @@ from torch import Tensor, cat, nn
 from torch.nn import functional as F
 
 from desam_nnunet.encoders.base import FeatureSpec, Level
+from desam_nnunet.networks.neighbours import Neighbours
 from desam_nnunet.sam.tiles import MASK_STRIDE
 
 SE_REDUCTION = 16
@@ -91,12 +92,15 @@ class PDMM(nn.Module):
         prompt_dim: Channels of the mask embedding, C; the levels are C, C/2, C/4, ... wide.
         num_classes: Foreground classes or regions, K.
         mask_stride: Pixels of the encoder's input along a side of a mask's pixel.
+        depth: Slices of a slab, which see their neighbours on level 0; 1 for tiles.
 
     Raises:
         ValueError: The neck is finer than the masks.
     """
 
-    def __init__(self, *, spec: FeatureSpec, prompt_dim: int, num_classes: int, mask_stride: int = MASK_STRIDE) -> None:
+    def __init__(
+        self, *, spec: FeatureSpec, prompt_dim: int, num_classes: int, mask_stride: int = MASK_STRIDE, depth: int = 1
+    ) -> None:
         super().__init__()
         if spec.neck.stride < mask_stride:
             raise ValueError(f"desam.mask_stride is {mask_stride}, but the encoder's last map has a stride of "
@@ -110,6 +114,7 @@ class PDMM(nn.Module):
             ContextPath(levels[read], width, stride)
             for read, width, stride in zip(self.reads, widths, strides, strict=True))
         self.fusion = SRB(2 * prompt_dim, prompt_dim)
+        self.neighbours = Neighbours(prompt_dim, depth) if depth > 1 else None
         self.ups = nn.ModuleList(
             UpBlock(widths[u], widths[u + 1], strides[u] // strides[u + 1]) for u in range(count - 1))
         self.seg_layers = nn.Conv2d(widths[-1], num_classes, 1, bias=False)
@@ -119,9 +124,16 @@ class PDMM(nn.Module):
         deep = levels[::-1]
         return [path(deep[read]) for path, read in zip(self.contexts, self.reads, strict=True)]
 
-    def forward(self, mask_embedding: Tensor, contexts: list[Tensor]) -> Tensor:
-        """Masks (B, K, S / stride, S / stride) of an embedding (B, C, h, w) and what :meth:`context` gives."""
+    def forward(self, mask_embedding: Tensor, contexts: list[Tensor], there: Tensor | None = None) -> Tensor:
+        """Masks (B, K, S / stride, S / stride) of an embedding (B, C, h, w) and what :meth:`context` gives.
+
+        Args:
+            there: Of slabs, which slices are not missing, (B,) bool.
+        """
         x = self.fusion(cat([mask_embedding, contexts[0]], dim=1))
+        if self.neighbours is not None:
+            assert there is not None
+            x = self.neighbours(x, there)
         for up, context in zip(self.ups, contexts[1:], strict=True):
             x = up(x, context)
         return self.seg_layers(x)

@@ -39,7 +39,7 @@ class PdmmSection:
         require(self.mask_stride in (1, 2, 4), "pdmm.mask_stride", self.mask_stride, "1, 2 or 4")
 
 
-PDMM_ALONE = Method("pdmm", PdmmSection, "PDMMPlans", frozen_features=True)
+PDMM_ALONE = Method("pdmm", PdmmSection, "PDMMPlans", frozen_features=True, slabs=True)
 
 
 class PDMMAlone(FrozenSamNetwork):
@@ -47,15 +47,17 @@ class PDMMAlone(FrozenSamNetwork):
 
     def __init__(self, outline: Outline) -> None:
         loaded, section = outline.loaded, outline.section
-        super().__init__(encoder=loaded.encoder, to_image=outline.to_image, num_channels=outline.num_channels,
-                         background=outline.background, neck=loaded.neck, mask_stride=section.mask_stride)
+        super().__init__(
+            encoder=loaded.encoder, to_image=outline.to_image, num_channels=outline.num_channels,
+            background=outline.background, neck=loaded.neck, mask_stride=section.mask_stride, depth=outline.depth)
         dim, width = loaded.prompt_dim, section.width
         self.narrowed = nn.Identity() if dim == width else nn.Conv2d(dim, width, 1, bias=False)
         self.pdmm = PDMM(spec=loaded.encoder.spec, prompt_dim=width, num_classes=outline.num_classes,
-                         mask_stride=section.mask_stride)
+                         mask_stride=section.mask_stride, depth=outline.depth)
 
     def decode(self, features: Features, prompts: Prompts) -> tuple[Tensor, None]:
-        return self.pdmm(self.narrowed(features.neck), self.pdmm.context(features.levels)), None
+        contexts = self.pdmm.context(features.levels)
+        return self.pdmm(self.narrowed(features.neck), contexts, self.there(features)), None
 
     def predict(self, features: Features, geometry: Geometry) -> Tensor:
         return self.tile_logits(self.decode(features, Prompts())[0], geometry)

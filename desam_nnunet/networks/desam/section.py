@@ -37,4 +37,4 @@ class DesamSection:
         require(-8 <= self.grid_offset <= 8, "desam.grid_offset", self.grid_offset, "between -8 and 8")
 
 
-DESAM = Method("desam", DesamSection, "DeSAMPlans", frozen_features=True)
+DESAM = Method("desam", DesamSection, "DeSAMPlans", frozen_features=True, slabs=True)
