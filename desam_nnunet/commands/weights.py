@@ -30,6 +30,8 @@ def add(commands: Commands) -> None:
     save.add_argument("file", type=Path, help="file to write")
     save.add_argument("-f", default="0", metavar="FOLD", help="default: 0")
     save.add_argument("-chk", default="checkpoint_final.pth", help="default: checkpoint_final.pth")
+    slabs = add_command(actions, "expand", _expand, "make a model of slabs from a 2D one, which predicts the same")
+    slabs.add_argument("model", type=Path, help="model folder, .../<trainer>__<plans>__2d")
 
 
 def _list(_: argparse.Namespace) -> None:
@@ -67,3 +69,9 @@ def _export(options: argparse.Namespace) -> None:
 
     export_samed(options.model, options.f, options.chk, options.file)
     print(f"Written to {options.file}")
+
+
+def _expand(options: argparse.Namespace) -> None:
+    from desam_nnunet.training.expand import expand
+
+    print(f"Written to {expand(options.model)}")

@@ -13,7 +13,6 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from desam_nnunet.cache.tiles import tiles_of
 
 CONFIGURATION = "2d"
-SLABS = "2d_slab"  # the configuration that shows neighbouring slices together
 STOCK_PLANS = "nnUNetPlans"
 FOLDS = 5  # of nnU-Net's split
 SPLITS = "splits_final.json"

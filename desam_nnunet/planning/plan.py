@@ -20,9 +20,10 @@ from desam_nnunet.encoders.weights import find_row, is_here
 from desam_nnunet.nnunet.datasets import dataset_folder
 from desam_nnunet.nnunet.model_folder import read_description
 from desam_nnunet.planning.choices import Choice, choose_schedule
-from desam_nnunet.planning.facts import CONFIGURATION, FOLDS, SLABS, SPLITS, STOCK_PLANS, Facts, read_facts
+from desam_nnunet.planning.facts import CONFIGURATION, FOLDS, SPLITS, STOCK_PLANS, Facts, read_facts
 from desam_nnunet.planning.fit import Fit, Machine, choose_encoder
 from desam_nnunet.planning.request import Request
+from desam_nnunet.sam.slabs import SLABS
 from desam_nnunet.sam.tiles import intensity_rule
 from desam_nnunet.settings.resolve import SAM, check_keys
 from desam_nnunet.settings.sections import AS_BEFORE, DTYPES, Method, SamSection
