@@ -7,9 +7,11 @@ whatever its plans say otherwise than nnU-Net's, as in
 
     {"strong": {"trainer": "PDMMTrainer", "sam": {"encoder": "lite_medsam", "views": 2, "augmentation": "strong"}},
      "nnU-Net": {"trainer": "nnUNetTrainer", "sam": {"epochs": 10, "iterations_per_epoch": 50}},
+     "slabs": {"trainer": "PDMMTrainer", "slices": 5, "batch_size": 2, "sam": {"encoder": "lite_medsam"}},
      "both": {"ensemble": ["strong", "nnU-Net"]}}
 
-(nnU-Net's own trainers take their number of iterations from ``sam`` as well.) Everything runs by nnU-Net's commands.
+(nnU-Net's own trainers take their number of iterations from ``sam`` as well; ``slices`` makes it the configuration
+``2d_slab``, whose batches count slabs.) Everything runs by nnU-Net's commands.
 Each case of the source is segmented by the fold that has not seen it, as it is and through
 ``desam_nnunet.evaluation.shift``, an intensity recipe that no training uses: **choose by these two**. The folds
 together segment the other sites, which are there to be reported. Whole volumes, all slices. What is done already is not
@@ -39,6 +41,7 @@ from desam_nnunet.evaluation.scores import read_rows, score_cases, write_rows
 from desam_nnunet.evaluation.statistics import Summary, summarise
 from desam_nnunet.nnunet.model_folder import read_checkpoint
 from desam_nnunet.planning.facts import CONFIGURATION, SPLITS, STOCK_PLANS
+from desam_nnunet.sam.slabs import SLABS
 from desam_nnunet.settings.sections import SamSection
 from desam_nnunet.system.files import replace_file
 
@@ -97,7 +100,10 @@ class Comparison(NamedTuple):
 
     def _folder(self, name: str) -> str:
         trainer = self.models[name].get("trainer", "ensemble")
-        return f"{trainer}__{plans_of(name)}__{CONFIGURATION}"
+        return f"{trainer}__{plans_of(name)}__{self.configuration(name)}"
+
+    def configuration(self, name: str) -> str:
+        return SLABS if "slices" in self.models[name] else CONFIGURATION
 
     def _made_by(self, tested: str, folds: list[str]) -> str:
         return f"{tested}__{'_'.join(folds)}{'' if self.mirrored else '__not_mirrored'}"
@@ -199,8 +205,11 @@ def link(path: Path, to: Path) -> None:
 def write_plans(comparison: Comparison, name: str) -> None:
     """nnU-Net's plans with what the model says; refused where it was trained with something else."""
     plans = json.loads((comparison.preprocessed / f"{STOCK_PLANS}.json").read_text())
-    given = {key: value for key, value in comparison.models[name].items() if key != "trainer"}
+    given = {key: value for key, value in comparison.models[name].items() if key not in ("trainer", "slices")}
     plans["configurations"][CONFIGURATION] |= given
+    if slices := comparison.models[name].get("slices"):
+        patch = [slices, *plans["configurations"][CONFIGURATION]["patch_size"]]
+        plans["configurations"][SLABS] = {"inherits_from": CONFIGURATION, "patch_size": patch}
     plans["plans_name"] = plans_of(name)
     path = comparison.preprocessed / f"{plans_of(name)}.json"
     if path.is_file() and json.loads(path.read_text()) != plans and comparison.model(name).is_dir():
@@ -220,7 +229,7 @@ def train(comparison: Comparison, name: str, fold: str) -> None:
         call(sys.executable, "-m", "desam_nnunet.cross_site.budget", comparison.number, fold, *common,
              *(f"--{key}={sam[key]}" for key in KEYS))
     else:
-        call("nnUNetv2_train", comparison.number, CONFIGURATION, fold, *common, "--c")
+        call("nnUNetv2_train", comparison.number, comparison.configuration(name), fold, *common, "--c")
 
 
 def score_all(comparison: Comparison, name: str) -> None:
@@ -273,7 +282,8 @@ def predict(comparison: Comparison, name: str, folder: Path, cases: list[str], f
     wanted = [out / f"{case}{end}" for case in cases for end in (comparison.ending, *([".npz"] if averaged else []))]
     if not all(file.is_file() for file in wanted):
         begin, missing = time.monotonic(), sum(not file.is_file() for file in files.values())
-        call("nnUNetv2_predict", "-i", folder, "-o", out, "-d", comparison.number, "-c", CONFIGURATION, "-f", *folds,
+        call("nnUNetv2_predict", "-i", folder, "-o", out, "-d", comparison.number, "-c",
+             comparison.configuration(name), "-f", *folds,
              "-tr", comparison.models[name]["trainer"], "-p", plans_of(name), "-device", comparison.device,
              "-npp", 1, "-nps", 1, "--continue_prediction", *(["--save_probabilities"] if averaged else []),
              *([] if comparison.mirrored else ["--disable_tta"]))

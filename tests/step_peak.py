@@ -2,7 +2,7 @@
 
 Run it with MALLOC_MMAP_THRESHOLD_ in the environment, so that glibc gives memory back that tensors have given back.
 
-    python step_peak.py TRAINER ENCODER IMAGE_SIZE BATCH OUTPUTS PATCH [checkpointing]
+    python step_peak.py TRAINER ENCODER IMAGE_SIZE BATCH OUTPUTS PATCH DEPTH [checkpointing]
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ CPU = torch.device("cpu")
 
 def main() -> None:
     trainer, encoder = sys.argv[1:3]
-    image_size, batch_size, outputs, patch = map(int, sys.argv[3:7])
+    image_size, batch_size, outputs, patch, depth = map(int, sys.argv[3:8])
     trainer = started(trainer_to_rehearse(
         TRAINERS[trainer], find_row(encoder).architecture, image_size, outputs,
-        checkpointing="checkpointing" in sys.argv, images=1))
+        checkpointing="checkpointing" in sys.argv, images=1, depth=depth))
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = peak_memory(CPU)
     for _ in range(2):
-        SamTrainer.train_step(trainer, random_batch(trainer, patch, batch_size, outputs))  # but for the learning rate
+        SamTrainer.train_step(trainer, random_batch(trainer, patch, depth * batch_size, outputs))  # but for the learning rate
     print(peak_memory(CPU) - before)
 
 
@@ -49,8 +49,8 @@ def started(trainer: Any) -> Any:
     return trainer
 
 
-def random_batch(trainer: Any, patch: int, batch_size: int, outputs: int) -> Batch:
-    batch = empty_batch(trainer, (patch, patch), batch_size)
+def random_batch(trainer: Any, patch: int, tiles: int, outputs: int) -> Batch:
+    batch = empty_batch(trainer, (patch, patch), tiles)
     batch = tree_map_only(Tensor, lambda values: values.uniform_(), batch)
     batch["target"].random_(outputs + 1)
     return batch

@@ -11,6 +11,7 @@ from desam_nnunet.planning.choices import (
     choose_image_sizes,
     choose_patch,
     choose_schedule,
+    choose_slab,
     choose_storage,
 )
 
@@ -88,6 +89,18 @@ def test_storage_by_disk_and_time(
     assert (value.features, value.views, value.dtype) == (features, views, dtype)
     assert value.gigabytes * 1e9 <= disk
     assert f"{views} view(s)" in choice.reason or features == "online"
+
+
+@pytest.mark.parametrize(("slices", "batch", "fit", "slab"), [
+    ([20] * 10, 8, 99, (5, 2)), ([20] * 10, 2, 99, (5, 2)), ([20] * 10, 16, 99, (5, 3)), ([20] * 10, 8, 5, (5, 1)),
+    ([4, 4, 20], 8, 99, (4, 2)), ([3, 3, 3], 8, 99, (3, 3)), ([1, 1, 30], 8, 99, None), ([20] * 10, 8, 4, None),
+])
+def test_slabs_hold_about_as_many_slices_as_a_batch_without(
+    slices: list[int], batch: int, fit: int, slab: tuple[int, int] | None
+) -> None:
+    """Args: fit: Slices that the memory holds."""
+    choice = choose_slab(slices, batch, lambda slab: slab.depth * slab.batch_size <= fit)
+    assert (choice and choice.value) == slab
 
 
 def test_what_is_never_drawn_is_not_encoded() -> None:

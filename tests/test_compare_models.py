@@ -40,15 +40,16 @@ def test_models_are_compared_and_a_second_call_does_nothing_again(
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")
     sam = tiny_sections(encoder="vit_tiny", image_size=64)["sam"]
     models = {"strong": PROBE | {"sam": sam | {"views": 2, "augmentation": "strong"}},
+              "slabs": PROBE | {"slices": 3, "sam": sam | {"views": 2, "augmentation": "strong"}},
               "nnU-Net": {"trainer": "nnUNetTrainer", "batch_size": 2, "sam": sam},
-              "both": {"ensemble": ["strong", "nnU-Net"]}}
+              "both": {"ensemble": ["strong", "slabs", "nnU-Net"]}}
     words = ["--source", "SiteA", "-f", 0, "--shifts", 2, "--disable_tta", "--label", "organ"]
     result = compare(data, models, *words)
     assert result.returncode == 0, result.stderr[-3000:]
     text = (data.with_name("work") / "SiteA__0.md").read_text()
     (head,) = [line for line in text.splitlines() if line.startswith("| model")]
     assert all(f"{where}: Dice" in head for where in ("held out", "simulated shift", "SiteB"))
-    assert len(re.findall(r"^\| (strong|nnU-Net|both) \| [\d.]+ \| [\d.]+ \| [\d.]+ ", text, re.M)) == 3
+    assert len(re.findall(r"^\| (strong|slabs|nnU-Net|both) \| [\d.]+ \| [\d.]+ \| [\d.]+ ", text, re.M)) == 4
     held_out, shifted = (text.split(f"Dice of every case, {where}:")[1].split("Dice of")[0].count("| case")
                          for where in ("held out", "simulated shift"))
     assert held_out == shifted  # two draws of a case are one case

@@ -72,8 +72,13 @@ def test_every_choice_is_in_the_plans_and_printed_with_its_reason(
     assert configuration["architecture"] == workspace.plans("nnUNetPlans")["configurations"]["2d"]["architecture"]
     assert configuration["sam"]["encoder"] == "vit_tiny"
     assert configuration["desam"] == {"mask_stride": 4, "grid_offset": 0.0, "through_input": False}
+    patch = configuration["patch_size"]
+    assert plans["configurations"]["2d_slab"] == {"inherits_from": "2d", "patch_size": [5, *patch], "batch_size": 2}
+    slab = make_trainer("DeSAMTrainer", workspace, plans=plans, configuration="2d_slab")
+    assert slab.depth == 5
+    assert slab.sam == make_trainer("DeSAMTrainer", workspace, plans=workspace.plans("DeSAMPlans")).sam
     out = capsys.readouterr().out
-    for key in ("patch_size", "batch_size", "sam.image_size", "sam.features", "sam.views", "sam.epochs"):
+    for key in ("patch_size", "batch_size", "sam.image_size", "sam.features", "sam.views", "sam.epochs", "2d_slab"):
         assert any(line.startswith(key) and len(line.split()) > 3 for line in out.splitlines())
     assert "nnUNetv2_train 501 2d 0 -tr DeSAMTrainer -p DeSAMPlans" in out
 
@@ -92,6 +97,7 @@ def test_other_methods_get_their_own_section_and_name(
     configuration = workspace.plans(name)["configurations"]["2d"]
     assert configuration[method] == own
     assert not {"desam", "samed", "dbsam"} - {method} & configuration.keys()
+    assert "2d_slab" not in workspace.plans(name)["configurations"]  # these see one slice at a time
     assert configuration["sam"]["features"] == "online"
     assert f"nnUNetv2_train 501 2d 0 -tr {trainer} -p {name}" in out
     assert re.search(rf"^{method}.checkpointing +false +what a step keeps fits", out, re.M)
@@ -329,23 +335,25 @@ def test_computing_blocks_again_takes_less_memory(trainer: type[SamTrainer]) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("trainer", "encoder", "size", "batch", "outputs", "patch", "checkpointing"), [
-    ("DeSAMTrainer", "vit_tiny", 256, 8, 1, 160, False), ("DeSAMTrainer", "vit_b", 256, 8, 8, 256, False),
-    ("DeSAMTrainer", "vit_b", 256, 8, 1, 1024, False), ("DeSAMTrainer", "vit_b", 512, 4, 1, 320, False),
-    ("DeSAMTrainer", "vit_h", 512, 4, 1, 512, False),
-    ("DeSAMTrainer", "timm_random/convnext_tiny", 256, 8, 1, 256, False),
-    ("SAMedTrainer", "vit_tiny", 256, 8, 1, 160, False), ("SAMedTrainer", "vit_b", 512, 2, 8, 320, False),
-    ("SAMedTrainer", "vit_b", 512, 2, 8, 320, True), ("SAMedTrainer", "lite_medsam", 128, 4, 1, 128, False),
-    ("DBSAMTrainer", "vit_tiny", 256, 8, 1, 160, False), ("DBSAMTrainer", "vit_b", 256, 2, 1, 256, False),
-    ("DBSAMTrainer", "vit_tiny", 256, 8, 1, 160, True), ("DBSAMTrainer", "vit_b", 256, 2, 1, 256, True),
+@pytest.mark.parametrize(("trainer", "encoder", "size", "batch", "outputs", "patch", "depth", "checkpointing"), [
+    ("DeSAMTrainer", "vit_tiny", 256, 8, 1, 160, 1, False), ("DeSAMTrainer", "vit_b", 256, 8, 8, 256, 1, False),
+    ("DeSAMTrainer", "vit_b", 256, 8, 1, 1024, 1, False), ("DeSAMTrainer", "vit_b", 512, 4, 1, 320, 1, False),
+    ("DeSAMTrainer", "vit_h", 512, 4, 1, 512, 1, False),
+    ("DeSAMTrainer", "timm_random/convnext_tiny", 256, 8, 1, 256, 1, False),
+    ("DeSAMTrainer", "vit_tiny", 256, 2, 1, 160, 5, False), ("PDMMTrainer", "lite_medsam", 256, 2, 1, 160, 5, False),
+    ("SAMedTrainer", "vit_tiny", 256, 8, 1, 160, 1, False), ("SAMedTrainer", "vit_b", 512, 2, 8, 320, 1, False),
+    ("SAMedTrainer", "vit_b", 512, 2, 8, 320, 1, True), ("SAMedTrainer", "lite_medsam", 128, 4, 1, 128, 1, False),
+    ("DBSAMTrainer", "vit_tiny", 256, 8, 1, 160, 1, False), ("DBSAMTrainer", "vit_b", 256, 2, 1, 256, 1, False),
+    ("DBSAMTrainer", "vit_tiny", 256, 8, 1, 160, 1, True), ("DBSAMTrainer", "vit_b", 256, 2, 1, 256, 1, True),
 ])
 def test_the_memory_model_is_within_a_fifth_of_the_measured_peak(
-    trainer: str, encoder: str, size: int, batch: int, outputs: int, patch: int, checkpointing: bool
+    trainer: str, encoder: str, size: int, batch: int, outputs: int, patch: int, depth: int, checkpointing: bool
 ) -> None:
     script = Path(__file__).with_name("step_peak.py")
-    words = [sys.executable, script, trainer, encoder, size, batch, outputs, patch, *["checkpointing"] * checkpointing]
+    words = [sys.executable, script, trainer, encoder, size, batch, outputs, patch, depth,
+             *["checkpointing"] * checkpointing]
     measured = int(subprocess.run(list(map(str, words)), check=True, capture_output=True, text=True,
                                   env=os.environ | UNHOARDED).stdout)
     need = footprint(TRAINERS[trainer], find_row(encoder).architecture, size, (patch, patch), outputs, half=False,
-                     checkpointing=checkpointing)
+                     checkpointing=checkpointing, depth=depth)
     assert need.training(batch) - need.weights == pytest.approx(measured, rel=0.2)

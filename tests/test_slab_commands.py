@@ -173,6 +173,13 @@ def test_what_sees_no_slabs_is_refused(slabbed: Workspace, trainer: str, configu
         make_trainer(trainer, slabbed, plans=slabbed.plans(SLAB_PLANS), configuration=configuration)
 
 
+def test_views_by_tile_are_no_slabs(slabbed: Workspace) -> None:
+    write_plans(slabbed, "ByTile", views=2, view_geometry="tile")
+    with pytest.raises(ValueError, match="sam.view_geometry is 'tile', so that neighbouring slices"):
+        make_trainer("PDMMTrainer", slabbed, plans=slabbed.plans("ByTile"), configuration=SLABS)
+    assert make_trainer("PDMMTrainer", slabbed, plans=slabbed.plans("ByTile")).sam.view_geometry == "tile"
+
+
 def test_plans_without_slabs_say_what_they_have(workspace: Workspace) -> None:
     with pytest.raises(ValueError, match="is 3D, but SAM works on slices: use 2d"):
         make_trainer("DeSAMTrainer", workspace, plans=workspace.plans(PLANS), configuration="3d_fullres")

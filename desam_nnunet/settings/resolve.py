@@ -114,6 +114,10 @@ def resolve_plans(
     model = trained["configurations"][configuration_name] if trained else None
     given = {"encoder": default_encoder} | _given_or_trained(configuration, model, SAM)
     sam = _resolve_sam(given, schemes, regions, method)
+    if depth_of(configuration["patch_size"]) > 1 and (sam.features, sam.view_geometry) == ("cached", "tile") and (
+            sam.views > 1):
+        raise ValueError("sam.view_geometry is 'tile', so that neighbouring slices of a view don't fit together: set "
+                         "it to 'case' to train on slabs.")
     own["sam"] = asdict(sam)
     given = method.defaults(sam) | _given_or_trained(configuration, model, method)
     own[method.name] = asdict(parse_section(method.name, method.section, given))
