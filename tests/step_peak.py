@@ -32,8 +32,8 @@ def main() -> None:
         checkpointing="checkpointing" in sys.argv, images=1, depth=depth))
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = peak_memory(CPU)
-    for _ in range(2):
-        SamTrainer.train_step(trainer, random_batch(trainer, patch, depth * batch_size, outputs))  # but for the learning rate
+    for _ in range(2):  # but for the learning rate
+        SamTrainer.train_step(trainer, random_batch(trainer, patch, depth * batch_size, outputs))
     print(peak_memory(CPU) - before)
 
 

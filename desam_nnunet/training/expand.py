@@ -1,4 +1,4 @@
-"""``desam weights expand``: a model of single slices as a model of slabs, which predicts the same until it is trained."""
+"""``desam weights expand``: a model of single slices as one of slabs, which predicts the same until it is trained."""
 
 from __future__ import annotations
 
