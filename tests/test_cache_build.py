@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -22,8 +23,9 @@ from test_cache_store import RECIPE, unprivileged
 
 from desam_nnunet.cache import build as building
 from desam_nnunet.cache.build import Builder, Share
+from desam_nnunet.cache.entry import read_entry, write_entry
 from desam_nnunet.cache.manage import delete_stores, describe_stores, verify_stores
-from desam_nnunet.cache.store import Store, open_stores
+from desam_nnunet.cache.store import Store, _crc_of, open_stores
 from desam_nnunet.cache.tiles import content_of, crop, tiles_of
 from desam_nnunet.commands.__main__ import main
 from desam_nnunet.encoders.base import Features, FeatureSpec, ImageSpec, Level
@@ -272,6 +274,68 @@ def test_damage_is_found_removed_and_only_that_is_built_again(store: Store) -> N
         build_dataset("501", PLANS, "2d", "DeSAMTrainer", CPU, 1, 0)
     assert encoded == dict.fromkeys(store.cases()[:2], 1)
     assert contents(store) == before
+
+
+def swapped(one: Path, other: Path) -> None:
+    ours, theirs = one.read_bytes(), other.read_bytes()
+    one.write_bytes(theirs)
+    other.write_bytes(ours)
+
+
+SPOILT = {  # what happens to a store's first case, and what verify says of it
+    "two tiles swapped": (lambda case: swapped(*sorted(case.glob("*.tile"))[:2]), "in the wrong place: it is tile 1"),
+    "a tile renamed": (lambda case: (case / "00000_0.tile").rename(case / "00000_7.tile"), "in the wrong place"),
+    "a tile under no tile's name": (lambda case: (case / "00000_0.tile").rename(case / "x.tile"), "no name of a tile"),
+    "another case's tile": (lambda case: shutil.copyfile(next(case.parent.glob("SiteA_003/*.tile")),
+                                                         case / "00000_0.tile"), "of SiteA_003"),
+    "a tile removed": (lambda case: (case / "00003_0.tile").unlink(), "1 of 16 tiles are missing"),
+    "the record removed": (lambda case: (case / "case.json").unlink(), "case.json is missing, damaged"),
+    "the record damaged": (lambda case: (case / "case.json").write_text('{"crc": 0, "record": {}}'), "case.json is"),
+    "the record nested": (lambda case: (case / "case.json").write_text("[" * 10**6), "case.json is missing, damaged"),
+    "the case removed": (lambda case: shutil.rmtree(case), "16 of 16 tiles are missing"),
+    "a case too many": (lambda case: shutil.copytree(case, case.with_name("Other")), "Other is not in the prepro"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_verify_finds_what_training_would(store: Store, name: str) -> None:
+    spoil, words = SPOILT[name]
+    case = store.folder / "SiteA_000"
+    sound = verify_stores("501")
+    assert not [finding for finding in sound if "as they were written" not in finding]
+    before = contents(store)
+    spoil(case)
+    findings = [finding for finding in verify_stores("501") if "as they were written" not in finding]
+    assert any(words in finding for finding in findings), findings
+    build_dataset("501", PLANS, "2d", "DeSAMTrainer", CPU, 1, 0)
+    shutil.rmtree(store.folder / "Other", ignore_errors=True)
+    assert contents(store) == before
+    assert verify_stores("501") == sound
+
+
+def test_entries_from_before_they_knew_their_place(store: Store) -> None:
+    """They are read at their name, nothing is built again, and verify says how many they are."""
+    path = store.entries("SiteA_000")[0]
+    arrays, meta = read_entry(path)
+    write_entry(path, arrays, {key: value for key, value in meta.items() if key != "place"})
+    record = store.folder / "SiteA_000" / "case.json"
+    given = json.loads(record.read_text())["record"]
+    given["sizes"][path.name] = path.stat().st_size
+    record.write_text(json.dumps({"crc": _crc_of(given), "record": given}))
+    assert any("; of 1 the position is unknown" in finding for finding in verify_stores("501"))
+    assert store.complete("SiteA_000", given["content"]) is not None
+    assert store.read("SiteA_000", 0, 0, given["content"])[0].neck.any()
+
+
+@pytest.mark.parametrize("name", ["00000_0.tile", "case.json"])
+def test_a_folder_in_the_place_of_a_file_is_named(store: Store, name: str) -> None:
+    path = store.folder / "SiteA_000" / name
+    path.unlink()
+    path.mkdir()
+    if name.endswith("tile"):
+        assert any(f"{path} can't be read (Is a directory): remove it" in line for line in verify_stores("501"))
+    with pytest.raises(OSError, match="can't be written: Is a directory"):
+        build_dataset("501", PLANS, "2d", "DeSAMTrainer", CPU, 1, 0)
 
 
 def test_a_case_whose_tiles_are_all_there_only_wants_its_record(store: Store) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
@@ -16,6 +17,7 @@ from desam_nnunet.networks.desam.section import DESAM, DesamSection
 from desam_nnunet.networks.samed.section import SAMED
 from desam_nnunet.settings.resolve import parse_section, read_own, read_sam, resolve_plans
 from desam_nnunet.settings.sections import AS_BEFORE, Method, SamSection
+from desam_nnunet.settings.sections import SECTIONS as OUR_SECTIONS
 from desam_nnunet.training.checks import check_same_settings, settings_of
 from desam_nnunet.training.registry import TRAINERS
 
@@ -30,6 +32,7 @@ def make_plans(scheme: str = "ZScoreNormalization", **sections: Any) -> dict[str
         "configurations": {
             "2d": base | sections,
             "2d_child": {"inherits_from": "2d"},
+            "2d_slab": {"inherits_from": "2d", "patch_size": [5, 96, 96], "spacing": [1.0, 1.0]},
             "3d_fullres": base | {"patch_size": [16, 96, 96]},
         },
     }
@@ -383,3 +386,35 @@ def test_an_augmentation_that_no_view_would_get_is_refused() -> None:
     for more in ({"views": 2}, {"features": "online"}):
         given = {"encoder": "vit_tiny", "augmentation": "strong"} | more
         assert resolved(make_plans(sam=given))["sam"]["augmentation"] == "strong"
+
+
+def test_the_names_of_our_sections_are_those_of_our_methods() -> None:
+    assert set(OUR_SECTIONS) == set(SECTIONS)
+
+
+@pytest.mark.parametrize("wrong", ["dsam", "Sam", "SAM", "sma", "sam ", "desma", "Desam", "DeSAM", "pdm", "smaed"])
+def test_a_misspelt_section_is_refused_with_the_name_that_is_meant(wrong: str) -> None:
+    with pytest.raises(ValueError, match=rf"has a key '{re.escape(wrong)}', which nothing reads\. If '\w+' is meant"):
+        resolved(make_plans(**{"sam": {"encoder": "vit_tiny"}, wrong: {"lr": 1.0}}))
+
+
+@pytest.mark.parametrize("name", ["sam", "desam", "Sam", "samed"])
+def test_a_section_at_the_wrong_level_is_refused_with_its_place(name: str) -> None:
+    plans = make_plans(sam={"encoder": "vit_tiny"})
+    with pytest.raises(ValueError, match=rf"'{name}' stands at the top level, .* configurations → 2d → {name.lower()}"):
+        resolved(plans | {name: {"epochs": 3}})
+    plans["configurations"][name] = {"epochs": 3}
+    with pytest.raises(ValueError, match=f"'{name}' stands among the configurations"):
+        resolved(plans)
+
+
+def test_nnunets_own_keys_and_other_methods_sections_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A section that looks misspelt is another method's, where a trainer in the folders of others mentions it."""
+    own = resolved(make_plans(sam={"encoder": "vit_tiny"}, samed={"rank": 8}, dbsam={"lr": 1.0}))
+    assert own["samed"] == {"rank": 8}
+    plans = make_plans(sam={"encoder": "vit_tiny"}, desam2={"lr": 1.0})
+    with pytest.raises(ValueError, match="desam2"):
+        resolved(plans)
+    (tmp_path / "others.py").write_text('METHOD = Method("desam2", Section, "Desam2Plans")\n')
+    monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path))
+    assert resolved(plans)["desam2"] == {"lr": 1.0}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import os
 from collections.abc import Callable
@@ -141,7 +142,47 @@ def one_volume_twice(data: Path) -> None:
     (data / "B" / "case0.nii.gz").symlink_to(data / "A" / "case0.nii.gz")
 
 
+def a_label_cut_off(data: Path) -> None:
+    """ITK fills what is missing with zeros."""
+    path = data / "B" / "case0_segmentation.nii.gz"
+    write(path, np.random.default_rng(0).integers(0, 2, (60, 40, 40)).astype(np.int16))
+    write(data / "B" / "case0.nii.gz", np.zeros((60, 40, 40), np.int16))
+    path.write_bytes(path.read_bytes()[:3000])
+    sitk.ReadImage(path)
+
+
+def an_image_cut_off(data: Path) -> None:
+    path = data / "B" / "case0.nii.gz"
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def an_image_with_too_few_voxels(data: Path) -> None:
+    path = data / "B" / "case0.nii.gz"
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-8]))
+
+
+def its_own_label(data: Path) -> None:
+    path = data / "B" / "case0.nii.gz"
+    path.unlink()
+    path.symlink_to(data / "B" / "case0_segmentation.nii.gz")
+
+
+def colours(data: Path) -> None:
+    image = sitk.GetImageFromArray(np.zeros((4, 10, 12, 3), np.uint8), isVector=True)
+    sitk.WriteImage(image, data / "B" / "case0.nii.gz")
+
+
+def complex_numbers(data: Path) -> None:
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((4, 10, 12), np.complex64)), data / "B" / "case0.nii.gz")
+
+
 @pytest.mark.parametrize(("spoil", "message"), [
+    (a_label_cut_off, r"case0_segmentation.nii.gz can't be read to its end: it is damaged or cut off"),
+    (an_image_cut_off, r"case0.nii.gz can't be read to its end: it is damaged or cut off"),
+    (an_image_with_too_few_voxels, r"case0.nii.gz is cut off: it ends before its last voxel"),
+    (its_own_label, r"Case case0 of site B: .* is the image and its own reference"),
+    (colours, r"case0.nii.gz has voxels of the type 'vector of 8-bit unsigned integer', but must have one number"),
+    (complex_numbers, r"case0.nii.gz has voxels of the type 'complex of 32-bit float', but must have one number"),
     (other_values, r"references of A have the values \{1\}, those of B \{2\}: say which class has which .*--labels"),
     (other_spacing, r"Case case0 of site B: the image's spacing is \(1, 1, 3\), its reference's \(1, 1, 4\): resample"),
     (other_place, r"Case case0 of site B: the image's origin is \(0, 0, 0\), its reference's \(0, 5, 0\)"),

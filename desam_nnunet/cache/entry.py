@@ -107,4 +107,7 @@ def _read_header(path: Path, stream: BinaryIO) -> dict[str, Any]:
     header = stream.read(length)
     if len(header) != length or zlib.crc32(header) != crc:
         raise DamagedEntryError(f"{path} is damaged: its header is not what was written.")
-    return json.loads(header)
+    try:
+        return json.loads(header)
+    except (ValueError, RecursionError) as error:  # the sum is right: it was made so
+        raise DamagedEntryError(f"{path} is no cache entry: its header is not JSON.") from error

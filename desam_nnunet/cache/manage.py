@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from desam_nnunet.cache.entry import DamagedEntryError, read_entry
 from desam_nnunet.cache.store import Store, open_stores, store_folders
+from desam_nnunet.cache.verify import verify_store
 from desam_nnunet.nnunet.datasets import dataset_folder
 
 
@@ -22,19 +22,9 @@ def describe_stores(dataset: str) -> list[str]:
 
 
 def verify_stores(dataset: str) -> list[str]:
-    """Reads every byte of every store; what is damaged is removed, to be built again. One line per finding."""
+    """Every store, as :func:`~desam_nnunet.cache.verify.verify_store`; a line for each that this version can't read."""
     stores, findings = _stores_of(dataset)
-    for store in stores:
-        tiles = 0
-        for path in (path for case in store.cases() for path in store.entries(case)):
-            try:
-                read_entry(path)
-                tiles += 1
-            except DamagedEntryError as error:
-                store.discard(path)
-                findings.append(f"{error} Removed: the next build makes this tile again.")
-        findings.append(f"{store.folder.name}: {tiles} tile(s) are as they were written.")
-    return findings
+    return findings + [finding for store in stores for finding in verify_store(store)]
 
 
 def delete_stores(dataset: str, name: str | None) -> list[Path]:

@@ -134,7 +134,7 @@ class Store:
             given = json.loads((self.folder / case / _CASE).read_text())
             record = given["record"]
             is_current = given["crc"] == _crc_of(record) and record["content"] == content
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
         sizes = {path.name: path.stat().st_size for path in self.entries(case)}
         if not is_current or not record["sizes"].items() <= sizes.items():
@@ -149,11 +149,12 @@ class Store:
                 if not self.has(case, number, view, content)]
 
     def has(self, case: str, number: int, view: int, content: str) -> bool:
-        """Whether a tile is here in its full length, made from `content`."""
+        """Whether a tile is here in its full length, made from `content`, and no other one's file lies in its place."""
         try:
-            return read_meta(self.path(case, number, view))["content"] == content
-        except (FileNotFoundError, DamagedEntryError):
+            meta = read_meta(self.path(case, number, view))
+        except (OSError, DamagedEntryError):
             return False
+        return meta["content"] == content and meta.get("place") in (None, [case, number, view])
 
     def bytes_of(self, case: str, number: int, view: int) -> int:
         """What a tile takes on disk now, whatever it was made from."""
@@ -168,7 +169,7 @@ class Store:
             arrays |= pack(name, feature, self.recipe.dtype)
         values, counts = np.unique(target, return_counts=True)
         labels = {int(value): int(count) for value, count in zip(values, counts, strict=True)}
-        meta = {"content": content, "levels": len(features.levels), "labels": labels}
+        meta = {"content": content, "place": [case, number, view], "levels": len(features.levels), "labels": labels}
         return write_entry(self.path(case, number, view), arrays, meta)
 
     def finish(self, case: str, content: str, tiles: Sequence[Tile]) -> None:
@@ -194,7 +195,8 @@ class Store:
             into: Tensors to fill and return, such as a place in a batch.
 
         Raises:
-            DamagedEntryError: Naming the file; it is to be built again.
+            DamagedEntryError: Naming the file, which is damaged or another tile's; it is to be built again. Files from
+                before entries knew their place are taken at their name.
             ChangedCaseError: It is sound, but belongs to another version of the case.
             FileNotFoundError: It is not here.
         """
@@ -202,6 +204,9 @@ class Store:
         outputs = {} if into is None else dict(zip(_names(len(into.levels)), into.tensors, strict=True))
         places = {name: x.numpy() for name, x in outputs.items() if self.recipe.dtype == "float16"}
         arrays, meta = read_entry(path, places)
+        if (place := meta.get("place")) not in (None, [case, number, view]):
+            raise DamagedEntryError(f"{path} is in the wrong place: it is tile {place[1]}, view {place[2]}, of "
+                                    f"{place[0]}.")
         if meta["content"] != content:
             raise ChangedCaseError(f"{path} was made from another version of the case.")
         *levels, neck = (unpack(name, arrays, outputs.get(name)) for name in _names(meta["levels"]))
@@ -238,7 +243,7 @@ def open_stores(root: Path) -> list[Store]:
     """Every store of a data set that this version can read."""
     stores = []
     for folder in store_folders(root):
-        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             given: dict[str, Any] = json.loads((folder / _RECIPE).read_text())
             given |= {"window": tuple(map(tuple, given["window"])), "patch_size": tuple(given["patch_size"])}
             store = Store(root, Recipe(**given))

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import SimpleITK as sitk
 from tqdm import tqdm
+
+from desam_nnunet.cross_site.volumes import check_volumes
 
 ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
 LABEL_WORDS = ("_segmentation", "_seg", "_label", "_mask")
@@ -21,7 +21,6 @@ ALL = "all"  # what stands for every site together, and so is no site's name
 _SITE = re.compile(r"[A-Za-z0-9_-]+")
 _CASE = re.compile(r"[^/\\:*?\"<>|\x00-\x1f]+")
 _COLUMNS = {"case", "site", "image", "label"}
-_APART = {"Size": 0, "Spacing": 1e-3, "Origin": 1e-2, "Direction": 1e-2}  # mm, and of direction cosines
 
 
 class Case(NamedTuple):
@@ -68,7 +67,7 @@ def check_sites(sites: Sites) -> dict[str, list[int]]:
     Raises:
         FileNotFoundError: A file is missing.
         ValueError: A name that can't be a file's, an image that occurs twice, cases with different numbers of channels
-            or file endings, or an image whose geometry is not its reference's.
+            or file endings, or volumes as :func:`~desam_nnunet.cross_site.volumes.check_volumes` refuses them.
     """
     _check_names("The sites", "", sites)
     for site, cases in sites.items():
@@ -92,7 +91,7 @@ def check_sites(sites: Sites) -> dict[str, list[int]]:
             if ending_of(path) != ending_of(first.label):
                 raise ValueError(f"{path} is not {ending_of(first.label)} like {first.label}: nnU-Net needs one file "
                                  "format in all of a study, so convert it.")
-        values[site] |= _check_case(site, case)
+        values[site] |= check_volumes(f"Case {case.name} of site {site}", case.images, case.label)
     return {site: sorted(occurring - {0}) for site, occurring in values.items()}
 
 
@@ -197,39 +196,3 @@ def _from_manifest(path: Path) -> Sites:
     if not sites:
         raise ValueError(f"{path} has no rows: it needs the columns {', '.join(sorted(_COLUMNS))}.")
     return dict(sites)
-
-
-def _check_case(site: str, case: Case) -> set[int]:
-    """The values of its reference."""
-    where = f"Case {case.name} of site {site}"
-    for path in (*case.images, case.label):
-        if not path.is_file():
-            raise FileNotFoundError(f"{where}: {path} does not exist.")
-    label = _header(case.label)
-    if label.GetDimension() != 3:
-        raise ValueError(f"{where}: {case.label} has {label.GetDimension()} axes, but must be a volume of 3.")
-    for path in case.images:
-        image = _header(path)
-        for name, apart in _APART.items():
-            of_image, of_label = (getattr(reader, f"Get{name}")() for reader in (image, label))
-            if len(of_image) != len(of_label) or not np.allclose(of_image, of_label, rtol=0, atol=apart):
-                raise ValueError(f"{where}: the image's {name.lower()} is {_rounded(of_image)}, its reference's "
-                                 f"{_rounded(of_label)}: resample one onto the other.")
-    values = np.unique(sitk.GetArrayFromImage(sitk.ReadImage(case.label)))
-    if not np.array_equal(values, values.astype(int)) or values.min() < 0:
-        raise ValueError(f"{where}: {case.label} has values that are not whole numbers from 0 on.")
-    return set(values.astype(int).tolist())
-
-
-def _header(path: Path) -> sitk.ImageFileReader:
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise ValueError(f"{path} can't be read as an image: it is damaged, or not what its name says.") from error
-    return reader
-
-
-def _rounded(values: Iterable[float]) -> str:
-    return "(" + ", ".join(f"{value + 0.0:.5g}" for value in values) + ")"

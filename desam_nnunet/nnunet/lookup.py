@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -25,9 +26,17 @@ def look_up(name: str) -> type[nnUNetTrainer]:
 
 def classes_in_folders() -> list[str]:
     """The names of all classes that files in the folders of ``nnUNet_extTrainer`` define; nothing is imported."""
-    names: list[str] = []
+    names = [node.name for tree in _trees_in_folders() for node in tree.body if isinstance(node, ast.ClassDef)]
+    return list(dict.fromkeys(names))
+
+
+def is_mentioned(text: str) -> bool:
+    """Whether a file in these folders has `text` as a string, as where a method says its name; nothing is imported."""
+    return any(isinstance(node, ast.Constant) and node.value == text
+               for tree in _trees_in_folders() for node in ast.walk(tree))
+
+
+def _trees_in_folders() -> Iterator[ast.Module]:
     for file in sorted(file for folder in listed_folders() for file in Path(folder).rglob("*.py")):
         with contextlib.suppress(OSError, SyntaxError, ValueError):  # the look-up says what is wrong with it
-            tree = ast.parse(file.read_bytes())
-            names += [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
-    return list(dict.fromkeys(names))
+            yield ast.parse(file.read_bytes())

@@ -18,6 +18,7 @@ from desam_nnunet.encoders.weights import check_identity, find_row, identify
 from desam_nnunet.sam.slabs import depth_of
 from desam_nnunet.sam.tiles import intensity_rule
 from desam_nnunet.settings.sections import AS_BEFORE, AUGMENTATIONS, DEFAULT_ENCODER, Method, SamSection
+from desam_nnunet.settings.unread import refuse_unread_sections
 
 SAM = Method("sam", SamSection, "")
 _TYPES = (int, float, str, bool)
@@ -100,11 +101,13 @@ def resolve_plans(
             model is as in the model.
 
     Raises:
-        ValueError: A 3D configuration, a section that is not valid, or an encoder that the method can't work on.
+        ValueError: A 3D configuration, a section that is not valid or that nothing would read, or an encoder that the
+            method can't work on.
         FileNotFoundError: The encoder's weights are not on this machine.
     """
     manager = PlansManager(plans)
     configuration = manager.get_configuration(configuration_name).configuration
+    refuse_unread_sections(plans, configuration, configuration_name, method)
     _refuse_3d(manager, configuration_name, method)
     own = plans["configurations"][configuration_name]
     if "sam" not in configuration:
@@ -196,13 +199,14 @@ def _lacking(architecture: Architecture, method: Method) -> str:
 
 def _refuse_3d(manager: PlansManager, name: str, method: Method) -> None:
     """Refuses what is resampled between slices; slabs too, where the method sees one slice at a time."""
-    known = {other: manager.get_configuration(other) for other in manager.available_configurations}
-    of_slices = [other for other, row in known.items()
-                 if len(row.spacing) == 2 and (method.slabs or depth_of(row.patch_size) == 1)]
-    use = f"use {' or '.join(of_slices) or 'a 2D configuration (the plans have none)'}"
-    if len(known[name].spacing) == 3:
+    known = {other: manager.get_configuration(other).configuration for other in manager.available_configurations}
+    flat = [other for other, row in known.items() if len(row["patch_size"]) == 2]
+    slabs = [other for other, row in known.items() if len(row["patch_size"]) == 3 and len(row.get("spacing", ())) == 2]
+    usable = flat + slabs if method.slabs else flat
+    use = f"use {' or '.join(usable) or 'a 2D configuration (the plans have none)'}"
+    if name not in flat + slabs:
         raise ValueError(f"The configuration '{name}' is 3D, but SAM works on slices: {use}.")
-    if name not in of_slices:
+    if name not in usable:
         raise ValueError(f"The configuration '{name}' shows slabs of neighbouring slices, but the method {method.name} "
                          f"sees one slice at a time: {use}.")
 

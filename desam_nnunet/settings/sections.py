@@ -8,6 +8,7 @@ from typing import Any
 
 from desam_nnunet.sam.tiles import INTENSITY_RULES
 
+SECTIONS = ("sam", "desam", "pdmm", "samed", "dbsam")  # of this package's, in the plans
 FEATURES = ("online", "cached")
 DTYPES = ("float16", "int8")
 AUGMENTATIONS = ("nnunet", "strong")

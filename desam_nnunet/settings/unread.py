@@ -1,0 +1,41 @@
+"""Sections of the plans that nothing would read: misspelt ones, and ours at another level than a configuration's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
+from desam_nnunet.nnunet.lookup import is_mentioned
+from desam_nnunet.settings.sections import SECTIONS, Method
+
+_CLOSE = 0.65  # difflib's measure, of 1: one letter wrong, missing or too many of three, or two in another order
+
+
+def refuse_unread_sections(plans: dict[str, Any], configuration: dict[str, Any], name: str, method: Method) -> None:
+    """Refuses what looks like a section of ours and is none, since training would silently run on defaults.
+
+    Args:
+        plans: As they stand in the file.
+        configuration: The one that is trained, called `name`, with all that it inherits.
+
+    Raises:
+        ValueError: Naming the key, and what it is close to or where it belongs.
+    """
+    ours = (*SECTIONS, method.name)
+    for place, keys in (("at the top level", plans), ("among the configurations", plans["configurations"])):
+        for key in _like(keys, ours):
+            raise ValueError(f"The plans' key '{key}' stands {place}, where nothing reads it: sections stand in a "
+                             f"configuration, such as configurations → {name} → {_closest(key, ours)}.")
+    for key in _like((key for key in configuration if key not in ours), ours):
+        raise ValueError(f"The plans' configuration '{name}' has a key '{key}', which nothing reads. If "
+                         f"'{_closest(key, ours)}' is meant, call it so; else remove it.")
+
+
+def _like(keys: Iterable[str], ours: Iterable[str]) -> list[str]:
+    """Those that are or look like a section's name, and that no trainer of somebody else's mentions."""
+    return [key for key in keys if _closest(key, ours) and (key in ours or not is_mentioned(key))]
+
+
+def _closest(key: str, ours: Iterable[str]) -> str:
+    return next(iter(get_close_matches(key.strip().lower(), ours, 1, _CLOSE)), "")
