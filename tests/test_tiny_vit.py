@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from desam_nnunet.encoders.base import Level, State
+from desam_nnunet.encoders.state import read_weights
 from desam_nnunet.encoders.tiny_vit import TinyViT, TinyViTEncoder
 from desam_nnunet.encoders.tiny_vit_frozen import frozen_form
-from desam_nnunet.encoders.weights import describe_file, find_row, find_weights, load_encoder, read_weights
+from desam_nnunet.encoders.weights import describe_file, find_row, find_weights, load_encoder
 from desam_nnunet.networks.samed.lora import AdaptedLinear, LowRank
 from desam_nnunet.sam.prompts import Prompts, dense_positions, prompt_tokens
 from desam_nnunet.sam.tiles import Geometry, TileToImage, cut_padding

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import re
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from desam_nnunet.encoders import weights
 from desam_nnunet.encoders.random_weights import RANDOM_IDENTITY
 from desam_nnunet.encoders.registry import ENCODERS
 from desam_nnunet.encoders.sam_vit import SamViT, build_sam, resize_positions
+from desam_nnunet.encoders.state import read_weights
 from desam_nnunet.encoders.weights import (
     describe_file,
     find_row,
@@ -27,7 +31,6 @@ from desam_nnunet.encoders.weights import (
     identify,
     is_here,
     load_encoder,
-    read_weights,
     row_of_state,
 )
 
@@ -133,6 +136,49 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
         load_encoder(str(tmp_path / "unet.pth"), 256)
 
 
+PATCHES = "image_encoder.patch_embed.proj.weight"
+BAD_VALUES = {
+    "nan": (lambda x: x.masked_fill(x == x.max(), float("nan")), "holds NaN or infinite values"),
+    "infinite": (lambda x: x.masked_fill(x == x.max(), float("inf")), "holds NaN or infinite values"),
+    "whole": (lambda x: x.to(torch.int64), "is of type int64, but must hold real numbers"),
+    "bool": (lambda x: x > 0, "is of type bool, but must hold real numbers"),
+    "complex": (lambda x: x.to(torch.complex64), "is of type complex64, but must hold real numbers"),
+    "sparse": (lambda x: x.to_sparse(), "is sparse or quantised"),
+    "scalar": (lambda x: x.sum(), r"is \(\), not \(192, 3, 16, 16\)"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_VALUES)
+def test_values_that_are_no_weights_are_refused(tmp_path: Path, name: str) -> None:
+    change, words = BAD_VALUES[name]
+    state = build_sam(TINY).state_dict()
+    state[PATCHES] = change(state[PATCHES])
+    torch.save(state, tmp_path / "file.pth")
+    for read in (lambda path: load_encoder(str(path), 128), describe_file):
+        with pytest.raises(ValueError, match=rf"file.pth as vit_tiny: {PATCHES} {words}"):
+            read(tmp_path / "file.pth")
+
+
+@pytest.mark.parametrize("keys", [[1], ["a", 2], [("a",)]])
+def test_keys_that_are_no_names_are_refused(tmp_path: Path, keys: list[Any]) -> None:
+    torch.save({key: torch.zeros(1) for key in keys}, tmp_path / "file.pth")
+    with pytest.raises(ValueError, match="does not hold a state dict"):
+        describe_file(tmp_path / "file.pth")
+
+
+def test_keys_are_not_printed_raw() -> None:
+    state = build_sam(TINY).state_dict() | {"[31mred": torch.zeros(1)}
+    with pytest.raises(ValueError, match=re.escape(r"'\x1b[31mred' is unknown")):
+        row_of_state(state, "file")
+
+
+def test_folders_and_pipes_are_no_weights(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.pth")
+    for path in (tmp_path, tmp_path / "pipe.pth"):
+        with pytest.raises(ValueError, match="is no file, but a folder or a device"):
+            describe_file(path)
+
+
 def test_weights_of_another_variant_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "first").mkdir()
     torch.save(build_sam(TINY).state_dict(), tmp_path / "first" / ENCODERS["vit_b"].file)
@@ -146,7 +192,7 @@ def test_missing_unknown_and_misshapen_keys_are_named() -> None:
     del state["mask_decoder.iou_token.weight"]
     state["extra"] = torch.zeros(1)
     state["image_encoder.neck.1.bias"] = torch.zeros(7)
-    message = r"iou_token.weight is missing; extra is unknown; .*neck.1.bias is \(7,\), not \(128,\)"
+    message = r"iou_token.weight is missing; 'extra' is unknown; .*neck.1.bias is \(7,\), not \(128,\)"
     with pytest.raises(ValueError, match=message):
         row_of_state(state, "file")
 
@@ -260,13 +306,13 @@ def test_a_mobile_sam_file_may_hold_its_classifier(tmp_path: Path) -> None:
     assert find_row(str(whole)).name == "mobile_sam"
     assert checksum(load_encoder(str(whole), 256).encoder) == checksum(load_encoder(str(plain), 256).encoder)
     torch.save(state | {"image_encoder.head2.weight": torch.ones(3)}, other)
-    with pytest.raises(ValueError, match="as mobile_sam: image_encoder.head2.weight is unknown"):
+    with pytest.raises(ValueError, match="as mobile_sam: 'image_encoder.head2.weight' is unknown"):
         load_encoder(str(other), 256)
 
 
 @pytest.mark.parametrize("name", ["mobile_sam", "lite_medsam", "vit_b"])
 def test_every_architecture_is_told_by_its_shapes(name: str) -> None:
-    state = {key: torch.empty(shape, device="meta") for key, shape in ENCODERS[name].architecture.shapes().items()}
+    state = {key: torch.zeros(()).expand(shape) for key, shape in ENCODERS[name].architecture.shapes().items()}
     assert row_of_state(state, "file").name == name
 
 

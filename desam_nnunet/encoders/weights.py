@@ -19,13 +19,12 @@ from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, hub
+from torch import hub
 
 from desam_nnunet.encoders.base import Architecture, LoadedEncoder, State
 from desam_nnunet.encoders.random_weights import RANDOM_IDENTITY
 from desam_nnunet.encoders.registry import ENCODERS, OURS, EncoderRow, row_by_name
-from desam_nnunet.system.files import damage_told
+from desam_nnunet.encoders.state import check_state, read_weights
 
 
 def search_folders() -> list[Path]:
@@ -178,16 +177,6 @@ def check_identity(encoder: str, found: str, expected: str) -> None:
                          f"{expected}: {remedy}.")
 
 
-def read_weights(path: Path) -> State:
-    """A state dict in PyTorch's format or ``.safetensors``, read without unpickling code; else a ValueError."""
-    with damage_told(f"{path} can't be read as weights", ": it is truncated or not a weights file. Fetch it again"):
-        is_safe = path.suffix == ".safetensors"
-        state = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} does not hold a state dict (names to tensors) as SAM's files do.")
-    return state
-
-
 def row_of_state(state: State, path: Path | str) -> EncoderRow:
     """The first row whose keys and shapes `state` has, all of them; a ValueError says where the nearest differs."""
     nearest = max(ENCODERS.values(), key=lambda row: _likeness(state, row.architecture))
@@ -198,7 +187,7 @@ def row_of_state(state: State, path: Path | str) -> EncoderRow:
 
 
 def check_architecture(state: State, row: EncoderRow, path: Path | str) -> None:
-    """Refuses keys or shapes that are not those of the row's encoder, with a ValueError."""
+    """Refuses keys, shapes or values that are not those of the row's encoder, with a ValueError."""
     used = {key: value for key, value in state.items() if not row.architecture.unused(key)}
     check_state(used, _shapes(row.architecture), f"{path} as {row.name}")
 
@@ -212,17 +201,6 @@ def _likeness(state: State, architecture: Architecture) -> float:
     """The share of the architecture's encoder weights that `state` has in their shapes."""
     shapes = {key: shape for key, shape in _shapes(architecture).items() if key.startswith("image_encoder.")}
     return sum(key in state and state[key].shape == shape for key, shape in shapes.items()) / len(shapes)
-
-
-def check_state(state: State, expected: dict[str, torch.Size], what: str) -> None:
-    """Compares every key and shape; a ValueError names up to three that are missing, unknown or misshapen."""
-    problems = [f"{key} is missing" for key in expected if key not in state]
-    problems += [f"{key} is unknown" for key in state if key not in expected]
-    problems += [f"{key} is {tuple(state[key].shape)}, not {tuple(shape)}" for key, shape in expected.items()
-                 if key in state and state[key].shape != shape]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(f"{what}: {'; '.join(problems[:3])}{more}.")
 
 
 def file_hash(path: Path, name: str = "md5") -> str:

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from desam_nnunet.encoders.base import State
 from desam_nnunet.encoders.registry import ENCODERS
 from desam_nnunet.encoders.sam_vit import SamViT
-from desam_nnunet.encoders.weights import State, check_state, find_weights, read_weights
+from desam_nnunet.encoders.state import check_state, read_weights
+from desam_nnunet.encoders.weights import find_weights
 from desam_nnunet.nnunet.datasets import read_preprocessed
 from desam_nnunet.nnunet.model_folder import build_network, model_folder, read_checkpoint
 from desam_nnunet.published.formats import IMAGE_ENCODER, Published, official_samed_names, read_published
@@ -120,7 +122,8 @@ def _check_shapes(state: State, ours: State, file: Path) -> bool:
     """Whether the outputs are this data set's too. Raises: ValueError: Something else does not fit the network."""
     expected = {key: value.shape for key, value in ours.items()}
     shared = {key: shape for key, shape in expected.items() if ".seg_layers." not in key}
-    check_state({key: value for key, value in state.items() if ".seg_layers." not in key}, shared, str(file))
+    heads = {key: value.shape for key, value in state.items() if ".seg_layers." in key}
+    check_state(state, shared | heads, str(file))
     return expected == {key: value.shape for key, value in state.items()}
 
 

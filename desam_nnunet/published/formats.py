@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from desam_nnunet.encoders.weights import State, read_weights
+from desam_nnunet.encoders.base import State
+from desam_nnunet.encoders.state import read_weights
 
 _COMMON = """The published image preparation differs from nnU-Net's, which this model folder uses:
 {}
@@ -99,7 +100,7 @@ def read_published(file: Path) -> Published:
     if is_official(state):
         return _desam(state, file)
     if is_official_samed(state):
-        return _samed(state)
+        return _samed(state, file)
     raise ValueError(f"{file} is not a published DeSAM or SAMed checkpoint: it has neither a key mask_decoder.pimm nor "
                      "w_a_000.")
 
@@ -109,13 +110,17 @@ def _desam(state: State, file: Path) -> Published:
     key = "pdmm.contexts.0.block_init.conv1.weight"
     if key not in ours:
         raise ValueError(f"{file}: {key} is missing.")
+    if ours[key].dim() != 4:
+        raise ValueError(f"{file}: {key} is {tuple(ours[key].shape)}, but must be a convolution.")
     encoder = {name: value for name, value in state.items() if name.startswith(IMAGE_ENCODER)}
     return Published("desam", ("DeSAMTrainer", "DeSAMTrainerWholeBox"), ours, ours[key].shape[1], {}, _PROCEDURE,
                      encoder, _DESAM, background=False)
 
 
-def _samed(state: State) -> Published:
+def _samed(state: State, file: Path) -> Published:
     trainer = "SAMedTrainerS" if adapts_decoder(state) else "SAMedTrainer"
+    if state["w_a_000"].dim() != 2:
+        raise ValueError(f"{file}: w_a_000 is {tuple(state['w_a_000'].shape)}, but must be a matrix.")
     rank, width = state["w_a_000"].shape
     return Published("samed", (trainer,), rename_official_samed(state), width, {"rank": rank, "targets": "qv"}, {},
                      {}, _SAMED, background=True)
@@ -140,7 +145,8 @@ def rename_official(state: State) -> State:
 
 def _is_unused(key: str, value: Tensor) -> bool:
     """Also the shortcut of a block that keeps its width, which the files have and the published code passes by."""
-    return bool(_UNUSED.search(key)) or (key.endswith(_SHORTCUT) and value.shape[0] == value.shape[1])
+    is_square = value.dim() > 1 and value.shape[0] == value.shape[1]
+    return bool(_UNUSED.search(key)) or (key.endswith(_SHORTCUT) and is_square)
 
 
 def _rename(key: str) -> str:
@@ -148,7 +154,7 @@ def _rename(key: str) -> str:
     for pattern, replacement in _RENAMES:
         name = re.sub(pattern, replacement, name)
     if not name.startswith(("prim.", "pdmm.", "prompt_encoder.")):
-        raise ValueError(f"'{key}' is no key of a published DeSAM checkpoint.")
+        raise ValueError(f"{key!r} is no key of a published DeSAM checkpoint.")
     return name
 
 
