@@ -151,16 +151,16 @@ WRONG_TYPES: dict[type, list[Any]] = {
 }
 WRONG_VALUES: dict[str, list[Any]] = {
     "sam.encoder": ["", "vit_x", "absent.pth"], "sam.identity": ["md5:0"], "sam.regions": [True],
-    "sam.image_size": [0, 48, 500, -64], "sam.intensity": ["", "zscore"], "sam.features": ["", "disk"],
-    "sam.cache_dtype": ["float32", ""], "sam.views": [0, -1], "sam.augmentation": ["", "mild"],
-    "sam.view_geometry": ["", "slice"],
-    "sam.epochs": [0, -1], "sam.iterations_per_epoch": [0, -1], "sam.val_iterations_per_epoch": [0, -1],
-    "desam.grid": [0, 65, -1], "desam.iou_threshold": [-0.1, 1.1, float("nan")], "desam.lr": [0, -1e-4, float("nan")],
+    "sam.image_size": [0, 48, 500, -64, 4112, 2**31], "sam.intensity": ["", "zscore"], "sam.features": ["", "disk"],
+    "sam.cache_dtype": ["float32", ""], "sam.views": [0, -1, 101, 2**63], "sam.augmentation": ["", "mild"],
+    "sam.view_geometry": ["", "slice"], "sam.epochs": [0, -1, 10**9], "sam.iterations_per_epoch": [0, -1, 10**9],
+    "sam.val_iterations_per_epoch": [0, -1, 2**63], "desam.grid": [0, 65, -1],
+    "desam.iou_threshold": [-0.1, 1.1, float("nan")], "desam.lr": [0, -1e-4, 2.0, float("nan"), float("inf")],
     "desam.mask_stride": [0, 3, 8], "desam.grid_offset": [-8.1, 9, float("nan")], "desam.through_input": [],
-    "pdmm.width": [15, 1025], "pdmm.lr": [0, -1.0, float("nan")], "pdmm.mask_stride": [0, 3, 8],
-    "samed.warmup": [-1], "samed.rank": [0, 65], "samed.targets": ["", "x", "qq", "qkvo"], "samed.lr": [0, -1.0],
-    "samed.checkpointing": [], "samed.lr_after_step": [], "dbsam.lr": [0, -1.0], "dbsam.checkpointing": [],
-    "dbsam.mask_tokens": [0, 2, 5],
+    "pdmm.width": [15, 1025], "pdmm.lr": [0, -1.0, 2.0, float("nan"), float("inf")], "pdmm.mask_stride": [0, 3, 8],
+    "samed.warmup": [-1, 10**9], "samed.rank": [0, 65], "samed.targets": ["", "x", "qq", "qkvo"],
+    "samed.lr": [0, -1.0, 2.0, float("inf")], "samed.checkpointing": [], "samed.lr_after_step": [],
+    "dbsam.lr": [0, -1.0, 2.0, float("inf")], "dbsam.checkpointing": [], "dbsam.mask_tokens": [0, 2, 5],
 }
 METHODS = {trainer.method.name: trainer.method for trainer in TRAINERS.values()}
 SECTIONS: dict[str, type] = {"sam": SamSection} | {name: method.section for name, method in METHODS.items()}
@@ -371,7 +371,7 @@ def test_the_input_size_is_the_encoders_own(encoder: str, size: int) -> None:
 
 
 def test_the_input_size_is_a_multiple_of_the_encoders_largest_stride() -> None:
-    with pytest.raises(ValueError, match="sam.image_size is 240, but must be a multiple of 32, at least 64"):
+    with pytest.raises(ValueError, match="sam.image_size is 240, but must be a multiple of 32, between 64 and"):
         resolved(make_plans(sam={"encoder": "timm_random/convnext_tiny", "image_size": 240}))
 
 
@@ -418,3 +418,19 @@ def test_nnunets_own_keys_and_other_methods_sections_stay(tmp_path: Path, monkey
     (tmp_path / "others.py").write_text('METHOD = Method("desam2", Section, "Desam2Plans")\n')
     monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path))
     assert resolved(plans)["desam2"] == {"lr": 1.0}
+
+
+@pytest.mark.parametrize(("key", "values"), [
+    ("batch_size", [None, 0, -1, "8", 2.5, True]), ("patch_size", [None, [], [96], [0, 96], [96.0, 96], "96"]),
+    ("normalization_schemes", [None, [], "ZScoreNormalization", [1]]),
+])
+def test_what_nnunets_planner_never_writes_is_refused(key: str, values: list[Any]) -> None:
+    for value in values:
+        plans = make_plans(sam={"encoder": "vit_tiny"})
+        plans["configurations"]["2d"][key] = value
+        with pytest.raises(ValueError, match=rf"key {key} of the configuration '2d' is {re.escape(repr(value))}, but"):
+            resolved(plans)
+    plans = make_plans(sam={"encoder": "vit_tiny"})
+    del plans["configurations"]["2d"][key]
+    with pytest.raises(ValueError, match=f"key {key} of the configuration '2d' is None"):
+        resolved(plans)

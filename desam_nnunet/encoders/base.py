@@ -21,7 +21,7 @@ from desam_nnunet.encoders.precision import encoder_dtype
 from desam_nnunet.encoders.random_weights import drawn
 
 State = dict[str, Tensor]
-MIN_IMAGE_SIZE = 64
+MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 64, 4096
 
 
 class Level(NamedTuple):
@@ -268,9 +268,10 @@ class Architecture(ABC):
 
     def check_image_size(self, size: int) -> None:
         """Refuses a size that it does not take, with a ValueError."""
-        if size < MIN_IMAGE_SIZE or size % self.multiple:
+        if not MIN_IMAGE_SIZE <= size <= MAX_IMAGE_SIZE or size % self.multiple:
             raise ValueError(f"The plans' key sam.image_size is {size!r}, but must be a multiple of {self.multiple}, "
-                             f"at least {MIN_IMAGE_SIZE}.")
+                             f"between {MIN_IMAGE_SIZE} and {MAX_IMAGE_SIZE} (attention grows with the fourth power of "
+                             "the side).")
 
     def operations(self, image_size: int) -> int:
         """Of encoding one image, counted on a network without values; a product and its sum are two."""

@@ -17,6 +17,14 @@ DEFAULT_ENCODER = "vit_b"
 AS_BEFORE = "as before"  # in a field's metadata, any section's: what its absence means in older plans than the key is
 
 
+_MOST = {  # and why not more
+    "views": (100, "each view encodes and stores every tile once more"),
+    "epochs": (100_000, "nnU-Net's own training has 1000"),
+    "iterations_per_epoch": (100_000, "nnU-Net's own epoch has 250"),
+    "val_iterations_per_epoch": (100_000, "nnU-Net's own epoch has 50"),
+}
+
+
 @dataclass(frozen=True)
 class SamSection:
     """What all trainers of this package share.
@@ -66,8 +74,9 @@ class SamSection:
         require(self.view_geometry in VIEW_GEOMETRIES, "sam.view_geometry", self.view_geometry,
                 " or ".join(VIEW_GEOMETRIES))
         require(self.cache_dtype in DTYPES, "sam.cache_dtype", self.cache_dtype, " or ".join(DTYPES))
-        for name in ("views", "epochs", "iterations_per_epoch", "val_iterations_per_epoch"):
-            require(getattr(self, name) > 0, f"sam.{name}", getattr(self, name), "a positive number")
+        for name, (most, why) in _MOST.items():
+            require(1 <= getattr(self, name) <= most, f"sam.{name}", getattr(self, name),
+                    f"between 1 and {most} ({why})")
 
     @property
     def iterations(self) -> int:
@@ -103,6 +112,11 @@ class Method:
     needs: str = ""
     stride: int = 0
     defaults: Callable[[SamSection], dict[str, Any]] = lambda _: {}
+
+
+def require_rate(key: str, value: float) -> None:
+    """Refuses a learning rate that no training survives."""
+    require(0 < value <= 1, key, value, "above 0 and at most 1 (Adam's step is about as large as its learning rate)")
 
 
 def require(holds: bool, key: str, value: object, expected: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from desam_nnunet.settings.sections import AS_BEFORE, Method, require
+from desam_nnunet.settings.sections import AS_BEFORE, Method, require, require_rate
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class DbsamSection:
     mask_tokens: int = field(default=4, metadata={AS_BEFORE: 1})
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, "dbsam.lr", self.lr, "a positive number")
+        require_rate("dbsam.lr", self.lr)
         require(self.mask_tokens in (1, 4), "dbsam.mask_tokens", self.mask_tokens, "1 or 4")
 
 

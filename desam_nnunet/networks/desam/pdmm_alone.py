@@ -15,7 +15,7 @@ from desam_nnunet.networks.desam.pdmm import PDMM
 from desam_nnunet.networks.frame import FrozenSamNetwork, Outline
 from desam_nnunet.sam.prompts import Prompts
 from desam_nnunet.sam.tiles import Geometry
-from desam_nnunet.settings.sections import Method, require
+from desam_nnunet.settings.sections import Method, require, require_rate
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class PdmmSection:
 
     def __post_init__(self) -> None:
         require(16 <= self.width <= 1024, "pdmm.width", self.width, "between 16 and 1024")
-        require(self.lr > 0, "pdmm.lr", self.lr, "a positive number")
+        require_rate("pdmm.lr", self.lr)
         require(self.mask_stride in (1, 2, 4), "pdmm.mask_stride", self.mask_stride, "1, 2 or 4")
 
 

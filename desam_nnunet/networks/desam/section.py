@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from desam_nnunet.settings.sections import AS_BEFORE, Method, require
+from desam_nnunet.settings.sections import AS_BEFORE, Method, require, require_rate
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class DesamSection:
     def __post_init__(self) -> None:
         require(1 <= self.grid <= 64, "desam.grid", self.grid, "between 1 and 64")
         require(0 <= self.iou_threshold <= 1, "desam.iou_threshold", self.iou_threshold, "between 0 and 1")
-        require(self.lr > 0, "desam.lr", self.lr, "a positive number")
+        require_rate("desam.lr", self.lr)
         require(self.mask_stride in (1, 2, 4), "desam.mask_stride", self.mask_stride, "1, 2 or 4")
         require(-8 <= self.grid_offset <= 8, "desam.grid_offset", self.grid_offset, "between -8 and 8")
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from desam_nnunet.settings.sections import AS_BEFORE, Method, require
+from desam_nnunet.settings.sections import AS_BEFORE, Method, require, require_rate
 
 LORA_TARGETS = "qkv"
 _MAX_WARMUP = 250  # iterations, as published
+_LONGEST_WARMUP = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,13 @@ class SamedSection:
     lr_after_step: bool = field(default=True, metadata={AS_BEFORE: False})
 
     def __post_init__(self) -> None:
-        require(self.warmup >= 0, "samed.warmup", self.warmup, "0 or a positive number")
+        require(0 <= self.warmup <= _LONGEST_WARMUP, "samed.warmup", self.warmup,
+                f"between 0 and {_LONGEST_WARMUP} (a whole training has no more iterations)")
         require(1 <= self.rank <= 64, "samed.rank", self.rank, "between 1 and 64")
         letters = set(self.targets)
         require(bool(letters) and letters <= set(LORA_TARGETS) and len(letters) == len(self.targets),
                 "samed.targets", self.targets, "some of the letters q, k and v, each once")
-        require(self.lr > 0, "samed.lr", self.lr, "a positive number")
+        require_rate("samed.lr", self.lr)
 
 
 SAMED = Method("samed", SamedSection, "SAMedPlans", image_size=512, needs="projections",
