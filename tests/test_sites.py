@@ -18,6 +18,7 @@ from desam_nnunet.commands import cross_site as command
 from desam_nnunet.commands.__main__ import main
 from desam_nnunet.cross_site.labels import labels_of
 from desam_nnunet.cross_site.opening import open_study
+from desam_nnunet.cross_site.report import _no_formula
 from desam_nnunet.cross_site.sites import check_sites, read_sites
 from desam_nnunet.cross_site.steps import steps_of
 from desam_nnunet.cross_site.study import Study
@@ -317,6 +318,27 @@ def test_links_keep_the_names_that_they_have(data: Path, tmp_path: Path) -> None
         path.symlink_to(hidden)
     assert [case.name for case in read_sites(data)["A"]] == [f"case{number}" for number in range(5)]
 
+
+@pytest.mark.parametrize("content", [
+    b"null", b"3", b"NaN", b'"text"', b"{}", b"[null]", b"[3]", b"[[]]", b'[{"case": NaN}]', b'[{"case": null}]', b"[",
+    b"[" * 10**5, "[]".encode("utf-16"), "[\"\u00e9\"]".encode("latin-1"), b"", b"\xff\xfe\x00",
+])
+def test_json_that_is_no_manifest_is_one_sentence(tmp_path: Path, content: bytes) -> None:
+    manifest = tmp_path / "manifest.json"
+    manifest.write_bytes(content)
+    with pytest.raises(ValueError, match=r"manifest.json (can't be read as json in UTF-8|holds \w+, but|lacks|has no)"):
+        read_sites(manifest)
+
+
+@pytest.mark.parametrize("site", ["B", "B" * 201])
+def test_names_that_no_file_system_holds(data: Path, tmp_path: Path, site: str) -> None:
+    manifest = tmp_path / "manifest.csv"
+    name = "x" * 201 if site == "B" else "x"
+    manifest.write_text(f"case,site,image,label\n{name},{site},data/B/case0.nii.gz,data/B/case0_segmentation.nii.gz\n")
+    with pytest.raises(ValueError, match="has 201 bytes, but file systems hold 200"):
+        check_sites(read_sites(manifest))
+
+
 @pytest.mark.parametrize(("rows", "message"), [
     ("case,site,image\nx,A,x.nii.gz\n", "Row 1 of .* lacks one of case, image, label, site"),
     ("case,site,image,label\n", "has no rows"),
@@ -417,3 +439,10 @@ def test_a_dry_run_says_everything_and_does_nothing(
     assert "[to do] train A DeSAMTrainer 0    nnUNetv2_train 1 2d 0 -tr DeSAMTrainer -p DeSAMPlans" in said
     assert "[to do] train A nnUNetTrainer 0    nnUNetv2_train 1 2d 0 -tr nnUNetTrainer -p nnUNetPlans" in said
     assert "[to do] predict A nnUNetTrainer B    nnUNetv2_predict -i" in said
+
+
+@pytest.mark.parametrize(("cell", "written"), [
+    ("=cmd()", "'=cmd()"), ("+1", "'+1"), ("-x", "'-x"), ("@x", "'@x"), ("case=1", "case=1"), (-1.5, -1.5), ("", ""),
+])
+def test_no_name_becomes_a_formula(cell: object, written: object) -> None:
+    assert _no_formula(cell) == written

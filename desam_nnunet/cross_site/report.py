@@ -46,10 +46,15 @@ def write_report(study: Study) -> Path:
                "comparisons": without_nan(pairs.to_dict("records"))}
     replace_file(study.out / "report.json", [json.dumps(content, indent=1, default=str).encode()])
     for name, table in (("scores", scores), ("summary", summary)):
-        replace_file(study.out / f"{name}.csv", [table.to_csv(index=False).encode()])
+        replace_file(study.out / f"{name}.csv", [table.map(_no_formula).to_csv(index=False).encode()])
     path = study.out / "report.html"
     replace_file(path, [_page(study, scores, summary, content).encode()])
     return path
+
+
+def _no_formula(cell: object) -> object:
+    """A text that a spreadsheet would compute is marked as text."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@")) else cell
 
 
 def _page(study: Study, scores: pd.DataFrame, summary: pd.DataFrame, content: dict[str, Any]) -> str:

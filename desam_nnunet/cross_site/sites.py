@@ -20,6 +20,7 @@ LABEL_WORDS = ("_segmentation", "_seg", "_label", "_mask")
 ALL = "all"  # what stands for every site together, and so is no site's name
 _SITE = re.compile(r"[A-Za-z0-9_-]+")
 _CASE = re.compile(r"[^/\\:*?\"<>|\x00-\x1f]+")
+_LONGEST = 200  # bytes of a name
 _COLUMNS = {"case", "site", "image", "label"}
 
 
@@ -78,6 +79,9 @@ def check_sites(sites: Sites) -> dict[str, list[int]]:
             if not _CASE.fullmatch(case.name) or case.name.startswith("."):
                 raise ValueError(f"Site {site} has a case called {case.name!r}, which can't be a file's name: rename "
                                  "it.")
+        if long := [name for name in (site, *(case.name for case in cases)) if len(name.encode()) > _LONGEST]:
+            raise ValueError(f"The name {long[0][:20]}... of site {site[:20]} has {len(long[0].encode())} bytes, but "
+                             f"file systems hold {_LONGEST} and an ending: shorten it.")
         _check_names("The cases", f" of site {site}", [case.name for case in cases])
     every = [(site, case) for site, cases in sites.items() for case in cases]
     _check_apart(every)
@@ -185,8 +189,10 @@ def _from_manifest(path: Path) -> Sites:
     try:
         text = path.read_text(encoding="utf-8-sig")  # as Excel writes it, too
         rows = json.loads(text) if path.suffix == ".json" else list(csv.DictReader(io.StringIO(text)))
-    except (json.JSONDecodeError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} can't be read as {path.suffix[1:] or 'a manifest'}: {error}.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, csv.Error, RecursionError) as error:
+        raise ValueError(f"{path} can't be read as {path.suffix[1:] or 'a manifest'} in UTF-8: {error}.") from error
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} holds {type(rows).__name__}, but must hold a list of rows.")
     sites = defaultdict(list)
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) and row[key] for key in _COLUMNS):
