@@ -80,7 +80,8 @@ def test_every_choice_is_in_the_plans_and_printed_with_its_reason(
     out = capsys.readouterr().out
     for key in ("patch_size", "batch_size", "sam.image_size", "sam.features", "sam.views", "sam.epochs", "2d_slab"):
         assert any(line.startswith(key) and len(line.split()) > 3 for line in out.splitlines())
-    assert "nnUNetv2_train 501 2d 0 -tr DeSAMTrainer -p DeSAMPlans" in out
+    assert "nnUNetv2_train 501 2d 0 -tr DeSAMTrainer -p DeSAMPlans -device cpu\n" in out
+    assert "nnUNetv2_predict -i images/ -o out/ -d 501 -c 2d -f 0 -tr DeSAMTrainer -p DeSAMPlans -device cpu" in out
 
 
 @pytest.mark.parametrize(("trainer", "method", "name", "own"), [

@@ -74,7 +74,7 @@ def plan_dataset(dataset: str, name: str, request: Request, device: torch.device
         replace_file(kept, [before])
         lines.append(Line("kept", kept.name, "the plans of this name as they were"))
     replace_file(path, [text])
-    return Planned(path, lines, list(_commands(folder, plans, len(facts.shapes), request.trainer.__name__)))
+    return Planned(path, lines, list(_commands(folder, plans, len(facts.shapes), request, device)))
 
 
 def choose(facts: Facts, request: Request, machine: Machine) -> tuple[dict[str, Any], dict[str, Any], list[Line]]:
@@ -175,8 +175,10 @@ def _plans_to_replace(path: Path) -> bytes | None:
     return content
 
 
-def _commands(folder: Path, plans: dict[str, Any], cases: int, trainer: str) -> Iterator[str]:
-    """What is left to type before training, and training."""
+def _commands(
+    folder: Path, plans: dict[str, Any], cases: int, request: Request, device: torch.device
+) -> Iterator[str]:
+    """What is left to type before training, then training and prediction on the device that was planned for."""
     encoder = plans["configurations"][CONFIGURATION]["sam"]["encoder"]
     name, number = plans["plans_name"], convert_dataset_name_to_id(folder.name)
     if not is_here(encoder):
@@ -184,4 +186,6 @@ def _commands(folder: Path, plans: dict[str, Any], cases: int, trainer: str) -> 
     if not (folder / plans["configurations"][CONFIGURATION]["data_identifier"]).is_dir():
         yield f"nnUNetv2_preprocess -d {number} -plans_name {name} -c {CONFIGURATION}"
     fold = "0" if cases >= FOLDS or (folder / SPLITS).is_file() else "all"
-    yield f"nnUNetv2_train {number} {CONFIGURATION} {fold} -tr {trainer} -p {name}"
+    model = f"-tr {request.trainer.__name__} -p {name}" + ("" if device.type == "cuda" else f" -device {device.type}")
+    yield f"nnUNetv2_train {number} {CONFIGURATION} {fold} {model}"
+    yield f"nnUNetv2_predict -i images/ -o out/ -d {number} -c {CONFIGURATION} -f {fold} {model}"
