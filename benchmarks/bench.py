@@ -17,13 +17,14 @@ import grid
 import parts
 import precision
 import pretraining
+import slabs
 import startup
 import trainers
 import training
 
 SECTIONS = {"encoder": encoder.run, "grid": grid.run, "training": training.run, "folds": folds.run,
             "cache": cache.run, "trainers": trainers.run, "parts": parts.run, "precision": precision.run,
-            "pretraining": pretraining.run}
+            "pretraining": pretraining.run, "slabs": slabs.run}
 
 
 def main() -> int:
