@@ -25,6 +25,7 @@ from desam_nnunet.encoders.base import FeatureSpec
 from desam_nnunet.encoders.registry import ENCODERS
 from desam_nnunet.encoders.sam_vit import SamViT
 from desam_nnunet.encoders.weights import find_row
+from desam_nnunet.planning import fit
 from desam_nnunet.planning.choices import Choice
 from desam_nnunet.planning.facts import Facts, read_facts
 from desam_nnunet.planning.fit import Machine
@@ -305,12 +306,28 @@ def test_only_sizes_that_the_encoder_takes_are_planned(
     assert next(line.reason for line in lines if line.key == "sam.image_size").endswith(reason)
 
 
+@pytest.mark.parametrize(("here", "encoder", "reason"), [
+    (("lite_medsam", "vit_b", "vit_tiny"), "lite_medsam", "on a CPU: a medical SAM"),
+    (("vit_b", "vit_tiny"), "vit_b", "pip install 'desam-nnunet[lite-medsam]'"),
+    (("vit_tiny",), "vit_tiny", "comes with this package; better is a medical SAM: pip install"),
+])
+def test_on_a_cpu_the_first_of_a_few_that_is_here(
+    monkeypatch: pytest.MonkeyPatch, here: tuple[str, ...], encoder: str, reason: str
+) -> None:
+    monkeypatch.setattr(fit, "is_here", lambda name: name in here)
+    configuration, _, lines = choose(CARDIAC, Request(), machine(8, 100))
+    assert configuration["sam"]["encoder"] == encoder
+    assert reason in next(line.reason for line in lines if line.key == "sam.encoder")
+    trained_through, _, lines = choose(CARDIAC, Request(trainer=SAMedTrainer), machine(40, 100))
+    assert trained_through["sam"]["encoder"] == "vit_b"
+    missing = "desam weights get vit_b" in next(line.reason for line in lines if line.key == "sam.encoder")
+    assert missing == ("vit_b" not in here)
+
+
 def test_five_channels_of_few_large_slices_on_a_cpu() -> None:
     facts = Facts(((2, 1024, 1024),) * 2, (256, 256), 5, 1, ("ZScoreNormalization",) * 5)
-    configuration, _, lines = choose(facts, Request(), machine(8, 100))
+    configuration, *_ = choose(facts, Request(encoder="vit_b"), machine(8, 100))
     assert configuration["patch_size"] == [512, 512]
-    assert configuration["sam"]["encoder"] == "vit_b"
-    assert "desam weights get vit_b" in next(line.reason for line in lines if line.key == "sam.encoder")
 
 
 def test_operations_of_vit_b() -> None:

