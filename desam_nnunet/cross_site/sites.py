@@ -197,6 +197,9 @@ def _from_manifest(path: Path) -> Sites:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) and row[key] for key in _COLUMNS):
             raise ValueError(f"Row {number} of {path} lacks one of {', '.join(sorted(_COLUMNS))}.")
+        if odd := [key for key in _COLUMNS if not row[key].isprintable()]:
+            raise ValueError(f"Row {number} of {path} has a {odd[0]} with characters that can't be printed: "
+                             f"{row[odd[0]]!r}.")
         images = tuple((path.parent / image.strip()).absolute() for image in row["image"].split(";"))
         sites[row["site"]].append(Case(row["case"], images, (path.parent / row["label"]).absolute()))
     if not sites:

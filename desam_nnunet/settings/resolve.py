@@ -36,7 +36,7 @@ def check_keys(name: str, kind: type, given: dict[str, Any]) -> None:
     valid = ", ".join(f"{key} ({hint.__name__})" for key, hint in types.items())
     for key, value in given.items():
         if key not in types:
-            raise ValueError(f"The plans' section '{name}' has an unknown key '{key}'. Valid keys: {valid}.")
+            raise ValueError(f"The plans' section '{name}' has an unknown key {key!r}. Valid keys: {valid}.")
         if not _has_type(value, types[key]):
             raise ValueError(f"The plans' key {name}.{key} is {value!r}, but must be of type {types[key].__name__}. "
                              f"Valid keys: {valid}.")

@@ -68,6 +68,8 @@ class SamSection:
     val_iterations_per_epoch: int = 50
 
     def __post_init__(self) -> None:
+        for name in ("encoder", "identity"):
+            require(getattr(self, name).isprintable(), f"sam.{name}", getattr(self, name), "text that can be printed")
         require(self.intensity in INTENSITY_RULES, "sam.intensity", self.intensity, " or ".join(INTENSITY_RULES))
         require(self.features in FEATURES, "sam.features", self.features, " or ".join(FEATURES))
         require(self.augmentation in AUGMENTATIONS, "sam.augmentation", self.augmentation, " or ".join(AUGMENTATIONS))

@@ -25,10 +25,10 @@ def refuse_unread_sections(plans: dict[str, Any], configuration: dict[str, Any],
     ours = (*SECTIONS, method.name)
     for place, keys in (("at the top level", plans), ("among the configurations", plans["configurations"])):
         for key in _like(keys, ours):
-            raise ValueError(f"The plans' key '{key}' stands {place}, where nothing reads it: sections stand in a "
+            raise ValueError(f"The plans' key {key!r} stands {place}, where nothing reads it: sections stand in a "
                              f"configuration, such as configurations → {name} → {_closest(key, ours)}.")
     for key in _like((key for key in configuration if key not in ours), ours):
-        raise ValueError(f"The plans' configuration '{name}' has a key '{key}', which nothing reads. If "
+        raise ValueError(f"The plans' configuration '{name}' has a key {key!r}, which nothing reads. If "
                          f"'{_closest(key, ours)}' is meant, call it so; else remove it.")
 
 

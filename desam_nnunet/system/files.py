@@ -35,11 +35,12 @@ def damage_told(what: str, remedy: str = "") -> Iterator[None]:
     """For reading what may be damaged, which makes a reader raise anything.
 
     Raises:
-        ValueError: `what`, the error's name and `remedy`. What the system says of a file (``OSError``) stays as it is.
+        ValueError: `what`, the error's name and `remedy`. What the system says of a file that it names (``OSError``)
+            stays as it is.
     """
     try:
         yield
-    except OSError:
-        raise
     except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
         raise ValueError(f"{what} ({type(error).__name__}){remedy}.") from error
