@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 _COMMON: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck)}  # machines differ in speed
-settings.register_profile("suite", max_examples=60, derandomize=True, database=None, **_COMMON)
+settings.register_profile("suite", max_examples=30, derandomize=True, database=None, **_COMMON)
 settings.register_profile("long", max_examples=10_000, **_COMMON)
 settings.load_profile(os.environ.get("FUZZ_PROFILE", "suite"))
 
