@@ -39,8 +39,9 @@ from desam_nnunet.cross_site.sites import Case, check_sites, ending_of, read_sit
 from desam_nnunet.cross_site.study import CHECKPOINT, FOLDERS, method_of
 from desam_nnunet.evaluation.scores import read_rows, score_cases, write_rows
 from desam_nnunet.evaluation.statistics import Summary, summarise
+from desam_nnunet.nnunet.datasets import STOCK_PLANS
 from desam_nnunet.nnunet.model_folder import read_checkpoint
-from desam_nnunet.planning.facts import CONFIGURATION, SPLITS, STOCK_PLANS
+from desam_nnunet.planning.facts import CONFIGURATION, SPLITS
 from desam_nnunet.sam.slabs import SLABS
 from desam_nnunet.settings.sections import SamSection
 from desam_nnunet.system.files import replace_file

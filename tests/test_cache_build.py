@@ -30,7 +30,7 @@ from desam_nnunet.cache.tiles import content_of, crop, tiles_of
 from desam_nnunet.commands.__main__ import main
 from desam_nnunet.encoders.base import Features, FeatureSpec, ImageSpec, Level
 from desam_nnunet.encoders.precision import encoder_dtype
-from desam_nnunet.training.dataset_cache import build_dataset
+from desam_nnunet.training.dataset_cache import build_dataset, planned_for
 from desam_nnunet.training.frozen import cached_loaders
 
 CPU = torch.device("cpu")
@@ -441,3 +441,10 @@ def test_bad_input_is_one_sentence(
 ) -> None:
     assert main(["cache", "-d", "501", "-p", PLANS, *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_the_plans_of_desam_plan_are_found(workspace: Workspace, root: Path) -> None:
+    assert planned_for("SAMedTrainer", "501") == "nnUNetPlans"
+    (root / "SAMedPlans.json").write_text("{}")
+    assert planned_for("SAMedTrainer", "501") == "SAMedPlans"
+    (root / "SAMedPlans.json").unlink()

@@ -19,6 +19,7 @@ from desam_nnunet.encoders.registry import ENCODERS
 from desam_nnunet.encoders.weights import load_encoder
 from desam_nnunet.networks.desam.section import DESAM
 from desam_nnunet.training.checks import check_same_settings, settings_of
+from desam_nnunet.training.desam import DeSAMTrainer
 
 
 def make_batch(trainer: Any, *, channels: int = 1, labels: int = 1) -> dict[str, Any]:
@@ -382,3 +383,12 @@ def test_a_model_with_another_encoder_is_refused(trained: Workspace, tmp_path: P
     assert "trained or made with md5:0123" in result.stderr
 
 
+
+
+def test_a_device_that_is_not_here_leaves_no_folder(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    workspace.write_plans("NoDevice", **tiny_sections())
+    plans = workspace.plans("NoDevice") | {"continue_training": False}
+    with pytest.raises(ValueError, match="PyTorch finds no cuda device here: add -device cpu"):
+        DeSAMTrainer(plans, "2d", 0, workspace.dataset_json())  # nnU-Net's default device
+    assert not workspace.model("DeSAMTrainer", "NoDevice").exists()

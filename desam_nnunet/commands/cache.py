@@ -11,7 +11,7 @@ def add(commands: Commands) -> None:
     """Adds the command."""
     cache = add_command(commands, "cache", _run, "encode a data set once, so that training reads features from disk")
     cache.add_argument("-d", required=True, help="data set, name or id")
-    cache.add_argument("-p", default="nnUNetPlans", help="plans (default: nnUNetPlans)")
+    cache.add_argument("-p", help="plans (default: those of desam plan for the trainer, or else nnUNetPlans)")
     cache.add_argument("-c", default="2d", help="configuration (default: 2d)")
     cache.add_argument("-tr", default="DeSAMTrainer", help="whose augmentation sam.views show (default: DeSAMTrainer)")
     add_device(cache)
@@ -34,8 +34,9 @@ def _run(options: argparse.Namespace) -> None:
         for folder in manage.delete_stores(options.d, options.delete or None):
             print(f"Removed {folder}")
     else:
-        from desam_nnunet.training.dataset_cache import build_dataset
+        from desam_nnunet.training.dataset_cache import build_dataset, planned_for
 
         device = device_named(options.device)
-        store = build_dataset(options.d, options.p, options.c, options.tr, device, options.num_parts, options.part_id)
+        plans = options.p or planned_for(options.tr, options.d)
+        store = build_dataset(options.d, plans, options.c, options.tr, device, options.num_parts, options.part_id)
         print(f"{store.folder}: {store.size() / 1e9:.2f} GB, {len(store.cases())} case(s)")

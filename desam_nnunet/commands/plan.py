@@ -11,7 +11,8 @@ def add(commands: Commands) -> None:
     """Adds the command."""
     plan = add_command(commands, "plan", _run, "fit nnU-Net's plans to the data set and this machine")
     plan.add_argument("-d", metavar="DATASET", help="number or name of the data set")
-    plan.add_argument("--trainer", default="DeSAMTrainer", metavar="NAME", help="to plan for (default: DeSAMTrainer)")
+    plan.add_argument("-tr", "--trainer", default="DeSAMTrainer", metavar="NAME",
+                      help="to plan for (default: DeSAMTrainer)")
     plan.add_argument("-gpu_memory_target", type=float, metavar="GB",
                       help="memory that training may take (default: from this machine)")
     plan.add_argument("-disk_target", type=float, metavar="GB",

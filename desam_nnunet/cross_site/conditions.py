@@ -14,7 +14,8 @@ import SimpleITK as sitk
 from desam_nnunet.cross_site.sites import ENDINGS
 from desam_nnunet.cross_site.study import CHECKPOINT, Study
 from desam_nnunet.encoders.weights import file_hash
-from desam_nnunet.planning.facts import CONFIGURATION, SPLITS, STOCK_PLANS
+from desam_nnunet.nnunet.datasets import STOCK_PLANS
+from desam_nnunet.planning.facts import CONFIGURATION, SPLITS
 from desam_nnunet.settings.sections import SamSection
 from desam_nnunet.system.files import replace_file
 

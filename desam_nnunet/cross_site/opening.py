@@ -18,8 +18,9 @@ from desam_nnunet.cross_site.settings import check_settings, read_settings
 from desam_nnunet.cross_site.sites import Case, Sites, check_sites, ending_of, read_sites
 from desam_nnunet.cross_site.study import FILE, FOLDERS, Study, plain, plain_sites
 from desam_nnunet.evaluation.scores import classes_of
+from desam_nnunet.nnunet.datasets import STOCK_PLANS
 from desam_nnunet.nnunet.lookup import look_up
-from desam_nnunet.planning.facts import FOLDS, SPLITS, STOCK_PLANS
+from desam_nnunet.planning.facts import FOLDS, SPLITS
 from desam_nnunet.system.files import TEMPORARY
 
 _GROWING = ("trainers", "sources", "targets")  # what a later call may add to

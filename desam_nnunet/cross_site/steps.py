@@ -30,9 +30,10 @@ from desam_nnunet.cross_site.score_maps import draw_scores
 from desam_nnunet.cross_site.study import CHECKPOINT, Study, method_of
 from desam_nnunet.evaluation.scores import classes_of, score_cases, write_rows
 from desam_nnunet.networks.desam.prompters import PointPrompter
+from desam_nnunet.nnunet.datasets import STOCK_PLANS
 from desam_nnunet.nnunet.lookup import look_up
 from desam_nnunet.nnunet.model_folder import read_description
-from desam_nnunet.planning.facts import CONFIGURATION, SPLITS, STOCK_PLANS
+from desam_nnunet.planning.facts import CONFIGURATION, SPLITS
 from desam_nnunet.settings.resolve import read_own
 from desam_nnunet.settings.sections import SamSection
 from desam_nnunet.system.files import replace_file

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from desam_nnunet.cross_site.sites import Sites
+from desam_nnunet.nnunet.datasets import STOCK_PLANS
 from desam_nnunet.nnunet.lookup import look_up
-from desam_nnunet.planning.facts import CONFIGURATION, STOCK_PLANS
+from desam_nnunet.planning.facts import CONFIGURATION
 from desam_nnunet.settings.sections import Method
 from desam_nnunet.system.files import replace_file
 from desam_nnunet.training.base import SamTrainer

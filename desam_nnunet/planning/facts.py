@@ -13,7 +13,6 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from desam_nnunet.cache.tiles import tiles_of
 
 CONFIGURATION = "2d"
-STOCK_PLANS = "nnUNetPlans"
 FOLDS = 5  # of nnU-Net's split
 SPLITS = "splits_final.json"
 

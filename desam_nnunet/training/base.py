@@ -61,6 +61,7 @@ class SamTrainer(nnUNetTrainer):
         self, plans: dict, configuration: str, fold: int | str, dataset_json: dict,
         device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's signature
     ) -> None:
+        checks.check_device(device)
         resolve_plans(plans, configuration, dataset_json, self.method,
                       trained=trained_plans(plans, configuration, type(self).__name__))
         super().__init__(plans, configuration, fold, dataset_json, device)

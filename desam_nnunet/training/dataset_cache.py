@@ -12,11 +12,17 @@ from desam_nnunet.cache.build import Share
 from desam_nnunet.cache.store import Store
 from desam_nnunet.cache.views import not_started
 from desam_nnunet.networks.frame import FrozenSamNetwork
-from desam_nnunet.nnunet.datasets import read_preprocessed
+from desam_nnunet.nnunet.datasets import STOCK_PLANS, dataset_folder, read_preprocessed
 from desam_nnunet.nnunet.model_folder import build_network
 from desam_nnunet.settings.resolve import read_sam, resolve_plans
 from desam_nnunet.training.frozen import FrozenSamTrainer, build_missing, builder_of
 from desam_nnunet.training.registry import find_trainer
+
+
+def planned_for(trainer_name: str, dataset: str) -> str:
+    """The name of the plans that ``desam plan`` wrote for a trainer, or nnU-Net's own."""
+    name = find_trainer(trainer_name).method.plans_name
+    return name if (dataset_folder(dataset) / f"{name}.json").is_file() else STOCK_PLANS
 
 
 def build_dataset(
