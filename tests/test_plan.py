@@ -216,8 +216,17 @@ def test_presets_are_valid_sections_and_go_before_the_planner(name: str) -> None
     assert any(line.reason.startswith(f"preset {name}") for line in lines)
 
 
-def test_there_are_four_presets() -> None:
-    assert preset_names() == ["cpu", "laptop", "paper", "vit_h_24gb"]
+def test_there_are_five_presets() -> None:
+    assert preset_names() == ["cpu", "laptop", "paper", "quick", "vit_h_24gb"]
+
+
+def test_a_trial_is_named_as_one(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "-d", "501", "--encoder", "vit_tiny", "-device", "cpu", "-tr", "PDMMTrainer", "--quick"]) == 0
+    sam = workspace.plans("PDMMPlansQuick")["configurations"]["2d"]["sam"]
+    assert (sam["views"], sam["epochs"] * sam["iterations_per_epoch"]) == (1, 400)
+    assert "nnUNetv2_train 501 2d 0 -tr PDMMTrainer -p PDMMPlansQuick -device cpu" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["plan", "-d", "501", "--quick", "--preset", "cpu"])
 
 
 def test_flags_and_what_is_there_go_before_a_preset() -> None:

@@ -6,6 +6,8 @@ import argparse
 
 from desam_nnunet.commands.words import Commands, add_command
 
+_QUICK = "quick"
+
 
 def add(commands: Commands) -> None:
     """Adds the command."""
@@ -19,9 +21,12 @@ def add(commands: Commands) -> None:
                       help="what the embedding cache may take (default: half of what is free)")
     plan.add_argument("--encoder", metavar="NAME",
                       help="a name, see desam weights list, timm/<model> or a file (default: what is here and fits)")
-    plan.add_argument("--preset", metavar="NAME", help="settings to start from, see --list")
+    start = plan.add_mutually_exclusive_group()
+    start.add_argument("--preset", metavar="NAME", help="settings to start from, see --list")
+    start.add_argument("--quick", action="store_true",
+                       help="a trial of minutes: the preset quick, in plans of that name")
     plan.add_argument("-overwrite_plans_name", metavar="NAME",
-                      help="default: DeSAMPlans, SAMedPlans or DBSAMPlans, by the trainer")
+                      help="default: DeSAMPlans, PDMMPlans, SAMedPlans or DBSAMPlans, by the trainer")
     plan.add_argument("-device", choices=["cuda", "cpu", "mps"], help="to train on (default: cuda where there is one)")
     plan.add_argument("--list", action="store_true", help="list the presets")
 
@@ -43,8 +48,10 @@ def _run(options: argparse.Namespace) -> None:
 
     trainer = find_trainer(options.trainer)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    request = Request(options.gpu_memory_target, options.disk_target, options.encoder, options.preset, trainer)
-    planned = plan_dataset(options.d, options.overwrite_plans_name or trainer.method.plans_name, request, device)
+    preset = _QUICK if options.quick else options.preset
+    name = trainer.method.plans_name + (_QUICK.capitalize() if options.quick else "")
+    request = Request(options.gpu_memory_target, options.disk_target, options.encoder, preset, trainer)
+    planned = plan_dataset(options.d, options.overwrite_plans_name or name, request, device)
     for line in planned.lines:
         print(f"{line.key:<17} {line.value:<23} {line.reason}")
     print(f"\nWritten to {planned.path}. Next:")

@@ -102,7 +102,8 @@ def choose(facts: Facts, request: Request, machine: Machine) -> tuple[dict[str, 
         Line("sam.views", str(sam["views"]), "augmented, but for the first" if sam["views"] > 1 else "as published"),
         Line("sam.cache_dtype", sam["cache_dtype"], "not used" if sam["features"] == "online" else
              "the more exact" if sam["cache_dtype"] == DTYPES[0] else "half as large"),
-        Line("sam.epochs", f"{sam['epochs']} of {sam['iterations_per_epoch']} iterations", schedule.reason),
+        Line("sam.epochs", f"{sam['epochs']} of {sam['iterations_per_epoch']} iterations",
+             f"preset {request.preset}" if "iterations_per_epoch" in request.sam else schedule.reason),
     ]
     if not method.frozen_features:
         lines.append(Line(
