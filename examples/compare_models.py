@@ -158,6 +158,11 @@ def parse() -> Comparison:
             raise ValueError(f"{options.models}: {unknown[0]} is in an ensemble, but no model of that name is trained.")
         if len({plans_of(name) for name in models}) < len(models):
             raise ValueError(f"{options.models}: names must differ in more than signs: {', '.join(models)}.")
+        for name, model in models.items():
+            method = method_of(model["trainer"]) if "slices" in model else None
+            if "slices" in model and (method is None or not method.slabs):
+                raise ValueError(f"{options.models}: {model['trainer']} of {name} sees one slice at a time: take out "
+                                 "'slices'.")
         if several := [case.name for rows in sites.values() for case in rows if len(case.images) > 1]:
             raise ValueError(f"{several[0]} has several channels, but only one is compared here.")
     except (ValueError, OSError) as error:

@@ -93,7 +93,7 @@ def test_storage_by_disk_and_time(
 
 @pytest.mark.parametrize(("slices", "batch", "fit", "slab"), [
     ([20] * 10, 8, 99, (5, 2)), ([20] * 10, 2, 99, (5, 2)), ([20] * 10, 16, 99, (5, 3)), ([20] * 10, 8, 5, (5, 1)),
-    ([4, 4, 20], 8, 99, (4, 2)), ([3, 3, 3], 8, 99, (3, 3)), ([1, 1, 30], 8, 99, None), ([20] * 10, 8, 4, None),
+    ([4, 4, 20], 8, 99, (5, 2)), ([3, 3, 3], 8, 99, (5, 2)), ([1, 1, 30], 8, 99, None), ([20] * 10, 8, 4, None),
 ])
 def test_slabs_hold_about_as_many_slices_as_a_batch_without(
     slices: list[int], batch: int, fit: int, slab: tuple[int, int] | None

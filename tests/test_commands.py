@@ -62,7 +62,7 @@ def test_model_folder_holds_every_resolved_setting(trained: Workspace) -> None:
     assert configuration["sam"] == {
         "encoder": "vit_tiny", "identity": f"md5:{ENCODERS['vit_tiny'].md5}", "image_size": 128,
         "intensity": "percentile", "regions": False, "features": "cached", "views": 1, "augmentation": "nnunet",
-        "view_geometry": "case", "cache_dtype": "float16",
+        "view_geometry": "tile", "cache_dtype": "float16",
         "epochs": 1, "iterations_per_epoch": 3, "val_iterations_per_epoch": 1,
     }
     assert configuration["desam"] == {

@@ -51,7 +51,7 @@ def test_defaults() -> None:
     assert configuration["sam"] == {
         "encoder": "vit_tiny", "identity": f"md5:{ENCODERS['vit_tiny'].md5}", "image_size": 256,
         "intensity": "percentile", "regions": False, "features": "cached", "views": 1, "augmentation": "nnunet",
-        "view_geometry": "case", "cache_dtype": "float16",
+        "view_geometry": "tile", "cache_dtype": "float16",
         "epochs": 50, "iterations_per_epoch": 250, "val_iterations_per_epoch": 50,
     }
     assert configuration["desam"] == {"grid": 9, "iou_threshold": 0.5, "lr": 1e-4, "mask_stride": 4,

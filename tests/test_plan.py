@@ -72,6 +72,7 @@ def test_every_choice_is_in_the_plans_and_printed_with_its_reason(
     assert configuration["data_identifier"] == "nnUNetPlans_2d"
     assert configuration["architecture"] == workspace.plans("nnUNetPlans")["configurations"]["2d"]["architecture"]
     assert configuration["sam"]["encoder"] == "vit_tiny"
+    assert (configuration["sam"]["views"], configuration["sam"]["view_geometry"]) == (4, "case")  # slabs may share them
     assert configuration["desam"] == {"mask_stride": 4, "grid_offset": 0.0, "through_input": False}
     patch = configuration["patch_size"]
     assert plans["configurations"]["2d_slab"] == {"inherits_from": "2d", "patch_size": [5, *patch], "batch_size": 2}

@@ -13,13 +13,13 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from test_cache_loader import make as make_loader  # noqa: F401 - a fixture
 from torch import Tensor
 
-from desam_nnunet.augmentation.gaps import with_gaps_blank
+from desam_nnunet.augmentation.slabs import slice_by_slice
 from desam_nnunet.cache.loader import MISSING, CachedLoader, Draw
 from desam_nnunet.encoders.sam_vit import IMAGE
 from desam_nnunet.networks.desam.network import build_desam
 from desam_nnunet.networks.desam.pdmm_alone import PDMMAlone, PdmmSection
 from desam_nnunet.networks.desam.prompters import GridPrompter, Prompter, WholeBoxPrompter
-from desam_nnunet.networks.frame import FrozenSamNetwork, Outline
+from desam_nnunet.networks.frame import ABSENT_LOGIT, FrozenSamNetwork, Outline
 from desam_nnunet.networks.neighbours import Neighbours
 from desam_nnunet.sam.prompts import Prompts
 from desam_nnunet.sam.slabs import slabs_of, slices_of
@@ -112,7 +112,7 @@ def test_features_say_which_slices_are_missing() -> None:
     network = pdmm(DEPTH)
     slab = volume(DEPTH)
     slab[:, :, 1] = 0
-    features = network.encode(slices_of(slab))
+    features = network.encode_slices(slices_of(slab))
     there = network.there(features)
     assert there is not None
     assert there.tolist() == [True, False, True, True, True]
@@ -197,15 +197,56 @@ def test_slices_that_a_volume_lacks(make_loader: Callable[..., CachedLoader], in
         assert batch["target"][3].any()
 
 
-def test_gaps_stay_blank_whatever_is_done_to_them() -> None:
+def test_gaps_stay_blank_and_slices_do_not_mix_whatever_is_done_to_them() -> None:
     """Online: slices outside of the volume, which have the label -1, stay zero and become background."""
     stock = nnUNetTrainer.get_training_transforms((3, 16, 16), (-0.1, 0.1), None, (1, 2), True)
-    transforms = with_gaps_blank(stock)
-    for _ in range(10):
+    for transform in stock.transforms:
+        if getattr(transform, "apply_probability", 1) < 1:
+            transform.apply_probability = 0.7  # each often
+    transforms = slice_by_slice(stock)
+    for _ in range(20):
         image = torch.randn(1, 3, 16, 16) + 5
         labels = torch.ones(1, 3, 16, 16, dtype=torch.int16)
+        image[:, 1] = 700  # what a blur across slices would spread
         image[:, 2], labels[:, 2] = 0, -1
         sample = transforms(image=image, segmentation=labels)
+        assert sample["image"].shape == (1, 3, 16, 16)
         assert not sample["image"][:, 2].any()
+        assert sample["image"][:, 0].abs().max() < 60
         assert sample["image"][:, :2].flatten(2).any(2).all()
         assert sample["segmentation"].unique().tolist() in ([0, 1], [0])
+
+
+def test_stored_tiles_are_those_of_single_slices() -> None:
+    """A slice of zeros that is really there is encoded for the store alike, whoever builds it."""
+    blank = torch.zeros(2, 1, 48, 48)
+    flat, deep = pdmm(1).encode(blank), pdmm(DEPTH).encode(blank)
+    assert flat.neck.any()
+    assert torch.equal(flat.neck, deep.neck)
+
+
+def test_slices_that_are_missing_cost_nothing() -> None:
+    """Nothing is found in them, so that neither Dice nor cross-entropy moves, and no score is learnt there."""
+    network = awake(pdmm(DEPTH)).train()
+    tiles = slices_of(torch.randn(2, 1, DEPTH, 48, 48))
+    tiles[DEPTH - 2 : DEPTH] = 0
+    masks, _ = network(network.encode_slices(tiles), Prompts())
+    assert masks[DEPTH - 2 : DEPTH].eq(ABSENT_LOGIT).all()
+    assert not masks[: DEPTH - 2].eq(ABSENT_LOGIT).any()
+
+
+def test_out_of_memory_encodes_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = pdmm(DEPTH)
+    tiles = slices_of(volume(DEPTH))
+    whole = network.encode(tiles)
+    encode, seen = network.encode, []
+
+    def small(given: Tensor) -> Any:
+        if len(given) > 2:
+            raise torch.OutOfMemoryError
+        seen.append(len(given))
+        return encode(given)
+
+    monkeypatch.setattr(network, "encode", small)
+    torch.testing.assert_close(network.encode_slices(tiles).neck, whole.neck)
+    assert seen == [2, 1, 2]

@@ -17,6 +17,7 @@ from desam_nnunet.networks.neighbours import Neighbours
 from desam_nnunet.nnunet.model_folder import read_checkpoint
 from desam_nnunet.sam.slabs import SLABS
 from desam_nnunet.training.desam import DeSAMTrainer
+from desam_nnunet.training.expand import expand
 
 SLAB_PLANS = "SlabPlans"
 DEPTH = 5
@@ -24,7 +25,7 @@ DEPTH = 5
 
 def write_plans(workspace: Workspace, name: str = SLAB_PLANS, **sam: object) -> None:
     """Plans with both configurations, as ``desam plan`` writes them."""
-    plans = workspace.write_plans(name, **tiny_sections(**sam), pdmm={"width": 16})
+    plans = workspace.write_plans(name, **tiny_sections(**({"view_geometry": "case"} | sam)), pdmm={"width": 16})
     patch = plans["configurations"]["2d"]["patch_size"]
     plans["configurations"][SLABS] = {"inherits_from": "2d", "patch_size": [DEPTH, *patch], "batch_size": 2}
     (workspace.preprocessed / f"{name}.json").write_text(json.dumps(plans))
@@ -103,7 +104,7 @@ def test_pretrained_weights_of_single_slices(slabbed: Workspace) -> None:
 def test_an_expanded_model_predicts_what_it_was_made_of(
     slabbed: Workspace, predicted: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The windows overlap, so that two logits are averaged in float16 where a tile has one: rarely a pixel differs."""
+    """nnU-Net adds up overlapping windows in float16, coarsely where a slab's outer slices hardly count."""
     flat = model(slabbed, "PDMMTrainer", configuration="2d")
     copy = tmp_path / "results" / slabbed.results.name / flat.name
     copy.parent.mkdir(parents=True)
@@ -111,17 +112,25 @@ def test_an_expanded_model_predicts_what_it_was_made_of(
     assert main(["weights", "expand", str(copy)]) == 0
     assert main(["weights", "expand", str(copy)]) == 1
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
-    masks = predict(slabbed, tmp_path / "out", SLABS)
-    for name, mask in masks.items():
-        expected = sitk.GetArrayFromImage(sitk.ReadImage(str(predicted["2d"] / name)))
-        assert (mask != expected).mean() < 1e-3
+    for name in predict(slabbed, tmp_path / "out", SLABS):
+        ours, theirs = (np.load(folder / name.replace("nii.gz", "npz"))["probabilities"]
+                        for folder in (tmp_path / "out", predicted["2d"]))
+        assert np.abs(ours - theirs).mean() < 0.01
+        assert np.ptp(theirs[1]) > 0.02  # there is something to see
+    nnunet("nnUNetv2_train", 501, SLABS, 0, "-tr", "PDMMTrainer", "-p", SLAB_PLANS, "-device", "cpu", "--val")
+    expanded = copy.with_name(copy.name + "_slab")
+    assert (expanded / "fold_0" / "validation" / "summary.json").is_file()
 
 
-def test_what_cannot_be_expanded(slabbed: Workspace, trained: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_expanded(
+    slabbed: Workspace, trained: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["weights", "expand", str(slabbed.root)]) == 1
     assert "has no fold with a checkpoint_final.pth" in capsys.readouterr().err
-    assert main(["weights", "expand", str(trained.model("DeSAMTrainer"))]) == 1
-    assert "no configuration '2d_slab'" in capsys.readouterr().err
+    copy = tmp_path / "SAMedTrainer__X__2d"
+    copy.symlink_to(trained.model("DeSAMTrainer"))
+    assert main(["weights", "expand", str(copy)]) == 1
+    assert "the method samed sees one slice at a time" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("trainer", [
@@ -171,6 +180,14 @@ def test_gradients_reach_every_trained_weight(slabbed: Workspace) -> None:
 def test_what_sees_no_slabs_is_refused(slabbed: Workspace, trainer: str, configuration: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make_trainer(trainer, slabbed, plans=slabbed.plans(SLAB_PLANS), configuration=configuration)
+
+
+def test_models_from_before_slabs_become_slabs(trained: Workspace, tmp_path: Path) -> None:
+    """Their own plans know no such configuration: 5 slices of the tiles that they were trained on."""
+    copy = tmp_path / trained.model("DeSAMTrainer").name
+    copy.symlink_to(trained.model("DeSAMTrainer"))
+    plans = json.loads((expand(copy) / "plans.json").read_text())["configurations"]
+    assert plans[SLABS]["patch_size"] == [5, *plans["2d"]["patch_size"]]
 
 
 def test_views_by_tile_are_no_slabs(slabbed: Workspace) -> None:

@@ -169,15 +169,9 @@ class Builder:
 
     @torch.inference_mode()
     def _encode(self, images: list[np.ndarray]) -> list[Features]:
-        """Features of each image; where the GPU's memory is too small for all at once, in halves."""
-        try:
-            features = self.network.encode(torch.from_numpy(np.stack(images)).float().to(self.device))
-            return [features.sample(index) for index in range(len(images))]
-        except torch.OutOfMemoryError:
-            if len(images) == 1:
-                raise
-        half = len(images) // 2
-        return self._encode(images[:half]) + self._encode(images[half:])
+        """Features of each image."""
+        features = self.network.encode_in_parts(torch.from_numpy(np.stack(images)).float().to(self.device))
+        return [features.sample(index) for index in range(len(images))]
 
 
 def usable_bytes(folder: Path) -> int:

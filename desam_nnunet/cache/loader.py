@@ -148,8 +148,8 @@ class CachedLoader:
 
     def _sample(self, draw: Draw, room: Features | None) -> tuple[Features, Tensor]:
         """Features and target of one tile; `room` is filled unless tiles are kept in memory."""
-        if not self.in_memory:
-            return self._from_disk(draw, room)
+        if not self.in_memory or draw.number == MISSING:
+            return self._from_disk(draw, None if self.in_memory else room)
         if draw in self._kept:
             return self._kept[draw]
         sample = self._from_disk(draw, None)

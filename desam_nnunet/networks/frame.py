@@ -155,15 +155,26 @@ class FrozenSamNetwork(SamNetwork):
 
     @uncompiled
     def encode(self, tiles: Tensor) -> Features:
-        """Frozen features of (B, C, H, W) tiles; channel groups are encoded one by one and averaged.
-
-        Of a slab, slices of zeros are missing, as nnU-Net pads a volume: their features are zero.
-        """
-        if self.depth > 1 and not (there := tiles.flatten(1).any(1)).all():
-            return self._with_gaps(tiles, there)
+        """Frozen features of (B, C, H, W) tiles; channel groups are encoded one by one and averaged."""
         images = self.images(tiles)  # B G 3 S S
         features = self.encoder(images.flatten(0, 1))
         return features.map(lambda x: mean_over_groups(x, images.shape[1]))
+
+    def encode_in_parts(self, tiles: Tensor) -> Features:
+        """As :meth:`encode`; in halves where a GPU's memory is too small for all at once."""
+        try:
+            return self.encode(tiles)
+        except torch.OutOfMemoryError:
+            if len(tiles) == 1:
+                raise
+        return Features.joined([self.encode_in_parts(half) for half in tiles.tensor_split(2)])
+
+    @uncompiled
+    def encode_slices(self, tiles: Tensor) -> Features:
+        """As :meth:`encode_in_parts`; of slabs, a slice of zeros is missing, as nnU-Net pads: its features are zero."""
+        if self.depth > 1 and not (there := tiles.flatten(1).any(1)).all():
+            return self._with_gaps(tiles, there)
+        return self.encode_in_parts(tiles)
 
     def there(self, features: Features) -> Tensor | None:
         """Which slices of slabs are not missing, (B·D,) bool; None where there are no slabs."""
@@ -175,7 +186,7 @@ class FrozenSamNetwork(SamNetwork):
                          for level in spec.maps)
         features = Features(tuple(levels), neck)
         if there.any():
-            for whole, part in zip(features.tensors, self.encode(tiles[there]).tensors, strict=True):
+            for whole, part in zip(features.tensors, self.encode_in_parts(tiles[there]).tensors, strict=True):
                 whole[there] = part.to(whole.dtype)
         return features
 
@@ -214,15 +225,16 @@ class FrozenSamNetwork(SamNetwork):
     def _remembered(self, tiles: Tensor) -> Features:
         """Features of `tiles`, each encoded once per volume. Training draws its tiles anew: nothing to remember."""
         if self.training or torch.is_grad_enabled():
-            return self.encode(tiles)
+            return self.encode_slices(tiles)
         settings = self.encoder.identity, self.encoder.precision(tiles.device), self.to_image.settings
         keys = [content_key(tile, *settings) for tile in tiles.split(1)]
         known = {key: found for key in keys if (found := self.memory.find(key)) is not None}
         new = {key: number for number, key in enumerate(keys) if key not in known}
         if new:
-            encoded = self.encode(tiles if len(new) == len(tiles) else tiles[list(new.values())])
+            encoded = self.encode_slices(tiles if len(new) == len(tiles) else tiles[list(new.values())])
             for number, key in enumerate(new):
-                known[key] = encoded.part(number)
+                part = encoded.part(number)
+                known[key] = part if len(new) == 1 else part.map(torch.clone)  # a view would keep its whole batch
                 self.memory.keep(key, known[key])
         return Features.joined([known[key] for key in keys])
 

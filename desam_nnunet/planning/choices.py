@@ -22,7 +22,8 @@ MAX_ITERATIONS = 250  # of an epoch, nnU-Net's
 MIN_ITERATIONS = 25
 _COARSEST = 2.5  # pixels of a tile per mask pixel
 _LARGEST_OF_MEDIAN = 1.5  # a few large slices do not decide the patch
-_DEPTH, _LEAST_DEPTH = 5, 3  # slices of a slab
+_DEPTH = 5  # slices of a slab
+_FEWEST_SLICES = 3  # of the median volume, for slabs
 _VIEWS = 4
 _ENCODING_HOURS = 1.0  # that views may cost
 
@@ -110,19 +111,19 @@ class Slab(NamedTuple):
 
 
 def choose_slab(slices: Sequence[int], batch_size: int, fits: Callable[[Slab], bool]) -> Choice[Slab] | None:
-    """As many slices as see each other, and about as many in a batch as without slabs; None where there are no slabs.
+    """As many slices as see each other, and about as many in a batch as without slabs; None where there are few slices.
+
+    Always an odd number: of an even one nnU-Net's window has no middle slice, and its outer ones hardly count.
 
     Args:
         slices: Of every case.
         batch_size: Tiles in a batch without slabs.
     """
-    depth = min(_DEPTH, median_high(slices))
-    if depth < _LEAST_DEPTH:
+    if median_high(slices) < _FEWEST_SLICES:
         return None
-    wanted = max(MIN_BATCH_SIZE, round(batch_size / depth))
-    best = next((slab for count in range(wanted, 0, -1) if fits(slab := Slab(depth, count))), None)
-    reason = "a slice and two on either side" if depth == _DEPTH else "most volumes have no more slices"
-    return best and Choice(best, reason)
+    wanted = max(MIN_BATCH_SIZE, round(batch_size / _DEPTH))
+    best = next((slab for count in range(wanted, 0, -1) if fits(slab := Slab(_DEPTH, count))), None)
+    return best and Choice(best, "a slice and the two on either side that it sees")
 
 
 class Storage(NamedTuple):

@@ -85,6 +85,7 @@ def choose(facts: Facts, request: Request, machine: Machine) -> tuple[dict[str, 
     sam: dict[str, Any] = _published_procedure(SAM) | {
         "encoder": fit.encoder, "image_size": fit.image.value, "intensity": intensity_rule(list(facts.schemes)),
         "features": storage.features, "views": storage.views, "cache_dtype": storage.dtype, **schedule.value._asdict(),
+        **({"view_geometry": "case"} if fit.slab and storage.views > 1 else {}),
     } | {key: value for key, value in request.sam.items() if key not in ("encoder", "image_size", "views")}
     section = _published_procedure(method) | request.fragment.get(method.name, {})
     if fit.checkpointing:

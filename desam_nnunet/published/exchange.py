@@ -18,6 +18,7 @@ from desam_nnunet.encoders.weights import find_weights
 from desam_nnunet.nnunet.datasets import read_preprocessed
 from desam_nnunet.nnunet.model_folder import build_network, model_folder, read_checkpoint
 from desam_nnunet.published.formats import IMAGE_ENCODER, Published, official_samed_names, read_published
+from desam_nnunet.sam.slabs import SLABS
 from desam_nnunet.settings.resolve import given_section, resolve_plans
 from desam_nnunet.system.files import replacing
 from desam_nnunet.training.registry import find_trainer
@@ -61,6 +62,9 @@ def import_official(
     if trainer not in published.trainers:
         raise ValueError(f"{file} is a checkpoint for {' or '.join(published.trainers)}, not for -tr {trainer}.")
     plans, dataset_json, base = read_preprocessed(dataset, plans_name)
+    if configuration == SLABS:
+        raise ValueError(f"-c {SLABS}: published checkpoints are of single slices. Import into 2d, then make that a "
+                         "model of slabs with desam weights expand.")
     _fix_section(plans, configuration, published, file)
     method = find_trainer(trainer).method
     resolve_plans(plans, configuration, dataset_json, method, _encoder_of(published, file))

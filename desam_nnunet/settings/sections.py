@@ -44,8 +44,7 @@ class SamSection:
         augmentation: How views after the first, and online training, change a tile: ``nnunet`` as nnU-Net does, or
             ``strong``: with intensities as scanners elsewhere might give them.
         view_geometry: Whether a view turns, scales and mirrors all tiles of a ``case`` alike, so that neighbouring
-            slices fit together, or each ``tile`` by itself; intensities are drawn for each tile. Plans without the key,
-            from before it existed, mean ``tile``.
+            slices fit together, as slabs need it, or each ``tile`` by itself; intensities are drawn for each tile.
         cache_dtype: ``float16`` or ``int8``, of the cache on disk.
         epochs: Of training; the learning rate decays to zero over them.
         iterations_per_epoch: Training steps of an epoch.
@@ -61,7 +60,7 @@ class SamSection:
     features: str = "cached"
     views: int = 1
     augmentation: str = field(default="nnunet", metadata={AS_BEFORE: "nnunet"})
-    view_geometry: str = field(default="case", metadata={AS_BEFORE: "tile"})
+    view_geometry: str = "tile"
     cache_dtype: str = "float16"
     epochs: int = 50
     iterations_per_epoch: int = 250

@@ -22,7 +22,8 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_patch(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) in (2, 3) and all(map(_is_count, value))
+    is_list = isinstance(value, list | tuple) and len(value) in (2, 3) and all(map(_is_count, value))
+    return is_list and (len(value) == 2 or value[0] > 1)
 
 
 def _are_names(value: Any) -> bool:
@@ -31,6 +32,6 @@ def _are_names(value: Any) -> bool:
 
 _KEYS = {
     "batch_size": (_is_count, "a whole number from 1 on"),
-    "patch_size": (_is_patch, "a list of two whole numbers from 1 on, or of three"),
+    "patch_size": (_is_patch, "a list of two whole numbers from 1 on, or of three, the first from 2 on"),
     "normalization_schemes": (_are_names, "a list with a name for each channel"),
 }

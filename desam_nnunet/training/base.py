@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
-from desam_nnunet.augmentation.gaps import with_gaps_blank
+from desam_nnunet.augmentation.slabs import slice_by_slice
 from desam_nnunet.augmentation.strong import strengthened
 from desam_nnunet.encoders.base import Features, ImageSpec
 from desam_nnunet.encoders.registry import OURS, row_by_name
@@ -39,6 +39,7 @@ from desam_nnunet.training.losses import foreground_target
 Batch = dict[str, Any]
 Inputs = Tensor | Features | tuple[Tensor, Tensor]
 Axes = tuple[int, ...] | None
+Trainer = TypeVar("Trainer", bound=nnUNetTrainer)
 _GRADIENT_NORM = 12  # nnU-Net's
 _MAX_SKIPPED = 50  # in a row; more than CUDA's loss scaling needs to settle
 
@@ -100,7 +101,7 @@ class SamTrainer(nnUNetTrainer):
         transforms = super().get_training_transforms(*patch, **data)
         if self.sam.augmentation == "strong":
             transforms = strengthened(transforms)
-        return with_gaps_blank(transforms) if self.depth > 1 else transforms
+        return slice_by_slice(transforms) if self.depth > 1 else transforms
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(  # noqa: N802 - nnU-Net's name
         self,
@@ -108,8 +109,7 @@ class SamTrainer(nnUNetTrainer):
         """nnU-Net's; a slab is turned, scaled and mirrored in its planes alone, as its slices are one by one."""
         if self.depth == 1:
             return super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        flat = copy.copy(self)
-        flat.configuration_manager = flat_configuration(self.configuration_manager)
+        flat = flattened(self)
         rotation, _, plane, axes = flat.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         self.inference_allowed_mirroring_axes = axes_of_slab(axes)
         return rotation, True, [self.depth, *plane], self.inference_allowed_mirroring_axes
@@ -282,9 +282,12 @@ def outline_from_plans(
                    depth_of(configuration_manager.patch_size))
 
 
-def flat_configuration(configuration: ConfigurationManager) -> ConfigurationManager:
-    """The same for single slices."""
-    return ConfigurationManager(configuration.configuration | {"patch_size": list(configuration.patch_size[-2:])})
+def flattened(trainer: Trainer) -> Trainer:
+    """A trainer on slabs as it would be on their slices one by one; the rest of both is one."""
+    flat = copy.copy(trainer)
+    given = trainer.configuration_manager.configuration
+    flat.configuration_manager = ConfigurationManager(given | {"patch_size": list(given["patch_size"][-2:])})
+    return flat
 
 
 def axes_of_slab(axes: Axes) -> Axes:

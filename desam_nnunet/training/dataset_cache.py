@@ -13,7 +13,7 @@ from desam_nnunet.cache.store import Store
 from desam_nnunet.cache.views import not_started
 from desam_nnunet.networks.frame import FrozenSamNetwork
 from desam_nnunet.nnunet.datasets import STOCK_PLANS, dataset_folder, read_preprocessed
-from desam_nnunet.nnunet.model_folder import build_network
+from desam_nnunet.nnunet.model_folder import build_network, trained_plans
 from desam_nnunet.settings.resolve import read_sam, resolve_plans
 from desam_nnunet.training.frozen import FrozenSamTrainer, build_missing, builder_of
 from desam_nnunet.training.registry import find_trainer
@@ -50,7 +50,8 @@ def build_dataset(
     if not issubclass(trainer, FrozenSamTrainer):
         raise ValueError(f"-tr {trainer_name} does not train on a frozen encoder's features, so it has nothing to "
                          "cache.")
-    resolve_plans(plans, configuration_name, dataset_json, trainer.method)
+    resolve_plans(plans, configuration_name, dataset_json, trainer.method,
+                  trained=trained_plans(plans, configuration_name, trainer_name))
     configuration = PlansManager(plans).get_configuration(configuration_name)
     data_folder = folder / configuration.data_identifier
     if not data_folder.is_dir():

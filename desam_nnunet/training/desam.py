@@ -46,6 +46,8 @@ class DeSAMTrainer(FrozenSamTrainer):
         else:
             truth, labelled = foreground_target(target, self.label_manager)
             prompts, point_targets = sample_points(truth, labelled, geometry)
+            if (there := network.there(features)) is not None:
+                point_targets = point_targets._replace(valid=point_targets.valid & there)
         masks, scores = self.network(features, prompts)
         logits = network.tile_logits(masks, geometry)
         loss = self.loss(logits, target)

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from desam_nnunet.nnunet.model_folder import build_network, read_checkpoint, read_description
-from desam_nnunet.sam.slabs import SLABS
+from desam_nnunet.sam.slabs import SLABS, depth_of
 from desam_nnunet.system.files import replace_file, replacing
 from desam_nnunet.training.base import axes_of_slab
 from desam_nnunet.training.registry import find_trainer
 
 _FINAL = "checkpoint_final.pth"
+_DEPTH, _BATCH_SIZE = 5, 2  # where the plans are older than slabs
 _FILES = ("dataset.json", "dataset_fingerprint.json")
 
 
@@ -28,7 +30,7 @@ def expand(model: Path) -> Path:
     Raises:
         FileNotFoundError: No fold of it has been trained to the end.
         FileExistsError: There is a model of slabs already.
-        ValueError: Its method knows no slabs, or its plans have no configuration for them.
+        ValueError: Its method knows no slabs.
     """
     trainer, plans_name, configuration = [*model.name.split("__"), "", ""][:3]
     folds = sorted(path.parent.name.removeprefix("fold_") for path in model.glob(f"fold_*/{_FINAL}"))
@@ -37,18 +39,15 @@ def expand(model: Path) -> Path:
                                 "<trainer>__<plans>__2d.")
     plans, dataset_json = read_description(model)
     method = find_trainer(trainer).method
-    known = plans["configurations"]
-    if not method.slabs or SLABS not in known or configuration not in known:
-        lacks = f"its plans have no configuration '{SLABS}' (desam plan writes it)" if method.slabs else (
-            f"the method {method.name} sees one slice at a time")
-        raise ValueError(f"{model} can't become a model of slabs: {lacks}.")
+    if not method.slabs:
+        raise ValueError(f"{model} can't become a model of slabs: the method {method.name} sees one slice at a time.")
     target = model.with_name(f"{trainer}__{plans_name}__{SLABS}")
     if (target / "plans.json").exists():
         raise FileExistsError(f"{target} holds a model already: remove it or rename it.")
-    known[SLABS] |= {name: known[configuration][name] for name in ("sam", method.name)}
-    fresh = build_network(plans, dataset_json, SLABS, trainer).state_dict()
+    plans["configurations"][SLABS] = _as_slabs(plans["configurations"], configuration)
+    network = build_network(plans, dataset_json, SLABS, trainer)
     for fold in folds:
-        _write(target / f"fold_{fold}" / _FINAL, read_checkpoint(model, fold, _FINAL), fresh, plans)
+        _write(target / f"fold_{fold}" / _FINAL, read_checkpoint(model, fold, _FINAL), network, plans)
     for name in _FILES:
         if (model / name).is_file():
             shutil.copyfile(model / name, target / name)
@@ -56,11 +55,20 @@ def expand(model: Path) -> Path:
     return target
 
 
-def _write(path: Path, checkpoint: dict[str, Any], fresh: dict[str, Any], plans: dict[str, Any]) -> None:
-    """The checkpoint with what slabs have more, as prediction needs it; what resuming needs is not taken along."""
-    slab = {
-        "network_weights": fresh | checkpoint["network_weights"],
-        "trainer_name": checkpoint["trainer_name"],
+def _as_slabs(configurations: dict[str, Any], name: str) -> dict[str, Any]:
+    """The 2D configuration on slabs: of as many slices as the plans say, on the tiles that the model was trained on."""
+    planned = configurations.get(SLABS, {})
+    depth = depth_of(planned.get("patch_size", ())) if SLABS in configurations else _DEPTH
+    return {"inherits_from": name, "patch_size": [depth, *configurations[name]["patch_size"]],
+            "batch_size": planned.get("batch_size", _BATCH_SIZE)}
+
+
+def _write(path: Path, checkpoint: dict[str, Any], network: nn.Module, plans: dict[str, Any]) -> None:
+    """The checkpoint with what slabs have more, and an optimiser that begins, since nnU-Net wants one to validate."""
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    slab = checkpoint | {
+        "network_weights": network.state_dict() | checkpoint["network_weights"],
+        "optimizer_state": torch.optim.Adam(trained).state_dict(),
         "init_args": checkpoint["init_args"] | {"configuration": SLABS, "plans": plans},
         "inference_allowed_mirroring_axes": axes_of_slab(checkpoint["inference_allowed_mirroring_axes"]),
     }

@@ -22,14 +22,14 @@ from desam_nnunet.cache.entry import DamagedEntryError
 from desam_nnunet.cache.loader import CachedLoader
 from desam_nnunet.cache.store import CaseRecord, Recipe, Store, open_stores
 from desam_nnunet.cache.tiles import STEP, content_of
-from desam_nnunet.cache.views import Augmentation, not_started
+from desam_nnunet.cache.views import Augmentation
 from desam_nnunet.encoders.base import Features
 from desam_nnunet.encoders.registry import brought_row
 from desam_nnunet.networks.frame import FrozenSamNetwork
 from desam_nnunet.sam.slabs import depth_of
 from desam_nnunet.settings.sections import SamSection
 from desam_nnunet.system.machine import free_memory
-from desam_nnunet.training.base import Batch, SamTrainer, axes_of_slab, flat_configuration
+from desam_nnunet.training.base import Batch, SamTrainer, axes_of_slab, flattened
 
 _RAM_SHARE = 2  # a store is kept in memory if it takes at most one part in so many of what is free
 _WAIT = 5.0  # seconds between two looks at what another process builds
@@ -59,7 +59,7 @@ class FrozenSamTrainer(SamTrainer):
             return batch["features"].map(lambda x: x.to(self.device, non_blocking=True).float())
         tiles = super().inputs_of(batch)
         assert isinstance(tiles, Tensor)
-        return self.bare_network.encode(tiles)
+        return self.bare_network.encode_slices(tiles)
 
     def get_dataloaders(self) -> tuple[Any, Any]:
         """nnU-Net's loaders, or those of the embedding cache, which is built first."""
@@ -89,7 +89,7 @@ def builder_of(
     augmentation = None
     if sam.views > 1:
         if depth_of(trainer.configuration_manager.patch_size) > 1:  # stored are slices, which other trainings share
-            trainer = not_started(type(trainer), flat_configuration(trainer.configuration_manager), sam)
+            trainer = flattened(trainer)
         augmentation = Augmentation(trainer, by_case=sam.view_geometry == "case")
     height, width = trainer.configuration_manager.patch_size[-2:]
     recipe = Recipe(

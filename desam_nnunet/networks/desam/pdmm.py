@@ -10,6 +10,7 @@ from torch import Tensor, cat, nn
 from torch.nn import functional as F
 
 from desam_nnunet.encoders.base import FeatureSpec, Level
+from desam_nnunet.networks.frame import ABSENT_LOGIT
 from desam_nnunet.networks.neighbours import Neighbours
 from desam_nnunet.sam.tiles import MASK_STRIDE
 
@@ -128,7 +129,7 @@ class PDMM(nn.Module):
         """Masks (B, K, S / stride, S / stride) of an embedding (B, C, h, w) and what :meth:`context` gives.
 
         Args:
-            there: Of slabs, which slices are not missing, (B,) bool.
+            there: Of slabs, which slices are not missing, (B,) bool; those that are have no class.
         """
         x = self.fusion(cat([mask_embedding, contexts[0]], dim=1))
         if self.neighbours is not None:
@@ -136,4 +137,5 @@ class PDMM(nn.Module):
             x = self.neighbours(x, there)
         for up, context in zip(self.ups, contexts[1:], strict=True):
             x = up(x, context)
-        return self.seg_layers(x)
+        masks = self.seg_layers(x)
+        return masks if there is None else masks.masked_fill(~there[:, None, None, None], ABSENT_LOGIT)
