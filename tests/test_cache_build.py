@@ -201,7 +201,7 @@ class Overflowing:
     def __init__(self, value: float) -> None:
         self.value = value
 
-    def encode(self, tiles: torch.Tensor) -> Features:
+    def encode_in_parts(self, tiles: torch.Tensor) -> Features:
         neck = torch.zeros(len(tiles), 4, 4, 4)
         neck[tiles[:, 0, 0, 0] == 1, 2, 1, 1] = self.value
         return Features((), neck)

@@ -173,5 +173,6 @@ def test_bad_training_input(workspace: Workspace, arguments: list[str], message:
 def add_3d_configuration(workspace: Workspace) -> None:
     path = workspace.preprocessed / "nnUNetPlans.json"
     plans = json.loads(path.read_text())
-    plans["configurations"]["3d_fullres"] = plans["configurations"]["2d"] | {"patch_size": [16, 96, 96]}
+    flat = plans["configurations"]["2d"]
+    plans["configurations"]["3d_fullres"] = flat | {"patch_size": [16, 96, 96], "spacing": [3.0, *flat["spacing"]]}
     path.write_text(json.dumps(plans))

@@ -26,7 +26,7 @@ def test_weights_that_are_not_sams_are_called_what_they_are(
     encoder: str, identity: str, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     section = {"encoder": encoder, "identity": identity, "image_size": 128, "intensity": "unit", "regions": False}
-    configuration = ConfigurationManager({"architecture": {}, "sam": section})
+    configuration = ConfigurationManager({"architecture": {}, "patch_size": [96, 96], "sam": section})
     assert read_sam(configuration.configuration) == SamSection(**section)
     outline = outline_from_plans(PlansManager({}), configuration, 1, 3, DESAM, SAMedTrainer.image_of)
     assert outline.loaded.encoder.identity == identity

@@ -84,6 +84,7 @@ def test_predictions_have_the_images_shape_and_ensemble(
             assert sitk.ReadImage(str(folder / image.name.replace("_0000", ""))).GetSize() == size
 
 
+@pytest.mark.slow
 def test_the_better_configuration_is_found_and_exported(slabbed: Workspace, tmp_path: Path) -> None:
     nnunet("nnUNetv2_find_best_configuration", 501, "-c", "2d", SLABS, "-p", SLAB_PLANS, "-tr", "PDMMTrainer", "-f", 0,
            "-np", 1)
@@ -133,8 +134,8 @@ def test_what_cannot_be_expanded(
     assert "the method samed sees one slice at a time" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("trainer", [
-    "DeSAMTrainer", pytest.param("DeSAMTrainerWholeBox", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["DeSAMTrainer", "DeSAMTrainerWholeBox"])
 def test_online_training_on_slabs(slabbed: Workspace, trainer: str) -> None:
     """Slabs at the volume's end reach out of it; nnU-Net augments them in their planes."""
     write_plans(slabbed, "SlabOnline", features="online", augmentation="strong")

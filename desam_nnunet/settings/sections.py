@@ -60,7 +60,7 @@ class SamSection:
     features: str = "cached"
     views: int = 1
     augmentation: str = field(default="nnunet", metadata={AS_BEFORE: "nnunet"})
-    view_geometry: str = "tile"
+    view_geometry: str = field(default="tile", metadata={AS_BEFORE: "tile"})
     cache_dtype: str = "float16"
     epochs: int = 50
     iterations_per_epoch: int = 250
