@@ -20,11 +20,16 @@ def slice_by_slice(stock: ComposeTransforms) -> ComposeTransforms:
     transforms = list(stock.transforms)
     back = next(i for i, transform in enumerate(transforms) if isinstance(transform, Convert2DTo3DTransform))
     to_slab = transforms.pop(back)
-    while isinstance(getattr(transforms[back], "transform", transforms[back]), ImageOnlyTransform):
+    while changes_image_only(transforms[back]):
         back += 1
     transforms.insert(back, to_slab)
     place = next(i for i, transform in enumerate(transforms) if isinstance(transform, RemoveLabelTansform))
     return ComposeTransforms([*transforms[:place], BlankGaps(), *transforms[place:]])
+
+
+def changes_image_only(transform: BasicTransform) -> bool:
+    """Whether a transform, drawn with a probability or always, leaves labels and their places as they are."""
+    return isinstance(getattr(transform, "transform", transform), ImageOnlyTransform)
 
 
 class BlankGaps(BasicTransform):

@@ -150,11 +150,13 @@ class Store:
 
     def has(self, case: str, number: int, view: int, content: str) -> bool:
         """Whether a tile is here in its full length, made from `content`, and no other one's file lies in its place."""
+        path = self.path(case, number, view)
         try:
-            meta = read_meta(self.path(case, number, view))
+            meta = read_meta(path)
+            check_place(path, meta, case, number, view)
         except (OSError, DamagedEntryError):
             return False
-        return meta["content"] == content and meta.get("place") in (None, [case, number, view])
+        return meta["content"] == content
 
     def bytes_of(self, case: str, number: int, view: int) -> int:
         """What a tile takes on disk now, whatever it was made from."""
@@ -204,9 +206,7 @@ class Store:
         outputs = {} if into is None else dict(zip(_names(len(into.levels)), into.tensors, strict=True))
         places = {name: x.numpy() for name, x in outputs.items() if self.recipe.dtype == "float16"}
         arrays, meta = read_entry(path, places)
-        if (place := meta.get("place")) not in (None, [case, number, view]):
-            raise DamagedEntryError(f"{path} is in the wrong place: it is tile {place[1]}, view {place[2]}, of "
-                                    f"{place[0]}.")
+        check_place(path, meta, case, number, view)
         if meta["content"] != content:
             raise ChangedCaseError(f"{path} was made from another version of the case.")
         *levels, neck = (unpack(name, arrays, outputs.get(name)) for name in _names(meta["levels"]))
@@ -232,6 +232,16 @@ class Store:
     def path(self, case: str, number: int, view: int) -> Path:
         """The file of one tile, whether it is there or not."""
         return self.folder / case / f"{number:05d}_{view}.tile"
+
+
+def check_place(path: Path, meta: dict[str, Any], case: str, number: int, view: int) -> None:
+    """Refuses an entry that is another tile's; one from before entries knew their place is taken at its name.
+
+    Raises:
+        DamagedEntryError: Naming the tile that it is.
+    """
+    if (place := meta.get("place")) not in (None, [case, number, view]):
+        raise DamagedEntryError(f"{path} is in the wrong place: it is tile {place[1]}, view {place[2]}, of {place[0]}.")
 
 
 def store_folders(root: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetBaseDataset
 
 from desam_nnunet.cache.entry import DamagedEntryError, read_entry
-from desam_nnunet.cache.store import Store
+from desam_nnunet.cache.store import Store, check_place
 from desam_nnunet.cache.tiles import content_of, tiles_of
 
 _TILE = re.compile(r"(\d{5})_(\d+)\.tile")
@@ -47,16 +47,14 @@ def _look_at(store: Store, case: str, path: Path) -> tuple[list[str], bool]:
         name = _TILE.fullmatch(path.name)
         if name is None:
             raise DamagedEntryError(f"{path} is no name of a tile.")
-        place = read_entry(path)[1].get("place")
-        if place not in (None, [case, int(name[1]), int(name[2])]):
-            raise DamagedEntryError(f"{path} is in the wrong place: it is tile {place[1]}, view {place[2]}, of "
-                                    f"{place[0]}.")
+        _, meta = read_entry(path)
+        check_place(path, meta, case, int(name[1]), int(name[2]))
     except DamagedEntryError as error:
         store.discard(path)
         return [f"{error} Removed: the next build makes what is missing."], False
     except OSError as error:
         return [f"{path} can't be read ({error.strerror}): remove it."], False
-    return [], place is not None
+    return [], "place" in meta
 
 
 def _lacking(store: Store, dataset: nnUNetBaseDataset, case: str) -> list[str]:

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, ImageOnlyTransform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
+from desam_nnunet.augmentation.slabs import changes_image_only
 from desam_nnunet.cache.store import Tile
 from desam_nnunet.cache.tiles import crop
 from desam_nnunet.settings.sections import SamSection
@@ -64,17 +64,13 @@ class Augmentation:
         sample = {"image": image, "segmentation": labels}
         if self._by_case:
             for place, transform in enumerate(self._transforms.transforms):
-                drawn_for = f"{case} {number}" if _changes_image_only(transform) else case
+                drawn_for = f"{case} {number}" if changes_image_only(transform) else case
                 with _seeded(f"{drawn_for}, view {view}, transform {place}"):
                     sample = transform(**sample)
         else:
             with _seeded(f"{case} {number} {view}"):
                 sample = self._transforms(**sample)
         return sample["image"].numpy(), sample["segmentation"][0].numpy()
-
-
-def _changes_image_only(transform: BasicTransform) -> bool:
-    return isinstance(getattr(transform, "transform", transform), ImageOnlyTransform)
 
 
 def not_started(

@@ -33,11 +33,11 @@ def check_volumes(where: str, images: Iterable[Path], label: Path) -> set[int]:
             raise FileNotFoundError(f"{where}: {path} does not exist.")
     if label.resolve() in [path.resolve() for path in images]:
         raise ValueError(f"{where}: {label} is the image and its own reference: give another file for one of them.")
-    reference = _header(label)
+    headers = {path: _header(path) for path in (label, *images)}
     for path in images:
-        _check_geometry(where, _header(path), reference)
-    for path in (*images, label):
-        _check_length(path)
+        _check_geometry(where, headers[path], headers[label])
+    for path, header in headers.items():
+        _check_length(path, header)
     values = np.unique(sitk.GetArrayFromImage(sitk.ReadImage(label)))
     if not np.array_equal(values, values.astype(int)) or values.min() < 0:
         raise ValueError(f"{where}: {label} has values that are not whole numbers from 0 on.")
@@ -67,11 +67,11 @@ def _header(path: Path) -> sitk.ImageFileReader:
     return reader
 
 
-def _check_length(path: Path) -> None:
+def _check_length(path: Path, header: sitk.ImageFileReader) -> None:
     """Refuses a file that ends too early, which ITK fills with zeros or finds when it is too late."""
     try:
         if path.name.endswith(_NIFTI):
-            if _bytes_in(path) >= _bytes_of(_header(path)):
+            if _bytes_in(path) >= _bytes_of(header):
                 return
         else:
             sitk.ReadImage(path)

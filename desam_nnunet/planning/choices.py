@@ -9,6 +9,7 @@ from statistics import median_high
 from typing import Generic, NamedTuple, TypeVar
 
 from desam_nnunet.encoders.base import MIN_IMAGE_SIZE
+from desam_nnunet.sam.slabs import DEPTH
 from desam_nnunet.sam.tiles import MASK_STRIDE
 
 T = TypeVar("T")
@@ -22,7 +23,6 @@ MAX_ITERATIONS = 250  # of an epoch, nnU-Net's
 MIN_ITERATIONS = 25
 _COARSEST = 2.5  # pixels of a tile per mask pixel
 _LARGEST_OF_MEDIAN = 1.5  # a few large slices do not decide the patch
-_DEPTH = 5  # slices of a slab
 _FEWEST_SLICES = 3  # of the median volume, for slabs
 _VIEWS = 4
 _ENCODING_HOURS = 1.0  # that views may cost
@@ -121,8 +121,8 @@ def choose_slab(slices: Sequence[int], batch_size: int, fits: Callable[[Slab], b
     """
     if median_high(slices) < _FEWEST_SLICES:
         return None
-    wanted = max(MIN_BATCH_SIZE, round(batch_size / _DEPTH))
-    best = next((slab for count in range(wanted, 0, -1) if fits(slab := Slab(_DEPTH, count))), None)
+    wanted = max(MIN_BATCH_SIZE, round(batch_size / DEPTH))
+    best = next((slab for count in range(wanted, 0, -1) if fits(slab := Slab(DEPTH, count))), None)
     return best and Choice(best, "a slice and the two on either side that it sees")
 
 

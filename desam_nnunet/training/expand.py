@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from desam_nnunet.nnunet.model_folder import build_network, read_checkpoint, read_description
-from desam_nnunet.sam.slabs import SLABS, depth_of
+from desam_nnunet.sam.slabs import DEPTH, SLABS, depth_of
 from desam_nnunet.system.files import replace_file, replacing
 from desam_nnunet.training.base import axes_of_slab
 from desam_nnunet.training.registry import find_trainer
 
 _FINAL = "checkpoint_final.pth"
-_DEPTH, _BATCH_SIZE = 5, 2  # where the plans are older than slabs
+_BATCH_SIZE = 2  # where the plans are older than slabs
 _FILES = ("dataset.json", "dataset_fingerprint.json")
 
 
@@ -58,7 +58,7 @@ def expand(model: Path) -> Path:
 def _as_slabs(configurations: dict[str, Any], name: str) -> dict[str, Any]:
     """The 2D configuration on slabs: of as many slices as the plans say, on the tiles that the model was trained on."""
     planned = configurations.get(SLABS, {})
-    depth = depth_of(planned.get("patch_size", ())) if SLABS in configurations else _DEPTH
+    depth = depth_of(planned.get("patch_size", ())) if SLABS in configurations else DEPTH
     return {"inherits_from": name, "patch_size": [depth, *configurations[name]["patch_size"]],
             "batch_size": planned.get("batch_size", _BATCH_SIZE)}
 
