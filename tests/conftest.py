@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import phantom
@@ -119,29 +124,65 @@ def tiny_sections(**sam: Any) -> dict[str, dict[str, Any]]:
     return {"sam": short | sam, "desam": {"grid": 3, "iou_threshold": 0.0}}
 
 
-@pytest.fixture(scope="session")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
-    root = tmp_path_factory.mktemp("nnunet")
-    for name in (*FOLDERS, "weights"):
-        (root / name).mkdir()
-    phantom.write_dataset(root / "nnUNet_raw", cases=5)
-    phantom.write_unseen(root / "unseen", sites=("SiteB",), cases=2)
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that the first of pytest's processes to need it makes for all. Nobody may change it."""
+    folder = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with FileLock(folder / f"{name}.lock"):
+        original = folder / f"original_{name}"
+        if not original.is_dir():
+            making = Path(tempfile.mkdtemp(dir=folder))
+            make(making)
+            making.rename(original)
+    return original
+
+
+@contextmanager
+def folders_of(root: Path) -> Iterator[None]:
+    """nnU-Net's three folders below `root`, in this block."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment(root).items():
             patch.setenv(name, value)
-        nnunet("nnUNetv2_plan_and_preprocess", "-d", 501, "-c", "2d", "-np", 1, "-npfp", 1)
-        patch.setenv("nnUNet_n_proc_DA", "0")  # planning needs a worker; training this little is faster without
-        workspace = Workspace(root)
-        workspace.write_plans(PLANS, **tiny_sections())
-        yield workspace
+        yield
 
 
 @pytest.fixture(scope="session")
-def trained(workspace: Workspace) -> Workspace:
+def preprocessed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def make(root: Path) -> None:
+        for name in (*FOLDERS, "weights"):
+            (root / name).mkdir()
+        phantom.write_dataset(root / "nnUNet_raw", cases=5)
+        phantom.write_unseen(root / "unseen", sites=("SiteB",), cases=2)
+        with folders_of(root):
+            nnunet("nnUNetv2_plan_and_preprocess", "-d", 501, "-c", "2d", "-np", 1, "-npfp", 1)
+        Workspace(root).write_plans(PLANS, **tiny_sections())
+
+    return made_once(tmp_path_factory, "nnunet", make)
+
+
+@pytest.fixture(scope="session")
+def workspace(preprocessed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
+    root = tmp_path_factory.mktemp("workspace")
+    shutil.copytree(preprocessed, root, dirs_exist_ok=True)
+    with folders_of(root), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("nnUNet_n_proc_DA", "0")  # planning needs a worker; training this little is faster without
+        yield Workspace(root)
+
+
+@pytest.fixture(scope="session")
+def trained(workspace: Workspace, preprocessed: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """Two folds of one trainer and one of the other, with the probabilities that ensembling needs."""
-    for trainer, folds in TRAINERS.items():
-        for fold in folds:
-            nnunet("nnUNetv2_train", 501, "2d", fold, "-tr", trainer, "-p", PLANS, "-device", "cpu", "--npz")
+
+    def make(root: Path) -> None:
+        shutil.copytree(preprocessed, root, dirs_exist_ok=True)
+        with folders_of(root), pytest.MonkeyPatch.context() as patch:
+            patch.setenv("nnUNet_n_proc_DA", "0")
+            for trainer, folds in TRAINERS.items():
+                for fold in folds:
+                    nnunet("nnUNetv2_train", 501, "2d", fold, "-tr", trainer, "-p", PLANS, "-device", "cpu", "--npz")
+
+    shutil.copytree(made_once(tmp_path_factory, "trained", make), workspace.root, dirs_exist_ok=True)
     return workspace
 
 

@@ -103,7 +103,7 @@ def test_the_doctor_and_a_study_know_a_trainer_of_ones_own(workspace: Workspace,
     assert "--trainer LinearProbeTrainer" in described
 
 
-def test_another_prompt_rule_asks_a_trained_model_in_another_way(trained: Workspace) -> None:
+def test_another_prompt_rule_asks_for_two_points() -> None:
     """Two points must speak for a class: never more is present than with one."""
     ours, theirs = (look_up(name).prompter for name in ("DeSAMTrainer", "DeSAMTrainerTwoWitnesses"))
     section = look_up("DeSAMTrainer").method.section(iou_threshold=0.5)

@@ -73,6 +73,7 @@ def test_values_that_mean_nothing_are_refused(key: str, value: float) -> None:
         PdmmSection(**{key: value})  # type: ignore[arg-type]
 
 
+@pytest.mark.slow  # test_slab_commands trains and predicts it by default, test_extend a method of a user's
 def test_planned_cached_trained_and_predicted(workspace: Workspace, tmp_path: Path) -> None:
     planned = nnunet("desam", "plan", "-d", 501, "--trainer", "PDMMTrainer", "--encoder", "vit_tiny", "-device",
                      "cpu").stdout

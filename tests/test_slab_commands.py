@@ -118,6 +118,16 @@ def test_an_expanded_model_predicts_what_it_was_made_of(
                         for folder in (tmp_path / "out", predicted["2d"]))
         assert np.abs(ours - theirs).mean() < 0.01
         assert np.ptp(theirs[1]) > 0.02  # there is something to see
+
+
+@pytest.mark.slow
+def test_an_expanded_model_validates(slabbed: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flat = model(slabbed, "PDMMTrainer", configuration="2d")
+    copy = tmp_path / "results" / slabbed.results.name / flat.name
+    copy.parent.mkdir(parents=True)
+    copy.symlink_to(flat)
+    expand(copy)
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
     nnunet("nnUNetv2_train", 501, SLABS, 0, "-tr", "PDMMTrainer", "-p", SLAB_PLANS, "-device", "cpu", "--val")
     expanded = copy.with_name(copy.name + "_slab")
     assert (expanded / "fold_0" / "validation" / "summary.json").is_file()

@@ -33,9 +33,8 @@ def device_named(name: str) -> torch.device:
     """
     import torch
 
-    from desam_nnunet.system.machine import device_is_here
+    from desam_nnunet.system.machine import check_device
 
     device = torch.device(name)
-    if not device_is_here(device):
-        raise ValueError(f"PyTorch finds no {name} device here: add -device cpu.")
+    check_device(device)
     return device

@@ -21,6 +21,17 @@ def device_is_here(device: torch.device) -> bool:
     return device.type == "cpu" or torch.backends.mps.is_available()
 
 
+def check_device(device: torch.device) -> None:
+    """Refuses a device that is not here, before nnU-Net makes folders.
+
+    Raises:
+        ValueError: Naming it, and what to do.
+    """
+    if not device_is_here(device):
+        raise ValueError(f"PyTorch finds no {device.type} device here: add -device cpu to go on without a GPU, or "
+                         "install PyTorch for your GPU.")
+
+
 def memory_limit() -> int:
     """Bytes of main memory that this process may use: the machine's, or its control group's limit."""
     return min([psutil.virtual_memory().total, *(limit for limit, _ in _groups())])

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -17,24 +16,12 @@ from desam_nnunet.nnunet.datasets import foreground_of
 from desam_nnunet.nnunet.model_folder import read_description, trained_folds
 from desam_nnunet.settings.resolve import SAM, as_trained
 from desam_nnunet.settings.sections import Method
-from desam_nnunet.system.machine import device_is_here
 
 _GEOMETRY = ("data_identifier", "patch_size", "spacing", "normalization_schemes", "use_mask_for_norm",
              "resampling_fn_data", "resampling_fn_data_kwargs")
 _OF_CT = ("mean", "std", "percentile_00_5", "percentile_99_5")  # what CTNormalization takes from the fingerprint
 _DATASET = ("labels", "regions_class_order", "channel_names")
 Label = int | tuple[int, ...]  # one label, or those of a region
-
-
-def check_device(device: torch.device) -> None:
-    """Refuses a device that is not here, before nnU-Net makes folders.
-
-    Raises:
-        ValueError: Naming it, and what to do.
-    """
-    if not device_is_here(device):
-        raise ValueError(f"PyTorch finds no {device.type} device here: add -device cpu to train without a GPU, or "
-                         "install PyTorch for your GPU.")
 
 
 def check_cases(dataset: nnUNetBaseDataset, num_channels: int) -> set[Label]:
