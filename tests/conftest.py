@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -115,6 +116,17 @@ def nnunet(command: str, *arguments: object, check: bool = True) -> subprocess.C
     result = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True)
     assert not check or result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result
+
+
+def run_script(script: Path, *words: object) -> int:
+    """An example's exit status, run in this process: importing what it needs takes longest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(script), *map(str, words)])
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as end:
+            return int(end.code or 0)
+    return 0
 
 
 def tiny_sections(**sam: Any) -> dict[str, dict[str, Any]]:

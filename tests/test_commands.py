@@ -112,6 +112,7 @@ def test_best_configuration(trained: Workspace) -> None:
     assert len(information["considered_models"]) == 2
 
 
+@pytest.mark.slow  # test_slab_commands ensembles by default
 def test_ensemble(trained: Workspace, predicted: Path, tmp_path: Path) -> None:
     other = predict(trained, tmp_path / "whole_box", "DeSAMTrainerWholeBox")
     nnunet("nnUNetv2_ensemble", "-i", predicted, other, "-o", tmp_path / "both", "-np", 1)

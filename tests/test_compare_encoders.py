@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from types import ModuleType
 import pandas as pd
 import pytest
 import torch
+from conftest import run_script
 from safetensors.torch import save_file
 
 import phantom
@@ -35,13 +37,19 @@ def example() -> ModuleType:
     return module
 
 
+@pytest.fixture(scope="module")
+def sites(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sites")
+    phantom.write_unseen(folder, sites=("SiteA",), cases=5)
+    phantom.write_unseen(folder, sites=("SiteB",), cases=2)
+    (folder / "SiteA").rename(folder / "RUNMC")
+    (folder / "SiteB").rename(folder / "UCL")
+    return folder
+
+
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
-    phantom.write_unseen(tmp_path / "data", sites=("SiteA",), cases=5)
-    phantom.write_unseen(tmp_path / "data", sites=("SiteB",), cases=2)
-    (tmp_path / "data" / "SiteA").rename(tmp_path / "data" / "RUNMC")
-    (tmp_path / "data" / "SiteB").rename(tmp_path / "data" / "UCL")
-    return tmp_path / "data"
+def data(sites: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sites, tmp_path / "data"))
 
 
 @pytest.fixture
@@ -115,24 +123,25 @@ def test_the_report_pairs_cases_with_random_weights_and_with_nnunet(example: Mod
     (["random", "--minutes", "0"], "--minutes and --baselines must be positive"),
     (["random", "-tr", "DeSAMTrianer"], "-tr DeSAMTrianer: nnU-Net finds no trainer of that name"),
 ])
-def test_what_cannot_be_compared_is_refused_at_once(words: list[str], message: str, data: Path, tmp_path: Path) -> None:
-    result = compare(data, tmp_path / "work", *words)
-    assert result.returncode == 2
-    assert message in result.stderr
+def test_what_cannot_be_compared_is_refused_at_once(
+    words: list[str], message: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_script(SCRIPT, data, tmp_path / "work", *words) == 2
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "work").exists()
 
 
-def test_a_folder_without_the_sites_is_refused(weights: Path, tmp_path: Path) -> None:
+def test_a_folder_without_the_sites_is_refused(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     phantom.write_unseen(tmp_path / "data", sites=("SiteB",), cases=1)
-    result = compare(tmp_path / "data", tmp_path / "work", weights)
-    assert result.returncode == 2
-    assert "has no folder RUNMC and no folder UCL" in result.stderr
+    assert run_script(SCRIPT, tmp_path / "data", tmp_path / "work", weights) == 2
+    assert "has no folder RUNMC and no folder UCL" in capsys.readouterr().err
 
 
-def test_weights_of_another_size_are_refused(data: Path, tmp_path: Path) -> None:
+def test_weights_of_another_size_are_refused(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     zero = torch.zeros(())
     state = {key: zero.expand(shape) for key, shape in ENCODERS["vit_b"].architecture.shapes().items()}
     torch.save(state, tmp_path / "large.pth")  # one zero
-    result = compare(data, tmp_path / "work", tmp_path / "large.pth")
-    assert result.returncode == 2
-    assert "large.pth holds weights of vit_b, but only those of vit_tiny's size" in result.stderr
+    assert run_script(SCRIPT, data, tmp_path / "work", tmp_path / "large.pth") == 2
+    assert "large.pth holds weights of vit_b, but only those of vit_tiny's size" in capsys.readouterr().err

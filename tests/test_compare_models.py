@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny_sections
+from conftest import run_script, tiny_sections
 
 import phantom
 
@@ -18,18 +19,28 @@ SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "compare_models.py"
 PROBE = {"trainer": "PDMMTrainer", "batch_size": 2, "pdmm": {"width": 16}}
 
 
+@pytest.fixture(scope="module")
+def sites(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sites")
+    phantom.write_unseen(folder, sites=("SiteA",), cases=5)
+    phantom.write_unseen(folder, sites=("SiteB",), cases=2)
+    return folder
+
+
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
-    phantom.write_unseen(tmp_path / "data", sites=("SiteA",), cases=5)
-    phantom.write_unseen(tmp_path / "data", sites=("SiteB",), cases=2)
-    return tmp_path / "data"
+def data(sites: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sites, tmp_path / "data"))
+
+
+def arguments(data: Path, models: dict[str, Any]) -> tuple[Path, Path, Path]:
+    path = data.with_name("models.json")
+    path.write_text(json.dumps(models))
+    return data, data.with_name("work"), path
 
 
 def compare(data: Path, models: dict[str, Any], *words: object) -> subprocess.CompletedProcess[str]:
-    path = data.with_name("models.json")
-    path.write_text(json.dumps(models))
-    return subprocess.run([sys.executable, SCRIPT, data, data.with_name("work"), path, *map(str, words)],
-                          capture_output=True, text=True)
+    return subprocess.run([sys.executable, SCRIPT, *arguments(data, models), *map(str, words)], capture_output=True,
+                          text=True)
 
 
 @pytest.mark.slow
@@ -70,9 +81,8 @@ def test_models_are_compared_and_a_second_call_does_nothing_again(
     ({"a": PROBE}, ["--source", "SiteA", "--targets", "SiteA"], "--targets SiteA: choose from SiteB"),
 ])
 def test_what_cannot_be_compared_is_refused_at_once(
-    data: Path, models: dict[str, Any], words: list[str], message: str
+    data: Path, capsys: pytest.CaptureFixture[str], models: dict[str, Any], words: list[str], message: str
 ) -> None:
-    result = compare(data, models, *words)
-    assert result.returncode == 2
-    assert message in result.stderr
+    assert run_script(SCRIPT, *arguments(data, models), *words) == 2
+    assert message in capsys.readouterr().err
     assert not data.with_name("work").exists()

@@ -15,7 +15,8 @@ from nnunetv2.run.run_training import run_training
 from desam_nnunet.cache.store import open_stores
 
 CPU = torch.device("cpu")
-TIMM = ("vit_small_patch16_dinov3", "sam2_hiera_tiny", "convnext_tiny", "repvit_m1_1")
+TIMM = ("vit_small_patch16_dinov3", "sam2_hiera_tiny", "convnext_tiny",
+        pytest.param("repvit_m1_1", marks=pytest.mark.slow))
 CHECKPOINT = "checkpoint_final.pth"
 
 

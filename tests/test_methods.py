@@ -65,7 +65,7 @@ def test_two_folds_predict_together_and_are_compared(planned: Workspace, trainer
     assert len(list((tmp_path / "together").glob("*.nii.gz"))) == 2
 
 
-@pytest.mark.parametrize("trainer", METHODS[::2])
+@pytest.mark.parametrize("trainer", ["SAMedTrainer", pytest.param("SAMedTrainerS", marks=pytest.mark.slow)])
 def test_samed_goes_out_and_comes_back(planned: Workspace, trainer: str, tmp_path: Path) -> None:
     folder, file = train(planned, trainer, 0), tmp_path / "samed.pth"
     assert main(["weights", "export", str(folder.parent), str(file)]) == 0

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import SimpleITK as sitk
+from conftest import run_script
 
 import phantom
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "zero_shot.py"
 
 
-def zero_shot(data: Path, out: Path, encoder: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, SCRIPT, data, out, "--encoder", encoder, "--label", "organ"],
-                          capture_output=True, text=True)
+def zero_shot(data: Path, out: Path, encoder: str) -> int:
+    return run_script(SCRIPT, data, out, "--encoder", encoder, "--label", "organ")
 
 
-def test_a_box_of_the_reference_knows_the_slices_and_a_second_call_segments_nothing(tmp_path: Path) -> None:
+def test_a_box_of_the_reference_knows_the_slices_and_a_second_call_segments_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     phantom.write_unseen(tmp_path / "data", sites=("SiteB",), cases=2)
-    result = zero_shot(tmp_path / "data", tmp_path / "out", "vit_tiny")
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert zero_shot(tmp_path / "data", tmp_path / "out", "vit_tiny") == 0
     text = (tmp_path / "out" / "zero_shot.md").read_text()
     boxed, whole = (float(re.search(rf"^\| {prompt} \| SiteB \| 2 \| ([\d.]+) ", text, re.M)[1])
                     for prompt in ("box of the reference", "whole slice"))
@@ -37,14 +37,14 @@ def test_a_box_of_the_reference_knows_the_slices_and_a_second_call_segments_noth
         assert not mask[~organ.any((1, 2))].any()
         assert np.isin(mask, (0, 1)).all()
     before = [path.stat().st_mtime_ns for path in written]
-    again = zero_shot(tmp_path / "data", tmp_path / "out", "vit_tiny")
-    assert text in again.stdout
+    capsys.readouterr()
+    assert zero_shot(tmp_path / "data", tmp_path / "out", "vit_tiny") == 0
+    assert text in capsys.readouterr().out
     assert [path.stat().st_mtime_ns for path in written] == before
 
 
-def test_random_weights_have_no_zero_shot(tmp_path: Path) -> None:
+def test_random_weights_have_no_zero_shot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     phantom.write_unseen(tmp_path / "data", sites=("SiteB",), cases=1)
-    result = zero_shot(tmp_path / "data", tmp_path / "out", "vit_tiny_random")
-    assert result.returncode == 2
-    assert "without a trained mask decoder" in result.stderr
+    assert zero_shot(tmp_path / "data", tmp_path / "out", "vit_tiny_random") == 2
+    assert "without a trained mask decoder" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
