@@ -19,7 +19,6 @@ import SimpleITK as sitk
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from compare_models import TOLERANCE, cells, of_cases, table
 from desam_nnunet.cross_site.sites import Case, Sites, check_sites, ending_of, read_sites
@@ -29,6 +28,7 @@ from desam_nnunet.evaluation.scores import score_cases
 from desam_nnunet.sam.prompts import Prompts, dense_positions, extent, prompt_tokens, whole_box
 from desam_nnunet.sam.tiles import Geometry, TileToImage, cut_padding
 from desam_nnunet.system.files import replace_file
+from desam_nnunet.system.progress import progress
 
 PROMPTS = ("box of the reference", "whole slice")
 _PERCENTILES = (0.5, 99.5)
@@ -86,7 +86,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     every = [(site, case) for site, cases in sites.items() for case in cases]
-    for site, case in tqdm(every, desc="Zero-shot", unit="case"):
+    for site, case in progress(every, "Zero-shot", "cases"):
         files = [file_of(options.out, prompt, site, case) for prompt in PROMPTS]
         if not all(file.is_file() for file in files):
             write_masks(network, case, files)

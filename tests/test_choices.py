@@ -14,6 +14,7 @@ from desam_nnunet.planning.choices import (
     choose_slab,
     choose_storage,
 )
+from desam_nnunet.system.durations import duration
 
 SIZES = {"float16": 100, "int8": 50}
 
@@ -70,25 +71,26 @@ def test_no_batch_where_two_tiles_do_not_fit() -> None:
     assert choose_batch_size(1000, lambda size: size <= 1) is None
 
 
-@pytest.mark.parametrize(("disk", "hours", "asked", "features", "views", "dtype"), [
-    (1e6, 0.01, None, "cached", 4, "float16"),
-    (2500, 0.01, None, "cached", 1, "float16"),
-    (1e6, 0.4, None, "cached", 1, "float16"),
-    (1e6, 30, None, "cached", 1, "float16"),
-    (700, 0.01, None, "cached", 1, "int8"),
-    (400, 0.01, None, "online", 1, "float16"),
-    (1e6, 30, 2, "cached", 2, "float16"),
-    (1500, 0.01, 2, "cached", 2, "int8"),
-    (900, 0.01, 2, "online", 1, "float16"),
+@pytest.mark.parametrize(("disk", "minutes", "asked", "features", "views", "dtype"), [
+    (1e6, 0.6, None, "cached", 4, "float16"),
+    (2500, 0.6, None, "cached", 1, "float16"),
+    (1e6, 24, None, "cached", 1, "float16"),
+    (1e6, 1800, None, "cached", 1, "float16"),
+    (700, 0.6, None, "cached", 1, "int8"),
+    (400, 0.6, None, "online", 1, "float16"),
+    (1e6, 1800, 2, "cached", 2, "float16"),
+    (1500, 0.6, 2, "cached", 2, "int8"),
+    (900, 0.6, 2, "online", 1, "float16"),
 ])
 def test_storage_by_disk_and_time(
-    disk: float, hours: float, asked: int | None, features: str, views: int, dtype: str
+    disk: float, minutes: float, asked: int | None, features: str, views: int, dtype: str
 ) -> None:
-    choice = choose_storage(10, SIZES, disk, hours, asked)
+    choice = choose_storage(10, SIZES, disk, 60 * minutes, asked)
     value = choice.value
     assert (value.features, value.views, value.dtype) == (features, views, dtype)
     assert value.gigabytes * 1e9 <= disk
-    assert f"{views} view(s)" in choice.reason or features == "online"
+    time = duration(60 * minutes * views)
+    assert features == "online" or f"about {time} to encode {10 * views} tiles" in choice.reason
 
 
 @pytest.mark.parametrize(("slices", "batch", "fit", "slab"), [

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
-from tqdm import tqdm
 
 from desam_nnunet.cache.store import Store, Tile, entry_bytes
 from desam_nnunet.cache.tiles import content_of, crop, tiles_of
@@ -20,6 +19,7 @@ from desam_nnunet.cache.views import Augmentation
 from desam_nnunet.encoders.base import Features
 from desam_nnunet.networks.frame import FrozenSamNetwork
 from desam_nnunet.sam.tiles import images_per_tile
+from desam_nnunet.system.progress import progress
 
 _MARGIN = 0.05  # of the disk, kept free
 _BATCH_PIXELS = 8 * 1024 * 1024  # of the encoder's input, encoded at once on a GPU: eight images of 1024
@@ -131,14 +131,14 @@ class Builder:
     def _build(self, plan: Plan) -> None:
         cases = list(plan.todo.items())
         begin = os.getpid() % max(1, len(cases))  # processes that build one store together begin at different cases
-        with tqdm(total=plan.tiles, unit="tile", desc=f"Encoding for {self.store.folder.name}") as progress:
+        with progress(None, f"Encoding for {self.store.folder.name}", "tiles", plan.tiles) as done:
             for case, todo in cases[begin:] + cases[:begin]:
                 data, seg, *_ = self.dataset.load_case(case)
                 for first in range(0, len(todo.missing), self.at_once):
                     batch = todo.missing[first : first + self.at_once]
                     if here := [tile for tile in batch if not self.store.has(case, *tile, todo.content)]:
                         self._store_batch(case, todo, here, data, seg)
-                    progress.update(len(batch))
+                    done.update(len(batch))
                 self.store.finish(case, todo.content, todo.tiles)
 
     def _store_batch(self, case: str, todo: Todo, here: list[tuple[int, int]], data: Any, seg: Any) -> None:

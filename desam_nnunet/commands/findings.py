@@ -18,7 +18,7 @@ from desam_nnunet.encoders.precision import encoder_dtype
 from desam_nnunet.encoders.registry import ENCODERS, TIMM, EncoderRow
 from desam_nnunet.encoders.weights import find_row, find_weights, search_folders, wrong_hash
 from desam_nnunet.nnunet.lookup import classes_in_folders, look_up
-from desam_nnunet.system.machine import device_is_here, memory_limit
+from desam_nnunet.system.machine import device_is_here, memory_limit, usable_cores
 from desam_nnunet.training.base import SamTrainer
 from desam_nnunet.training.registry import TRAINERS
 
@@ -123,7 +123,7 @@ def _device() -> Finding:
         properties = torch.cuda.get_device_properties(0)
         state = f"cuda: {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
     elif device.type == "cpu":
-        state = f"cpu, {torch.get_num_threads()} threads"
+        state = f"cpu, {usable_cores()} of {os.cpu_count()} cores"
     precision = str(encoder_dtype(device)).removeprefix("torch.")
     remedy = "" if device.type == "cuda" else f"add -device {device.type} to nnU-Net's commands"
     return Finding("device", f"{state}; the encoder runs in {precision}", remedy)

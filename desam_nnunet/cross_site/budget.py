@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 
 import torch
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
 from desam_nnunet.planning.facts import CONFIGURATION
+from desam_nnunet.system.machine import usable_cores
 
 KEYS = {"epochs": "num_epochs", "iterations_per_epoch": "num_iterations_per_epoch",
         "val_iterations_per_epoch": "num_val_iterations_per_epoch"}
@@ -25,7 +25,7 @@ def main() -> None:
     for key in KEYS:
         parser.add_argument(f"--{key}", type=int)
     options = parser.parse_args()
-    torch.set_num_threads(os.cpu_count() or 1 if options.device == "cpu" else 1)  # as nnUNetv2_train does
+    torch.set_num_threads(usable_cores() if options.device == "cpu" else 1)  # as our trainers and nnUNetv2_train do
     torch.backends.cudnn.benchmark = True
     fold = options.fold if options.fold == "all" else int(options.fold)
     trainer = get_trainer_from_args(options.dataset, CONFIGURATION, fold, options.tr, options.p,

@@ -11,9 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from desam_nnunet.cross_site.volumes import check_volumes
+from desam_nnunet.system.progress import progress
 
 ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
 LABEL_WORDS = ("_segmentation", "_seg", "_label", "_mask")
@@ -87,7 +86,7 @@ def check_sites(sites: Sites) -> dict[str, list[int]]:
     _check_apart(every)
     first = every[0][1]
     values: dict[str, set[int]] = {site: set() for site in sites}
-    for site, case in tqdm(every, desc="Checking volumes", unit="case"):
+    for site, case in progress(every, "Checking volumes", "cases"):
         if len(case.images) != len(first.images):
             raise ValueError(f"Case {case.name} of site {site} has {len(case.images)} channel(s), but {first.name} has "
                              f"{len(first.images)}: all cases need the same ones.")

@@ -140,7 +140,7 @@ def _predict(study: Study, source: str, trainer: str, target: str, device: str) 
     out = str(study.prediction_folder(source, trainer, target))
     return ("nnUNetv2_predict", "-i", str(study.images(target)), "-o", out, "-d", _number(study, source),
             "-c", CONFIGURATION, "-f", *study.folds, "-tr", trainer, "-p", study.plans_of(trainer), "-device", device,
-            "--continue_prediction", *one_process)
+            "--continue_prediction", "--disable_progress_bar", *one_process)
 
 
 def _write_links(study: Study) -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 import requests
 import timm
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from desam_nnunet.encoders.registry import ENCODERS, TIMM, row_by_name
 from desam_nnunet.encoders.timm_backbone import TimmBackbone
 from desam_nnunet.encoders.weights import search_folders, wrong_hash
 from desam_nnunet.system.files import replacing
+from desam_nnunet.system.progress import progress
 
 _CHUNK = 1 << 20
 _TIMEOUT = 30  # seconds without a byte
@@ -101,11 +101,11 @@ def _fetch(url: str, partial: Path) -> None:
         total = start + length
         with (
             open(partial, "ab" if start else "wb") as stream,
-            tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=partial.stem) as progress,
+            progress(None, partial.stem, "bytes", total, initial=start, unit_scale=True) as done,
         ):
             for chunk in response.iter_content(_CHUNK):
                 stream.write(chunk)
-                progress.update(len(chunk))
+                done.update(len(chunk))
             stream.flush()
             os.fsync(stream.fileno())
             if length and stream.tell() < total:

@@ -23,7 +23,6 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 from torch import Tensor
-from tqdm import tqdm
 
 from desam_nnunet.networks.dbsam.network import DBSAM
 from desam_nnunet.networks.frame import ABSENT_LOGIT
@@ -31,6 +30,7 @@ from desam_nnunet.nnunet.datasets import foreground_of
 from desam_nnunet.nnunet.model_folder import build_network, read_checkpoint, read_description
 from desam_nnunet.sam.prompts import sample_boxes
 from desam_nnunet.system.files import replace_file
+from desam_nnunet.system.progress import progress
 
 TRAINER = "DBSAMTrainerBoxes"
 _Files = dict[str, tuple[list[str], str]]  # of every case: one for each channel, and the reference
@@ -91,7 +91,7 @@ def segment_cases(
 ) -> None:
     """Writes a segmentation of each of `number` cases into `out`, with progress."""
     labels = plans.get_label_manager(dataset_json)
-    for case in tqdm(cases, total=number, desc="With boxes", unit="case"):
+    for case in progress(cases, "With boxes", "cases", number):
         logits = segment_volume(network, case, labels, configuration.patch_size, device)
         export_prediction_from_logits(logits, case.properties, configuration, plans, dataset_json, str(out / case.name))
 

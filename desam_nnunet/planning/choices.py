@@ -11,6 +11,7 @@ from typing import Generic, NamedTuple, TypeVar
 from desam_nnunet.encoders.base import MIN_IMAGE_SIZE
 from desam_nnunet.sam.slabs import DEPTH
 from desam_nnunet.sam.tiles import MASK_STRIDE
+from desam_nnunet.system.durations import duration
 
 T = TypeVar("T")
 
@@ -25,7 +26,7 @@ _COARSEST = 2.5  # pixels of a tile per mask pixel
 _LARGEST_OF_MEDIAN = 1.5  # a few large slices do not decide the patch
 _FEWEST_SLICES = 3  # of the median volume, for slabs
 _VIEWS = 4
-_ENCODING_HOURS = 1.0  # that views may cost
+_ENCODING = 3600  # seconds that views may cost
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def choose_checkpointing(kept: Choice[int] | None, recomputed: Choice[int] | Non
 
 
 def choose_storage(
-    tiles: int, bytes_per_tile: dict[str, int], disk: float, hours_per_view: float, views: int | None
+    tiles: int, bytes_per_tile: dict[str, int], disk: float, seconds_per_view: float, views: int | None
 ) -> Choice[Storage]:
     """Cached features where they fit on the disk, with augmented views where time and disk allow them.
 
@@ -158,18 +159,20 @@ def choose_storage(
         tiles: Of the whole data set.
         bytes_per_tile: Per type on disk, the most exact first.
         disk: Bytes that the cache may take.
-        hours_per_view: That encoding every tile once takes on this machine.
+        seconds_per_view: That encoding every tile once takes on this machine.
         views: As asked for; None leaves the choice.
     """
     drawn = EPOCHS * MAX_ITERATIONS * MAX_BATCH_SIZE
     if tiles > drawn:
         return Choice(Storage(), f"there are {tiles} tiles, of which training draws {drawn}")
-    counts = [views] if views else [_VIEWS, 1] if _VIEWS * hours_per_view <= _ENCODING_HOURS else [1]
+    counts = [views] if views else [_VIEWS, 1] if _VIEWS * seconds_per_view <= _ENCODING else [1]
     for dtype, size in bytes_per_tile.items():
         for count in counts:
             if count * tiles * size <= disk:
-                gigabytes, hours = count * tiles * size / 1e9, count * hours_per_view
-                reason = f"{gigabytes:.1f} GB, about {hours:.1f} h to encode {count} view(s) of {tiles} tiles"
+                gigabytes = count * tiles * size / 1e9
+                views_of = f", {count} views of {tiles}" if count > 1 else ""
+                reason = (f"{gigabytes:.1f} GB, about {duration(count * seconds_per_view)} to encode {count * tiles} "
+                          f"tiles{views_of}")
                 return Choice(Storage("cached", count, dtype, gigabytes), reason)
     least = counts[-1] * tiles * min(bytes_per_tile.values()) / 1e9
     reason = f"a cache of {tiles} tiles takes at least {least:.1f} GB, {disk / 1e9:.1f} GB are to be had"

@@ -33,7 +33,7 @@ from desam_nnunet.sam.tiles import TileToImage, ct_window
 from desam_nnunet.settings.resolve import read_own, read_sam, resolve_plans
 from desam_nnunet.settings.sections import Method, SamSection
 from desam_nnunet.system.files import TEMPORARY, replacing
-from desam_nnunet.system.machine import check_device
+from desam_nnunet.system.machine import check_device, limit_threads
 from desam_nnunet.training import checks
 from desam_nnunet.training.losses import foreground_target
 
@@ -67,6 +67,7 @@ class SamTrainer(nnUNetTrainer):
         resolve_plans(plans, configuration, dataset_json, self.method,
                       trained=trained_plans(plans, configuration, type(self).__name__))
         super().__init__(plans, configuration, fold, dataset_json, device)
+        limit_threads(device)
         resolved = self.configuration_manager.configuration
         self.sam: SamSection = read_sam(resolved)
         self.own = read_own(resolved, self.method)

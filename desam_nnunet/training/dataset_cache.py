@@ -15,6 +15,7 @@ from desam_nnunet.networks.frame import FrozenSamNetwork
 from desam_nnunet.nnunet.datasets import STOCK_PLANS, dataset_folder, read_preprocessed
 from desam_nnunet.nnunet.model_folder import build_network, trained_plans
 from desam_nnunet.settings.resolve import read_sam, resolve_plans
+from desam_nnunet.system.machine import limit_threads
 from desam_nnunet.training.frozen import FrozenSamTrainer, build_missing, builder_of
 from desam_nnunet.training.registry import find_trainer
 
@@ -57,6 +58,7 @@ def build_dataset(
     if not data_folder.is_dir():
         raise FileNotFoundError(f"{data_folder} does not exist: run nnUNetv2_preprocess -d {dataset} -plans_name "
                                 f"{plans_name} -c {configuration_name} first.")
+    limit_threads(device)
     network = build_network(plans, dataset_json, configuration_name, trainer_name).to(device).eval()
     assert isinstance(network, FrozenSamNetwork)
     data = infer_dataset_class(str(data_folder))(str(data_folder))

@@ -28,6 +28,7 @@ from desam_nnunet.encoders.registry import brought_row
 from desam_nnunet.networks.frame import FrozenSamNetwork
 from desam_nnunet.sam.slabs import depth_of
 from desam_nnunet.settings.sections import SamSection
+from desam_nnunet.system.durations import duration
 from desam_nnunet.system.machine import free_memory
 from desam_nnunet.training.base import Batch, SamTrainer, axes_of_slab, flattened
 
@@ -122,9 +123,10 @@ def build_missing(builder: Builder, share: Share) -> None:
             if same == store.recipe and other.recipe.precision != store.recipe.precision:
                 print(f"{other.folder.name} has these tiles in {other.recipe.precision}, but the encoder computes in "
                       f"{store.recipe.precision} on this device: they are encoded again.")
-        print(f"Embedding cache {store.folder}: {plan.tiles} tiles of {len(plan.todo)} case(s) to encode, about "
+        views = f", {store.recipe.views} views of each" if store.recipe.views > 1 else ""
+        print(f"Embedding cache {store.folder}: {plan.tiles} tiles of {len(plan.todo)} case(s) to encode{views}, about "
               f"{plan.needed / 1e9:.2f} GB ({usable_bytes(store.folder) / 1e9:.1f} GB free) and "
-              f"{_duration(builder.seconds(plan))}.", flush=True)
+              f"{duration(builder.seconds(plan))}.", flush=True)
     if plan.todo:  # perhaps only the record of a case whose tiles are all there
         builder.build(plan)
 
@@ -204,8 +206,3 @@ def _bytes_of_tile(builder: Builder, label_manager: LabelManager) -> int:
     recipe = builder.store.recipe
     regions = len(label_manager.foreground_regions) + label_manager.has_ignore_label if label_manager.has_regions else 1
     return 2 * (builder.network.encoder.spec.values(recipe.image_size) + regions * math.prod(recipe.patch_size))
-
-
-def _duration(seconds: float) -> str:
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes else "less than a minute"

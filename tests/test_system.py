@@ -1,0 +1,60 @@
+"""What the machine has, times, and progress."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+
+import joblib
+import pytest
+import torch
+from conftest import Workspace, make_trainer
+
+from desam_nnunet.system.durations import duration
+from desam_nnunet.system.machine import limit_threads, usable_cores
+from desam_nnunet.system.progress import progress
+
+
+@pytest.mark.parametrize(("seconds", "words"), [
+    (0, "less than a minute"), (29, "less than a minute"), (47, "1 min"), (3570, "1 h 0 min"), (90000, "25 h 0 min")])
+def test_durations_are_hours_and_minutes(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+@pytest.mark.parametrize(("asked", "cores"), [("1", 1), ("1,4", 1), ("", None), ("0", None), ("many", None)])
+def test_cores_are_those_that_the_user_leaves(monkeypatch: pytest.MonkeyPatch, asked: str, cores: int | None) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert usable_cores() == (cores or joblib.cpu_count())
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to a core")
+def test_cores_are_those_that_a_process_is_bound_to() -> None:
+    script = ("import os; os.environ.pop('OMP_NUM_THREADS', None); core = min(os.sched_getaffinity(0)); "
+              "os.sched_setaffinity(0, [core]); from desam_nnunet.system import machine; print(machine.usable_cores())")
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "1\n"
+
+
+def test_a_trainer_takes_no_more_threads_than_it_may(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nnUNetv2_train has just set as many as the machine has cores."""
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    try:
+        torch.set_num_threads(2)
+        limit_threads(torch.device("cuda"))
+        assert torch.get_num_threads() == 2
+        make_trainer("DeSAMTrainer", workspace)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_progress_in_a_file_is_a_line_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert list(progress(range(1000), "Encoding", "tiles")) == list(range(1000))
+    lines = [line for line in stream.getvalue().replace("\r", "").splitlines() if line]
+    assert 2 <= len(lines) <= 3
+    assert lines[0].startswith("Encoding: 0 of 1000 tiles, 00:00")
+    assert lines[-1].startswith("Encoding: 1000 of 1000 tiles")
