@@ -21,6 +21,7 @@ import torch
 from conftest import PLANS, Workspace, tiny_sections
 from filelock import FileLock
 from matplotlib import image as pictures
+from matplotlib.colors import to_rgb
 
 import phantom
 from desam_nnunet.commands.__main__ import main
@@ -32,6 +33,7 @@ from desam_nnunet.cross_site.conditions import (
     put_damaged_aside,
     remove_stale_predictions,
 )
+from desam_nnunet.cross_site.pictures import colour_of
 from desam_nnunet.cross_site.sites import Case
 from desam_nnunet.cross_site.steps import follows, steps_of
 from desam_nnunet.cross_site.study import Study
@@ -176,9 +178,17 @@ def test_the_report_has_what_it_must(ran: Ran) -> None:
         assert all(isinstance(row[key], float) for key in ("training_minutes", "seconds_per_volume"))
 
 
+def test_pictures_show_reference_and_prediction(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One colour for the class: a line, and a see-through area that is larger."""
+    seen = pictures.imread(study_of(ran, monkeypatch).picture("SiteA", "DeSAMTrainer", "SiteB"))[..., :3] / 255
+    line = np.abs(seen - to_rgb(colour_of(0))).max(-1) < 0.02
+    area = seen[..., 0] - seen[..., 2] > 0.15  # orange; all else is grey
+    assert 100 < line.sum() < area.sum() / 2
+
+
 @in_a_browser
 def test_a_browser_shows_the_report(ran: Ran, tmp_path: Path) -> None:
-    """Without network: contours, heat map and score map are seen, and nothing is wider than the page."""
+    """Without network: masks, heat map and score map are seen, and nothing is wider than the page."""
     options = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
                "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}"]
     page = (ran.out / "report.html").as_uri()
@@ -187,8 +197,7 @@ def test_a_browser_shows_the_report(ran: Ran, tmp_path: Path) -> None:
                    capture_output=True)
     seen = pictures.imread(shot)[..., :3]
     assert seen.shape[:2] == (9000, 1200)
-    for colour in ((0, 1, 0), (1, 0, 1)):  # contours of reference and prediction
-        assert (np.abs(seen - colour).max(-1) < 0.1).sum() > 1500, colour  # the key alone has some hundred
+    assert (np.abs(seen - to_rgb(colour_of(0))).max(-1) < 0.1).sum() > 1500  # lines of predictions
     ink = (seen < 0.9).any(-1)
     assert 0.02 < ink.mean() < 0.9
     assert not ink[:, -15:].any()  # the right margin stays free

@@ -1,4 +1,4 @@
-"""Pictures of a study: box plots, and slices with contours of the best, the median and the worst case of a model."""
+"""Pictures of a study: box plots, and slices of the best, the median and the worst case of a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import numpy as np
 import pandas as pd
 import SimpleITK as sitk
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from desam_nnunet.cross_site.study import Study
 from desam_nnunet.evaluation.metrics import Metric
@@ -20,7 +22,8 @@ from desam_nnunet.evaluation.statistics import per_case
 from desam_nnunet.system.files import replace_file
 
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#000000")  # Okabe and Ito
-REFERENCE, PREDICTION = "lime", "magenta"
+_ON_IMAGES = ("#e69f00", "#56b4e9", "#f0e442", "#cc79a7", "#009e73", "#d55e00")  # those of them that are bright
+_FILLED = 0.3  # opacity of the reference
 _INSIDE = (0.2, 0.5, 0.8)  # of the organ's extent
 _WINDOW = (0.5, 99.5)  # percentiles of the volume
 
@@ -87,12 +90,16 @@ def draw_cases(study: Study, source: str, trainer: str, target: str) -> None:
         low, high = np.percentile(volume.image, _WINDOW)
         for axis, (z, what) in zip(axes, _slices(volume, list(classes.values()), ignored), strict=True):
             axis.imshow(volume.image[z], cmap="gray", vmin=low, vmax=high, aspect=volume.aspect)
-            for values in classes.values():
-                outline(axis, np.isin(volume.reference[z], values), REFERENCE, 1.8)
-                outline(axis, np.isin(volume.prediction[z], values), PREDICTION, 1.1)
+            for number, values in enumerate(classes.values()):
+                fill(axis, np.isin(volume.reference[z], values), number)
+                outline(axis, np.isin(volume.prediction[z], values), number)
             axis.set(xticks=[], yticks=[])
             axis.set_title(f"slice {z}{what}", fontsize=7)
         axes[0].set_ylabel(f"{word}: {case}\nDice {dice:.3f}", fontsize=8)
+    keys = [Patch(facecolor=to_rgba(colour_of(number), _FILLED), edgecolor=colour_of(number), label=name)
+            for number, name in enumerate(classes)]
+    figure.legend(handles=keys, loc="outside lower left", ncols=6, frameon=False, fontsize=8,
+                  title="filled: reference, line: prediction", title_fontsize=8, alignment="left")
     save(figure, study.picture(source, trainer, target))
 
 
@@ -107,10 +114,21 @@ def chosen_cases(rows: list[Row]) -> list[tuple[str, str, float]]:
     return [(words[place], ranked[place][1], ranked[place][0]) for place in sorted(words)]
 
 
-def outline(axis: Axes, mask: np.ndarray, colour: str, width: float) -> None:
-    """The border of a mask; nothing where it is empty."""
+def colour_of(number: int) -> str:
+    """Of a class, by its place among them."""
+    return _ON_IMAGES[number % len(_ON_IMAGES)]
+
+
+def fill(axis: Axes, mask: np.ndarray, number: int) -> None:
+    """A class's mask, see-through; nothing where it is empty."""
     if mask.any():
-        axis.contour(mask, [0.5], colors=colour, linewidths=width)
+        axis.contourf(mask, [0.5, 1.5], colors=colour_of(number), alpha=_FILLED)
+
+
+def outline(axis: Axes, mask: np.ndarray, number: int) -> None:
+    """The border of a class's mask; nothing where it is empty."""
+    if mask.any():
+        axis.contour(mask, [0.5], colors=colour_of(number), linewidths=1.3)
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from desam_nnunet.cache.tiles import crop, tiles_of
-from desam_nnunet.cross_site.pictures import REFERENCE, chosen_cases, outline, save
+from desam_nnunet.cross_site.pictures import chosen_cases, outline, save
 from desam_nnunet.cross_site.study import CHECKPOINT, SCORES, Study
 from desam_nnunet.evaluation.scores import classes_of, read_rows
 from desam_nnunet.networks.desam.network import DeSAM
@@ -54,7 +54,7 @@ def draw_scores(study: Study, source: str, trainer: str, target: str) -> None:
     axes = figure.subplots(len(maps), len(classes), squeeze=False)
     for row, shown in zip(axes, maps, strict=True):
         for index, (axis, (name, values)) in enumerate(zip(row, classes.items(), strict=True)):
-            outline(axis, np.isin(shown.labels, values), REFERENCE, 1.5)
+            outline(axis, np.isin(shown.labels, values), index)
             _draw(axis, shown, index, f"{case.name}, slice {shown.slice}, {name}")
     figure.colorbar(axes[0, 0].collections[-1], ax=axes, label="PRIM's score of the point", shrink=0.8)
     save(figure, study.picture(source, trainer, target, SCORES))
