@@ -326,7 +326,7 @@ def test_on_a_cpu_the_first_of_a_few_that_is_here(
     monkeypatch: pytest.MonkeyPatch, here: tuple[str, ...], encoder: str, reason: str
 ) -> None:
     monkeypatch.setattr(fit, "is_here", lambda name: name in here)
-    configuration, _, lines = choose(CARDIAC, Request(), machine(8, 100))
+    configuration, _, lines = choose(CARDIAC, Request(trainer=PDMMTrainer), machine(8, 100))
     assert configuration["sam"]["encoder"] == encoder
     assert reason in next(line.reason for line in lines if line.key == "sam.encoder")
     trained_through, _, lines = choose(CARDIAC, Request(trainer=SAMedTrainer), machine(40, 100))

@@ -250,6 +250,7 @@ def test_a_run_that_was_put_down_ends_with_the_same_weights(finished, tmp_path):
     assert _curve(tmp_path) == _curve(folder)
 
 
+@pytest.mark.slow
 def test_a_row_of_the_curve_is_a_mean_over_steps_wherever_it_was_put_down(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "_REPORTS", 2)
     for _ in range(5):
