@@ -141,6 +141,19 @@ def test_plans_of_the_same_name_are_kept_beside(workspace: Workspace, capsys: py
     assert "AgainPlans.json.before2" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("content", ["[]", "{", '{"configurations": []}', '{"configurations": {"2d": null}}'])
+def test_what_is_no_plans_of_ours_is_never_replaced(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    path = workspace.preprocessed / "OddPlans.json"
+    path.write_text(content)
+    assert main(["plan", "-d", "501", "--encoder", "vit_tiny", "-device", "cpu", "-tr", "PDMMTrainer",
+                 "-overwrite_plans_name", "OddPlans"]) == 1
+    assert "OddPlans.json" in capsys.readouterr().err
+    assert path.read_text() == content
+    path.unlink()
+
+
 @pytest.mark.slow
 def test_an_unplanned_data_set_is_planned_by_nnunet_first(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch

@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import joblib
 import pytest
@@ -13,6 +14,7 @@ import torch
 from conftest import Workspace, make_trainer
 
 from desam_nnunet.system.durations import duration
+from desam_nnunet.system.files import read_object
 from desam_nnunet.system.machine import limit_threads, usable_cores
 from desam_nnunet.system.progress import progress
 
@@ -48,6 +50,28 @@ def test_a_trainer_takes_no_more_threads_than_it_may(workspace: Workspace, monke
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+def test_json_is_an_object_of_a_file_or_refused_in_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    for content, message in ((b"{", "can't be read as JSON"), (b'{"a": "\xe4"}', "can't be read as JSON"),
+                             (b"[" * 10**5, "can't be read as JSON"), (b"[1]", "holds list, but must hold an object"),
+                             (b"null", "holds NoneType, but must hold an object")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            read_object(path)
+    path.write_text('{"a": 1}')
+    assert read_object(path) == {"a": 1}
+    with pytest.raises(FileNotFoundError):
+        read_object(tmp_path / "nothing.json")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_json_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    for path in (tmp_path, tmp_path / "pipe.json"):
+        with pytest.raises(ValueError, match="is no file, but a folder or a device"):
+            read_object(path)
 
 
 def test_progress_in_a_file_is_a_line_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:

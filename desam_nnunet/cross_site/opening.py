@@ -21,7 +21,7 @@ from desam_nnunet.evaluation.scores import classes_of
 from desam_nnunet.nnunet.datasets import STOCK_PLANS
 from desam_nnunet.nnunet.lookup import look_up
 from desam_nnunet.planning.facts import FOLDS, SPLITS
-from desam_nnunet.system.files import TEMPORARY
+from desam_nnunet.system.files import TEMPORARY, read_object
 
 _GROWING = ("trainers", "sources", "targets")  # what a later call may add to
 _NEEDS_BOXES = "DBSAMTrainerBoxes"
@@ -210,7 +210,7 @@ def _common_description(study: Study) -> dict[str, Any]:
     """``dataset.json``, without what may differ between sites."""
     descriptions = {}
     for site, dataset in study.datasets.items():
-        given = json.loads((study.folder("nnUNet_raw") / dataset / "dataset.json").read_text())
+        given = read_object(study.folder("nnUNet_raw") / dataset / "dataset.json")
         if "channel_names" not in given and "modality" in given:
             given["channel_names"] = given["modality"]  # its name in nnU-Net's first version
         descriptions[site] = {key: given[key] for key in (*_DESCRIBED, "regions_class_order") if key in given}

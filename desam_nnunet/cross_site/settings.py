@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from desam_nnunet.cross_site.study import STUDY_PLANS, Study, method_of
 from desam_nnunet.planning.facts import CONFIGURATION
 from desam_nnunet.settings.resolve import check_keys, given_section, resolve_plans
 from desam_nnunet.settings.sections import SamSection
+from desam_nnunet.system.files import read_object
 from desam_nnunet.training.registry import TRAINERS, find_trainer
 
 _KEYS = ("batch_size", "patch_size")  # beside our sections
@@ -31,11 +31,8 @@ def read_settings(path: Path | None, plans: str, trainers: Sequence[str]) -> dic
         return {}
     if plans:
         raise ValueError(f"-p {plans} and --settings exclude each other: put the settings into these plans.")
-    try:
-        settings = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} can't be read as JSON: {error}.") from error
-    if not isinstance(settings, dict) or not settings:
+    settings = read_object(path)
+    if not settings:
         raise ValueError(f"{path} must hold an object with keys of the plans' 2D configuration, such as batch_size.")
     methods = [method_of(trainer) for trainer in dict.fromkeys([*TRAINERS, *trainers])]
     sections = {"sam": SamSection} | {method.name: method.section for method in methods if method is not None}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
 from desam_nnunet.nnunet.lookup import look_up
-from desam_nnunet.system.files import damage_told
+from desam_nnunet.system.files import damage_told, read_object
 
 # What checkpoints hold beside tensors and plain Python values: numpy's numbers.
 _SCALAR = np.float64(0).__reduce__()[0]
@@ -37,7 +36,7 @@ def trained_folds(model: Path) -> list[Path]:
 
 def read_description(folder: Path, plans: str = "plans") -> tuple[dict[str, Any], dict[str, Any]]:
     """The plans of that name and dataset.json, of a model folder or of a data set's."""
-    first, second = (json.loads((folder / f"{name}.json").read_text()) for name in (plans, "dataset"))
+    first, second = (read_object(folder / f"{name}.json") for name in (plans, "dataset"))
     return first, second
 
 

@@ -27,7 +27,7 @@ from desam_nnunet.sam.slabs import SLABS
 from desam_nnunet.sam.tiles import intensity_rule
 from desam_nnunet.settings.resolve import SAM, check_keys
 from desam_nnunet.settings.sections import AS_BEFORE, DTYPES, Method, SamSection
-from desam_nnunet.system.files import replace_file
+from desam_nnunet.system.files import read_object, replace_file
 from desam_nnunet.system.machine import device_is_here, memory_limit
 
 
@@ -60,7 +60,7 @@ def plan_dataset(dataset: str, name: str, request: Request, device: torch.device
     path = folder / f"{name}.json"
     before = _plans_to_replace(path)
     plans, dataset_json = _stock_plans(folder)
-    facts = read_facts(plans, dataset_json, json.loads((folder / "dataset_fingerprint.json").read_text()))
+    facts = read_facts(plans, dataset_json, read_object(folder / "dataset_fingerprint.json"))
     machine = Machine(_memory(request, device), _disk(folder, request), device)
     configuration, slab, lines = choose(facts, request, machine)
     plans["plans_name"] = name
@@ -170,11 +170,18 @@ def _stock_plans(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _plans_to_replace(path: Path) -> bytes | None:
     """The plans of this name, if there are any; refused where they are not ours."""
-    content = path.read_bytes() if path.is_file() else None
-    sections = json.loads(content or b"{}").get("configurations", {}).get(CONFIGURATION, {})
-    if path.stem == STOCK_PLANS or (content is not None and "sam" not in sections):
+    if path.stem == STOCK_PLANS or (path.exists() and not _is_ours(path)):
         raise ValueError(f"{path} is not desam plan's to write: choose another name with -overwrite_plans_name.")
-    return content
+    return path.read_bytes() if path.exists() else None
+
+
+def _is_ours(path: Path) -> bool:
+    configuration: Any = read_object(path).get("configurations")
+    for key in (CONFIGURATION, "sam"):
+        if not isinstance(configuration, dict) or key not in configuration:
+            return False
+        configuration = configuration[key]
+    return True
 
 
 def _commands(
