@@ -70,7 +70,7 @@ def on_a_cpu(command: str) -> tuple[str, ...]:
 def test_a_first_run_without_a_gpu(tmp_path: Path) -> None:
     shell = Shell(tmp_path)
     shell.run("nnUNetv2_plan_and_preprocess -d 501 -c 2d -np 1 -npfp 1")
-    plan, train, predict, score = commands("README.md", section="Without a GPU and without another download")[:4]
+    plan, train, predict, score = commands("README.md", section="Without a GPU and without another")[:4]
     said = shell.run(plan)
     assert train in said
     assert predict in said
@@ -89,7 +89,7 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
         if "nnUNetTrainer" not in command:
             shell.run(command, *on_a_cpu(command))
         if command.startswith("desam plan"):
-            shell.shorten("DeSAMPlans")
+            shell.shorten("PDMMPlans" if "PDMMTrainer" in command else "DeSAMPlans")
     return shell
 
 

@@ -111,10 +111,11 @@ def choose_encoder(facts: Facts, request: Request, machine: Machine) -> tuple[Fi
 
 
 def _choose_largest(facts: Facts, request: Request, machine: Machine) -> tuple[Fit, str]:
-    """Of SAM's own encoders."""
+    """Of SAM's own encoders, or else of the small ones that is here."""
     here = [name for name in ("vit_h", "vit_l", "vit_b") if is_here(name)]
     if not here:
-        return fit_encoder("vit_b", facts, request, machine), _missing("vit_b")
+        name = next(filter(is_here, _ON_A_CPU))
+        return fit_encoder(name, facts, request, machine), f"which is here; SAM's own: {find_row('vit_b').remedy}"
     for name in here[:-1]:
         try:
             fit = fit_encoder(name, facts, request, machine)
