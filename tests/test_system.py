@@ -19,6 +19,12 @@ from desam_nnunet.system.machine import limit_threads, usable_cores
 from desam_nnunet.system.progress import progress
 
 
+@pytest.mark.parametrize("module", ["desam_nnunet.training.desam", "desam_nnunet.commands.findings"])
+def test_nobody_is_warned_of_what_timm_calls(module: str) -> None:
+    words = [sys.executable, "-W", "default", "-c", f"import {module}"]
+    assert "torch.jit" not in subprocess.run(words, capture_output=True, text=True, check=True).stderr
+
+
 @pytest.mark.parametrize(("seconds", "words"), [
     (0, "less than a minute"), (29, "less than a minute"), (47, "1 min"), (3570, "1 h 0 min"), (90000, "25 h 0 min")])
 def test_durations_are_hours_and_minutes(seconds: float, words: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from collections.abc import Sequence
 
 from desam_nnunet import __version__
@@ -19,7 +18,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for module in (doctor, trainers, plan, cache, boxes, cross_site, pretrain, weights):
         module.add(commands)
     options = parser.parse_args(arguments)
-    warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", FutureWarning)  # timm's, on import
     try:
         return options.run(options) or 0
     except (ValueError, OSError, RuntimeError) as error:

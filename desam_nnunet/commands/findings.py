@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import timm
 import torch
 
 from desam_nnunet import __version__
@@ -48,8 +47,8 @@ def examine_weights() -> Iterator[Finding]:
     yield from map(_weights_folder, search_folders())
     yield from map(_weights, ENCODERS.values())
     files = {path.stem for folder in search_folders() for path in folder.glob("*.safetensors")}
-    for name in sorted(filter(timm.is_model, files)):
-        with contextlib.suppress(ValueError):  # of models that no decoder here can read
+    for name in sorted(files):
+        with contextlib.suppress(ValueError):  # of other files, and of models that no decoder here can read
             yield _weights(find_row(f"{TIMM}{name}"))
 
 
