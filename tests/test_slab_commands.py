@@ -183,6 +183,36 @@ def test_gradients_reach_every_trained_weight(slabbed: Workspace) -> None:
     assert not [name for name, value in network.named_parameters() if value.requires_grad and value.grad is None]
 
 
+@pytest.mark.parametrize("trainer", ["DeSAMTrainer", "DeSAMTrainerWholeBox", "PDMMTrainer"])
+def test_regions_with_an_ignore_label_and_two_channels(slabbed: Workspace, trainer: str) -> None:
+    """What is counted is what is labelled, slice by slice; what is ignored changes no loss."""
+    dataset = slabbed.dataset_json() | {
+        "labels": {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}, "regions_class_order": [1, 2],
+        "channel_names": {"0": "T2", "1": "ADC"}}
+    plans = slabbed.plans(SLAB_PLANS)
+    plans["configurations"]["2d"]["sam"]["features"] = "online"
+    for key in ("normalization_schemes", "use_mask_for_norm"):
+        plans["configurations"]["2d"][key] = plans["configurations"]["2d"][key] * 2
+    made = make_trainer(trainer, slabbed, plans=plans, configuration=SLABS, dataset_json=dataset)
+    made.initialize()
+    patch = made.configuration_manager.patch_size
+    target = torch.zeros(2, 3, *patch, dtype=torch.int16)
+    target[0, :2, 1:3, 20:50, 30:60] = 1  # both regions, in two slices of five
+    target[:, 2, 2] = 1  # one of them ignored
+    batch = {"data": torch.randn(2, 2, *patch), "target": target, "keys": ["a", "b"]}
+    made.network.eval()
+    with torch.no_grad():
+        result = made.validation_step(batch)
+        changed = batch | {"target": target.clone()}
+        changed["target"][:, :2, 2] = 0
+        again = made.validation_step(changed)
+    assert (result["tp_hard"] + result["fn_hard"]).tolist() == [30 * 30] * 2
+    if trainer != "DeSAMTrainer":  # whose points are drawn anew
+        assert result["loss"] == pytest.approx(again["loss"], rel=1e-6)
+    made.network.train()
+    assert np.isfinite(made.train_step(batch)["loss"])
+
+
 @pytest.mark.parametrize(("trainer", "configuration", "words"), [
     ("DeSAMTrainer", "3d_fullres", "is 3D, but SAM works on slices: use 2d or 2d_slab"),
     ("SAMedTrainer", SLABS, "the method samed sees one slice at a time: use 2d"),

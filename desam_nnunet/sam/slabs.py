@@ -9,6 +9,7 @@ from torch import Tensor
 SLABS = "2d_slab"  # the name of the configuration in the plans
 DEPTH = 5  # slices of a slab where nothing else is said: one and the two on either side that it sees
 
+
 def depth_of(patch_size: Sequence[int]) -> int:
     """Slices of a patch: those of a slab [D, H, W], 1 of a tile [H, W]."""
     return int(patch_size[0]) if len(patch_size) == 3 else 1
