@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from desam_nnunet.cross_site.conditions import (
     put_damaged_aside,
     remove_stale_predictions,
 )
-from desam_nnunet.cross_site.pictures import colour_of
+from desam_nnunet.cross_site.pictures import colour_of, draw_cases
 from desam_nnunet.cross_site.sites import Case
 from desam_nnunet.cross_site.steps import follows, steps_of
 from desam_nnunet.cross_site.study import Study
@@ -178,12 +179,20 @@ def test_the_report_has_what_it_must(ran: Ran) -> None:
         assert all(isinstance(row[key], float) for key in ("training_minutes", "seconds_per_volume"))
 
 
-def test_pictures_show_reference_and_prediction(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One colour for the class: a line, and a see-through area that is larger."""
-    seen = pictures.imread(study_of(ran, monkeypatch).picture("SiteA", "DeSAMTrainer", "SiteB"))[..., :3] / 255
+def test_pictures_show_reference_and_prediction(ran: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One colour for the class: a line around a prediction that is the reference, moved, and a see-through area."""
+    shutil.copytree(ran.out, tmp_path / "study", symlinks=True)
+    study = replace(study_of(ran, monkeypatch), out=tmp_path / "study")
+    for case in study.sites["SiteB"]:
+        reference = sitk.ReadImage(case.label)
+        moved = sitk.GetImageFromArray(np.roll(sitk.GetArrayFromImage(reference), 6, axis=2))
+        moved.CopyInformation(reference)
+        sitk.WriteImage(moved, study.prediction_folder("SiteA", "DeSAMTrainer", "SiteB") / f"{case.name}.nii.gz")
+    draw_cases(study, "SiteA", "DeSAMTrainer", "SiteB")
+    seen = pictures.imread(study.picture("SiteA", "DeSAMTrainer", "SiteB"))[..., :3] / 255
     line = np.abs(seen - to_rgb(colour_of(0))).max(-1) < 0.02
     area = seen[..., 0] - seen[..., 2] > 0.15  # orange; all else is grey
-    assert 100 < line.sum() < area.sum() / 2
+    assert 500 < line.sum() < area.sum() / 3
 
 
 @in_a_browser
