@@ -84,7 +84,7 @@ def test_a_partial_download_continues(url: str, folder: Path, capfd: pytest.Capt
     (folder / "sam_vit_b_01ec64.pth.part").write_bytes(CONTENT[:1000])
     assert download("vit_b", url=url).read_bytes() == CONTENT
     assert Server.ranges == ["bytes=1000-"]
-    assert "1.28M/1.28M" in capfd.readouterr().err
+    assert "1.28M of 1.28M bytes" in capfd.readouterr().err
 
 
 def test_a_complete_partial_download_is_only_verified(url: str, folder: Path) -> None:
