@@ -359,6 +359,13 @@ def test_operations_of_vit_b() -> None:
     assert ENCODERS["vit_b"].architecture.operations(1024) == pytest.approx(0.97e12, rel=0.06)
 
 
+def test_a_gpu_without_sams_weights_gets_what_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "is_here", lambda name: name in ("lite_medsam", "vit_tiny"))
+    configuration, _, lines = choose(CARDIAC, Request(trainer=PDMMTrainer), machine(8, 100, "cuda"))
+    assert configuration["sam"]["encoder"] == "lite_medsam"
+    assert "desam weights get vit_b" in next(line.reason for line in lines if line.key == "sam.encoder")
+
+
 def test_more_of_anything_takes_more_memory() -> None:
     need = partial(footprint, DeSAMTrainer, ENCODERS["vit_tiny"].architecture, half=False)
     small = need(128, (96, 96), 1)

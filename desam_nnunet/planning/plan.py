@@ -176,12 +176,9 @@ def _plans_to_replace(path: Path) -> bytes | None:
 
 
 def _is_ours(path: Path) -> bool:
-    configuration: Any = read_object(path).get("configurations")
-    for key in (CONFIGURATION, "sam"):
-        if not isinstance(configuration, dict) or key not in configuration:
-            return False
-        configuration = configuration[key]
-    return True
+    configurations = read_object(path).get("configurations")
+    configuration = configurations.get(CONFIGURATION) if isinstance(configurations, dict) else None
+    return isinstance(configuration, dict) and SAM.name in configuration
 
 
 def _commands(
