@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from desam_nnunet.cache.store import ChangedCaseError, Store, Tile
 
 PLAIN = {"background": 0, "a": 1, "b": 2}
 EMPTY, ONLY_A, MOSTLY_B = 0, 1, 2
+SLICES = tuple(Tile(number, 0, 0) for number in range(3))
 
 
 def target_of(number: int) -> np.ndarray:
@@ -36,20 +37,20 @@ def target_of(number: int) -> np.ndarray:
 
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[..., CachedLoader]:
-    store = Store(tmp_path, RECIPE)
-    store.create()
-    tiles = [Tile(number, 0, 0) for number in range(3)]
-    for number in range(3):
-        store.write("case", number, 0, features(number), target_of(number), "content")
-    store.finish("case", "content", tiles)
-
-    def build(labels: dict[str, Any] = PLAIN, order: list[int] | None = None, **options: Any) -> CachedLoader:
+    def build(
+        labels: dict[str, Any] = PLAIN, order: list[int] | None = None, tiles: Sequence[Tile] = SLICES, **options: Any
+    ) -> CachedLoader:
+        store = Store(tmp_path, RECIPE)
+        store.create()
+        for number in range(len(tiles)):
+            store.write("case", number, 0, features(number), target_of(number), "content")
+        store.finish("case", "content", list(tiles))
+        record = store.complete("case", "content")
+        assert record is not None
         manager = LabelManager(labels, order)
         transforms = nnUNetTrainer.get_validation_transforms(
             None, foreground_labels=manager.foreground_labels,
             regions=manager.foreground_regions if manager.has_regions else None, ignore_label=manager.ignore_label)
-        record = store.complete("case", "content")
-        assert record is not None
         defaults = {"batch_size": 4, "oversample": 0.5, "probabilistic": False, "workers": 0, "pin_memory": False,
                     "in_memory": False, "views": 1}
         return CachedLoader(store, {"case": record}, label_manager=manager, transforms=transforms,

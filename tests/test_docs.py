@@ -16,7 +16,7 @@ import phantom
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
-OURS = ("desam ", "nnUNetv2_", "torchrun ")
+OURS = ("desam ", "nnUNetv2_", "torchrun ", "for fold in ")
 DOWNLOADS = "desam weights get"
 SHORT = {"encoder": "vit_tiny", "image_size": 64, "views": 2, "epochs": 1, "iterations_per_epoch": 2,
          "val_iterations_per_epoch": 1}
@@ -41,9 +41,9 @@ class Shell:
         for name in ("images", "labels"):
             (root / "SiteB" / name).rename(root / name)
 
-    def run(self, command: str, *options: str) -> str:
-        """What it prints. `options` are the words that the page says to add where there is no GPU."""
-        words = " ".join((command, *options))
+    def run(self, command: str) -> str:
+        """What it prints; with the words that the pages say to add where there is no GPU."""
+        words = on_a_cpu(command)
         result = subprocess.run(["bash", "-c", words], cwd=self.root, capture_output=True, text=True,
                                 env=self.environment())
         assert result.returncode == 0, f"{words}\n{result.stdout[-3000:]}{result.stderr[-3000:]}"
@@ -61,10 +61,11 @@ class Shell:
         path.write_text(json.dumps(content))
 
 
-def on_a_cpu(command: str) -> tuple[str, ...]:
-    """What to add, as the pages say."""
-    needs = command.startswith(("nnUNetv2_train", "nnUNetv2_predict")) and "-device" not in command
-    return ("-device cpu",) if needs else ()
+def on_a_cpu(command: str) -> str:
+    """The command with ``-device cpu``, where it computes and says nothing of a device."""
+    if "-device" in command or not re.search(r"nnUNetv2_(train|predict)|desam cache .*-(p|tr) ", command):
+        return command
+    return re.sub(r"$|(?=; done)", " -device cpu", command, count=1)
 
 
 def test_a_first_run_without_a_gpu(tmp_path: Path) -> None:
@@ -87,7 +88,7 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
     shell = Shell(tmp_path_factory.mktemp("shell"))
     for command in commands("docs/howto/own_data.md"):
         if "nnUNetTrainer" not in command:
-            shell.run(command, *on_a_cpu(command))
+            shell.run(command)
         if command.startswith("desam plan"):
             shell.shorten("PDMMPlans" if "PDMMTrainer" in command else "DeSAMPlans")
     return shell
@@ -100,14 +101,12 @@ def test_a_data_set_of_ones_own(shell: Shell) -> None:
 
 def test_a_model_is_shared(shell: Shell) -> None:
     export, install, predict = commands("docs/howto/share.md")
-    for fold in range(1, 5):
-        shell.run(f"nnUNetv2_train 501 2d {fold} -tr DeSAMTrainer -p DeSAMPlans -device cpu")
     shell.run(export)
     shutil.rmtree(shell.root / "nnUNet_results")
     (shell.root / "nnUNet_results").mkdir()
     shell.run(install)
     shutil.rmtree(shell.root / "out")
-    shell.run(predict, *on_a_cpu(predict))
+    shell.run(predict)
     assert len(list((shell.root / "out").glob("*.nii.gz"))) == 2
 
 
@@ -115,10 +114,10 @@ def test_several_machines_share_a_cache_and_it_is_looked_after(shell: Shell) -> 
     _, whole, part, torchrun = commands("docs/howto/several_gpus.md")
     shell.shorten("DeSAMPlans", views=1)
     for number in range(4):
-        shell.run(part.replace("-part_id 0", f"-part_id {number}"), "-device cpu")
-    assert "to encode" not in shell.run(torchrun, "-device cpu") + shell.run(whole, "-device cpu")
+        shell.run(part.replace("-part_id 0", f"-part_id {number}"))
+    assert "to encode" not in shell.run(torchrun) + shell.run(whole)
     build, what, verify, delete = commands("docs/cache.md")
-    shell.run(build.replace("MyPlans", "DeSAMPlans"), "-device cpu")
+    shell.run(build.replace("MyPlans", "DeSAMPlans"))
     assert "1 view(s)" in shell.run(what)
     assert "as they were written" in shell.run(verify)
     assert "Removed" in shell.run(delete.partition(" [")[0])
@@ -128,9 +127,27 @@ def test_slices_see_their_neighbours(shell: Shell) -> None:
     plan, train, predict, go_on, expand = commands("docs/slabs.md")
     shell.run(plan)
     shell.shorten("PDMMPlans", view_geometry="case")
-    shell.run("nnUNetv2_train 501 2d 0 -tr PDMMTrainer -p PDMMPlans -device cpu")
-    shell.run(go_on.replace("...", "$nnUNet_results/Dataset501_Phantom"), "-device cpu")
-    shell.run(train, "-device cpu", "--c")
-    shell.run(predict, "-device cpu")
+    shell.run("nnUNetv2_train 501 2d 0 -tr PDMMTrainer -p PDMMPlans")
+    shell.run(go_on.replace("...", "$nnUNet_results/Dataset501_Phantom"))
+    shell.run(f"{train} --c")
+    shell.run(predict)
     shell.run(expand.replace("501_X", "501_Phantom"))
     assert (shell.root / "nnUNet_results" / "Dataset501_Phantom" / "PDMMTrainer__PDMMPlans__2d_slab").is_dir()
+
+
+def test_an_encoder_and_a_method_of_ones_own(shell: Shell) -> None:
+    lines = [line.strip() for line in (ROOT / "docs/extend.md").read_text().splitlines()
+             if line.startswith("    ")]
+    exports = [line.replace("/path/to", str(ROOT)) for line in lines if line.startswith("export ")]
+    assert len(exports) == 2
+    for command in commands("docs/extend.md"):
+        if command.startswith("desam cross-site"):
+            continue  # its own tests run it
+        shell.run("; ".join((*exports, command)))
+        if named := re.search(r"desam plan .*-overwrite_plans_name (\w+)", command):
+            shell.shorten(named[1], encoder="resnet_encoder:RESNET")
+        elif command.startswith("desam plan"):
+            shell.shorten("LinearProbePlans")
+    results = shell.root / "nnUNet_results" / "Dataset501_Phantom"
+    assert (results / "DeSAMTrainer__ResNetPlans__2d" / "fold_0" / "checkpoint_final.pth").is_file()
+    assert (results / "LinearProbeTrainer__LinearProbePlans__2d" / "fold_0" / "checkpoint_final.pth").is_file()

@@ -41,7 +41,8 @@ def test_precision_suits_the_device(
     monkeypatch: pytest.MonkeyPatch, device: str, natively: bool, expected: torch.dtype
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: natively)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "amx_bf16": natively}, raising=False)
+    found = {"avx512_bf16": True, "amx_bf16": natively}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
     assert load_encoder("vit_tiny", 128).encoder.precision(torch.device(device)) == expected
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from desam_nnunet.augmentation.slabs import slice_by_slice
 from desam_nnunet.cache.loader import MISSING, CachedLoader, Draw
+from desam_nnunet.cache.store import Tile
 from desam_nnunet.encoders.sam_vit import IMAGE
 from desam_nnunet.networks.desam.network import build_desam
 from desam_nnunet.networks.desam.pdmm_alone import PDMMAlone, PdmmSection
@@ -181,6 +182,18 @@ def test_cached_slabs_hold_what_is_drawn_as_neighbours(make_loader: Callable[...
     assert batch["target"].shape == (2, 1, 6, 8)
     single = loader.read([Draw("case", 1, 0)])
     torch.testing.assert_close(batch["features"].part(1).neck, single["features"].neck)
+
+
+def test_where_a_slice_has_several_tiles_a_slab_stays_at_one_place(
+    make_loader: Callable[..., CachedLoader],  # noqa: F811
+) -> None:
+    two_in_a_slice = [Tile(number // 2, 0, 4 * (number % 2)) for number in range(6)]
+    loader = make_loader(tiles=two_in_a_slice, depth=2)
+    slabs = set()
+    for _ in range(100):
+        draws = loader.draw()
+        slabs |= {(one.number, other.number) for one, other in zip(draws[::2], draws[1::2], strict=True)}
+    assert slabs == {(0, 2), (2, 4), (1, 3), (3, 5)}
 
 
 @pytest.mark.parametrize("in_memory", [False, True])
