@@ -11,6 +11,7 @@ from conftest import nnunet
 
 from desam_nnunet import __version__
 from desam_nnunet.commands.__main__ import main
+from desam_nnunet.commands.words import columns
 from desam_nnunet.encoders.registry import ENCODERS
 from desam_nnunet.encoders.weights import find_weights
 from desam_nnunet.training.registry import TRAINERS
@@ -125,3 +126,7 @@ def test_weights_verify_of_the_packaged_file(capsys: pytest.CaptureFixture[str])
 def test_weights_verify_of_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["weights", "verify", str(tmp_path / "none.pth")]) == 1
     assert "none.pth" in capsys.readouterr().err
+
+
+def test_columns_are_as_wide_as_their_longest_text() -> None:
+    assert columns([("a", "long text", "why"), ("longer", "b", "")]) == ["a       long text  why", "longer  b"]

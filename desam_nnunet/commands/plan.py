@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from desam_nnunet.commands.words import Commands, add_command
+from desam_nnunet.commands.words import Commands, add_command, columns
 
 _QUICK = "quick"
 
@@ -35,8 +35,7 @@ def _run(options: argparse.Namespace) -> None:
     from desam_nnunet.planning.presets import preset_names, read_preset
 
     if options.list:
-        for name in preset_names():
-            print(f"{name:<14}{read_preset(name)['description']}")
+        print(*columns([(name, read_preset(name)["description"]) for name in preset_names()]), sep="\n")
         return
     if options.d is None:
         raise ValueError("Which data set? Give its number or name with -d.")
@@ -52,8 +51,7 @@ def _run(options: argparse.Namespace) -> None:
     name = trainer.method.plans_name + (_QUICK.capitalize() if options.quick else "")
     request = Request(options.gpu_memory_target, options.disk_target, options.encoder, preset, trainer)
     planned = plan_dataset(options.d, options.overwrite_plans_name or name, request, device)
-    for line in planned.lines:
-        print(f"{line.key:<17} {line.value:<23} {line.reason}")
+    print(*columns([(line.key, line.value, line.reason) for line in planned.lines]), sep="\n")
     print(f"\nWritten to {planned.path}. Next:")
     for command in planned.commands:
         print(f"    {command}")

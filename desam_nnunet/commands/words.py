@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -38,3 +38,9 @@ def device_named(name: str) -> torch.device:
     device = torch.device(name)
     check_device(device)
     return device
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A line for each row, whose columns are as wide as their longest text."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
