@@ -6,6 +6,8 @@ import pytest
 
 from desam_nnunet.planning.choices import (
     Choice,
+    Storage,
+    choose_augmentation,
     choose_batch_size,
     choose_checkpointing,
     choose_image_sizes,
@@ -73,9 +75,11 @@ def test_no_batch_where_two_tiles_do_not_fit() -> None:
 
 @pytest.mark.parametrize(("disk", "minutes", "asked", "features", "views", "dtype"), [
     (1e6, 0.6, None, "cached", 4, "float16"),
-    (2500, 0.6, None, "cached", 1, "float16"),
-    (1e6, 24, None, "cached", 1, "float16"),
-    (1e6, 1800, None, "cached", 1, "float16"),
+    (2500, 0.6, None, "cached", 2, "float16"),
+    (1500, 0.6, None, "cached", 1, "float16"),
+    (1e6, 24, None, "cached", 2, "float16"),
+    (1e6, 240, None, "cached", 2, "float16"),
+    (1e6, 241, None, "cached", 1, "float16"),
     (700, 0.6, None, "cached", 1, "int8"),
     (400, 0.6, None, "online", 1, "float16"),
     (1e6, 1800, 2, "cached", 2, "float16"),
@@ -103,6 +107,18 @@ def test_slabs_hold_about_as_many_slices_as_a_batch_without(
     """Args: fit: Slices that the memory holds."""
     choice = choose_slab(slices, batch, lambda slab: slab.depth * slab.batch_size <= fit)
     assert (choice and choice.value) == slab
+
+
+@pytest.mark.parametrize(("features", "views", "frozen", "augmentation", "reason"), [
+    ("cached", 4, True, "strong", "other hospitals"), ("online", 1, True, "strong", "other hospitals"),
+    ("cached", 1, True, "nnunet", "not used"), ("online", 1, False, "nnunet", "no other was tried"),
+])
+def test_augmentation_by_what_was_tried(
+    features: str, views: int, frozen: bool, augmentation: str, reason: str
+) -> None:
+    choice = choose_augmentation(Storage(features, views), frozen=frozen)
+    assert choice.value == augmentation
+    assert reason in choice.reason
 
 
 def test_what_is_never_drawn_is_not_encoded() -> None:

@@ -74,6 +74,7 @@ def test_every_choice_is_in_the_plans_and_printed_with_its_reason(
     assert configuration["architecture"] == workspace.plans("nnUNetPlans")["configurations"]["2d"]["architecture"]
     assert configuration["sam"]["encoder"] == "vit_tiny"
     assert (configuration["sam"]["views"], configuration["sam"]["view_geometry"]) == (4, "case")  # slabs may share them
+    assert configuration["sam"]["augmentation"] == "strong"
     assert configuration["desam"] == {"mask_stride": 4, "grid_offset": 0.0, "through_input": False}
     patch = configuration["patch_size"]
     assert plans["configurations"]["2d_slab"] == {"inherits_from": "2d", "patch_size": [5, *patch], "batch_size": 2}
@@ -81,7 +82,8 @@ def test_every_choice_is_in_the_plans_and_printed_with_its_reason(
     assert slab.depth == 5
     assert slab.sam == make_trainer("DeSAMTrainer", workspace, plans=workspace.plans("DeSAMPlans")).sam
     out = capsys.readouterr().out
-    for key in ("patch_size", "batch_size", "sam.image_size", "sam.features", "sam.views", "sam.epochs", "2d_slab"):
+    for key in ("patch_size", "batch_size", "sam.image_size", "sam.features", "sam.views", "sam.augmentation",
+                "sam.epochs", "2d_slab"):
         assert any(line.startswith(key) and len(line.split()) > 3 for line in out.splitlines())
     assert "nnUNetv2_train 501 2d 0 -tr DeSAMTrainer -p DeSAMPlans -device cpu\n" in out
     assert "nnUNetv2_predict -i images/ -o out/ -d 501 -c 2d -f 0 -tr DeSAMTrainer -p DeSAMPlans -device cpu" in out

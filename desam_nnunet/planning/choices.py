@@ -25,8 +25,7 @@ MIN_ITERATIONS = 25
 _COARSEST = 2.5  # pixels of a tile per mask pixel
 _LARGEST_OF_MEDIAN = 1.5  # a few large slices do not decide the patch
 _FEWEST_SLICES = 3  # of the median volume, for slabs
-_VIEWS = 4
-_ENCODING = 3600  # seconds that views may cost
+_VIEWS = ((4, 3600), (2, 8 * 3600))  # the best number first, and the seconds that encoding may take for its sake
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,7 @@ def choose_storage(
     drawn = EPOCHS * MAX_ITERATIONS * MAX_BATCH_SIZE
     if tiles > drawn:
         return Choice(Storage(), f"there are {tiles} tiles, of which training draws {drawn}")
-    counts = [views] if views else [_VIEWS, 1] if _VIEWS * seconds_per_view <= _ENCODING else [1]
+    counts = [views] if views else [*(count for count, most in _VIEWS if count * seconds_per_view <= most), 1]
     for dtype, size in bytes_per_tile.items():
         for count in counts:
             if count * tiles * size <= disk:
@@ -177,6 +176,19 @@ def choose_storage(
     least = counts[-1] * tiles * min(bytes_per_tile.values()) / 1e9
     reason = f"a cache of {tiles} tiles takes at least {least:.1f} GB, {disk / 1e9:.1f} GB are to be had"
     return Choice(Storage(), reason)
+
+
+def choose_augmentation(storage: Storage, *, frozen: bool) -> Choice[str]:
+    """Of views after the first, or of online training: what held up best under a simulated shift, where that was tried.
+
+    Args:
+        frozen: Whether the method leaves the encoder as it is.
+    """
+    if not frozen:
+        return Choice("nnunet", "nnU-Net's own; no other was tried with this method")
+    if storage.features == "cached" and storage.views == 1:
+        return Choice("nnunet", "not used: the only view is the tile as it is")
+    return Choice("strong", "for other hospitals; at home it costs a little (docs/results.md)")
 
 
 class Schedule(NamedTuple):

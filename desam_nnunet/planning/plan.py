@@ -19,7 +19,7 @@ from desam_nnunet.cache.store import open_stores
 from desam_nnunet.encoders.weights import find_row, is_here
 from desam_nnunet.nnunet.datasets import STOCK_PLANS, dataset_folder
 from desam_nnunet.nnunet.model_folder import read_description
-from desam_nnunet.planning.choices import Choice, choose_schedule
+from desam_nnunet.planning.choices import Choice, choose_augmentation, choose_schedule
 from desam_nnunet.planning.facts import CONFIGURATION, FOLDS, SPLITS, Facts, read_facts
 from desam_nnunet.planning.fit import Fit, Machine, choose_encoder
 from desam_nnunet.planning.request import Request
@@ -81,10 +81,12 @@ def choose(facts: Facts, request: Request, machine: Machine) -> tuple[dict[str, 
     """The 2D configuration's keys that differ from nnU-Net's, that of slabs, if any, and a table with reasons."""
     fit, why = choose_encoder(facts, request, machine)
     storage, method = fit.storage.value, request.method
+    augmentation = choose_augmentation(storage, frozen=method.frozen_features)
     schedule = choose_schedule(storage.views * fit.tiles * (FOLDS - 1) // FOLDS, fit.batch.value)
     sam: dict[str, Any] = _published_procedure(SAM) | {
         "encoder": fit.encoder, "image_size": fit.image.value, "intensity": intensity_rule(list(facts.schemes)),
-        "features": storage.features, "views": storage.views, "cache_dtype": storage.dtype, **schedule.value._asdict(),
+        "features": storage.features, "views": storage.views, "cache_dtype": storage.dtype,
+        "augmentation": augmentation.value, **schedule.value._asdict(),
         **({"view_geometry": "case"} if fit.slab and storage.views > 1 else {}),
     } | {key: value for key, value in request.sam.items() if key not in ("encoder", "image_size", "views")}
     section = _published_procedure(method) | request.fragment.get(method.name, {})
@@ -101,6 +103,7 @@ def choose(facts: Facts, request: Request, machine: Machine) -> tuple[dict[str, 
         Line("sam.intensity", sam["intensity"], f"nnU-Net normalises with {', '.join(sorted(set(facts.schemes)))}"),
         Line("sam.features", sam["features"], fit.storage.reason),
         Line("sam.views", str(sam["views"]), "augmented, but for the first" if sam["views"] > 1 else "as published"),
+        Line("sam.augmentation", sam["augmentation"], augmentation.reason),
         Line("sam.cache_dtype", sam["cache_dtype"], "not used" if sam["features"] == "online" else
              "the more exact" if sam["cache_dtype"] == DTYPES[0] else "half as large"),
         Line("sam.epochs", f"{sam['epochs']} of {sam['iterations_per_epoch']} iterations",
