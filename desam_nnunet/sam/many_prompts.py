@@ -242,7 +242,7 @@ class _Streams:
         return (out.flatten(1, 2) @ rows.base.mT).unflatten(1, out.shape[1:3])
 
     def _mixed(self, q: Tensor, maps: tuple[Tensor, ...]) -> Tensor:
-        """Products of q (heads, N, T', d) with the answers, weighted: (N, J', P), of the attentions that maps are of."""
+        """Products of q (heads, N, T', d) with the answers of some attentions, weighted, (N, J', P)."""
         heads, n, tokens, _ = q.shape
         out = self._buffers.get("mixed", n, heads * tokens, self.weights[0].shape[2])
         for place, (seen, values, weights) in enumerate(zip(maps, self.values, self.weights, strict=False)):
