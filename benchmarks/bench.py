@@ -10,6 +10,7 @@ import sys
 
 import torch
 
+import building
 import cache
 import encoder
 import folds
@@ -23,8 +24,8 @@ import trainers
 import training
 
 SECTIONS = {"encoder": encoder.run, "grid": grid.run, "training": training.run, "folds": folds.run,
-            "cache": cache.run, "trainers": trainers.run, "parts": parts.run, "precision": precision.run,
-            "pretraining": pretraining.run, "slabs": slabs.run}
+            "cache": cache.run, "building": building.run, "trainers": trainers.run, "parts": parts.run,
+            "precision": precision.run, "pretraining": pretraining.run, "slabs": slabs.run}
 
 
 def main() -> int:
