@@ -50,17 +50,26 @@ def test_a_tasks_error_is_raised_and_what_was_given_is_done() -> None:
     def fails() -> None:
         raise OSError("full")
 
-    with pytest.raises(OSError, match="full"), Behind(1, 9) as behind:
-        behind.submit(fails)
-        behind.submit(done.set)
+    def give() -> None:
+        with Behind(1, 9) as behind:
+            behind.submit(fails)
+            behind.submit(done.set)
+
+    with pytest.raises(OSError, match="full"):
+        give()
     assert done.is_set()
 
 
 def test_what_was_given_is_done_where_the_block_fails() -> None:
     done = threading.Event()
-    with pytest.raises(ValueError, match="mine"), Behind(1, 9) as behind:
-        behind.submit(done.set)
-        raise ValueError("mine")
+
+    def mine() -> None:
+        with Behind(1, 9) as behind:
+            behind.submit(done.set)
+            raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        mine()
     assert done.is_set()
 
 
