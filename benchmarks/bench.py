@@ -10,6 +10,7 @@ import sys
 
 import torch
 
+import building
 import cache
 import encoder
 import folds
@@ -21,10 +22,11 @@ import slabs
 import startup
 import trainers
 import training
+import whole
 
 SECTIONS = {"encoder": encoder.run, "grid": grid.run, "training": training.run, "folds": folds.run,
-            "cache": cache.run, "trainers": trainers.run, "parts": parts.run, "precision": precision.run,
-            "pretraining": pretraining.run, "slabs": slabs.run}
+            "cache": cache.run, "building": building.run, "trainers": trainers.run, "parts": parts.run,
+            "precision": precision.run, "pretraining": pretraining.run, "slabs": slabs.run, "whole": whole.run}
 
 
 def main() -> int:

@@ -41,12 +41,12 @@ def die_at(number: int, pattern: str) -> None:
                 if next(points) == number:
                     _die_after(size)
 
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # here, in the main thread: other threads may write as well
     sys.addaudithook(watch)
 
 
 def _die_after(size: int) -> None:
     """Lets this process die once a file that it writes has `size` bytes: the system cuts the writing there."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 

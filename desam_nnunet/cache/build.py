@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import shutil
+import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +24,12 @@ from desam_nnunet.cache.views import Augmentation
 from desam_nnunet.encoders.base import Features
 from desam_nnunet.networks.frame import FrozenSamNetwork
 from desam_nnunet.sam.tiles import images_per_tile
+from desam_nnunet.system.ahead import Behind, made_ahead
 from desam_nnunet.system.progress import progress
 
 _MARGIN = 0.05  # of the disk, kept free
+_WRITERS = min(4, os.cpu_count() or 1)  # threads: compression and checksums leave Python to the others
+_WRITTEN = 4  # files' worth of bytes that the disk is timed with
 _BATCH_PIXELS = 8 * 1024 * 1024  # of the encoder's input, encoded at once on a GPU: eight images of 1024
 
 
@@ -45,6 +53,24 @@ class Plan(NamedTuple):
     todo: dict[str, Todo]
     tiles: int
     needed: int
+
+
+class _Batch(NamedTuple):
+    """Tiles of one case to be encoded at once.
+
+    Attributes:
+        here: Numbers and views of those that nobody has stored meanwhile.
+        samples: Of each, image (C, H, W) and labels (H, W).
+        tiles: How many there were to be.
+        is_last: Whether the case has no more.
+    """
+
+    case: str
+    todo: Todo
+    here: list[tuple[int, int]]
+    samples: list[tuple[np.ndarray, ...]]
+    tiles: int
+    is_last: bool
 
 
 class Share(NamedTuple):
@@ -98,14 +124,31 @@ class Builder:
         return Plan(todo, sum(len(row.missing) for row in todo.values()), needed)
 
     def seconds(self, plan: Plan) -> float:
-        """About how long it takes: one blank batch is encoded, and timed once the device is warm."""
-        at_once = min(plan.tiles, self.at_once)
-        blank = [np.zeros((self.network.num_channels, *self.store.recipe.patch_size), np.float32)] * at_once
-        for _ in range(1 if self.device.type == "cpu" else 2):
-            begin = time.perf_counter()
-            self._encode(blank)[0].neck.cpu()
-            seconds = time.perf_counter() - begin
-        return seconds * plan.tiles / at_once
+        """About how long it takes: some tiles are made, encoded, packed and written to a file that vanishes."""
+        case, todo = next(item for item in plan.todo.items() if item[1].missing)
+        data, seg, *_ = self.dataset.load_case(case)
+        here = todo.missing[: max(self.at_once, self.store.recipe.views)]
+        for _ in range(2):  # what is slow but once does not count
+            times = [time.perf_counter()]
+            samples = [self._sample(data, seg, todo.tiles[number], case, number, view) for number, view in here]
+            times.append(time.perf_counter())
+            features = self._encode([np.nan_to_num(image) for image, _ in samples[: self.at_once]])
+            features[0].neck.cpu()
+            times.append(time.perf_counter())
+            target = samples[0][1]
+            parts = [self.store.packed(case, 0, 0, feature, target, todo.content) for feature in features]
+            times.append(time.perf_counter())
+            _write_away(self.store.folder, parts * -(-_WRITTEN // len(parts)))
+            times.append(time.perf_counter())
+        counts = len(here), len(features), len(features), len(parts) * -(-_WRITTEN // len(parts))
+        spans = (end - begin for begin, end in itertools.pairwise(times))
+        return plan.tiles * self._pace(*(span / count for span, count in zip(spans, counts, strict=True)))
+
+    def _pace(self, sample: float, encode: float, pack: float, write: float) -> float:
+        """Seconds from tile to tile, of the seconds of each step, which run side by side as far as the cores go."""
+        cores = os.cpu_count() or 1
+        busy = (sample + pack) / cores + (encode if self.device.type == "cpu" else 0)
+        return max(busy, sample, encode, pack / _WRITERS, write)
 
     @property
     def at_once(self) -> int:
@@ -129,20 +172,36 @@ class Builder:
                           "to 'online' to train without a cache.") from error
 
     def _build(self, plan: Plan) -> None:
+        """One thread makes samples, this one encodes them, others write."""
+        total = progress(None, f"Encoding for {self.store.folder.name}", "tiles", plan.tiles)
+        with total as done, Behind(_WRITERS, 2 * _WRITERS) as behind:
+            written: list[Future[None]] = []
+            for batch in made_ahead(self._batches(plan), 2):
+                case, todo = batch.case, batch.todo
+                for tile, feature, (_, target) in zip(batch.here, self._features(batch), batch.samples, strict=True):
+                    written.append(behind.submit(self._write, case, tile, feature, target, todo.content))
+                done.update(batch.tiles)
+                if batch.is_last:
+                    behind.submit(self._finish, case, todo, written)
+                    written = []
+
+    def _batches(self, plan: Plan) -> Iterator[_Batch]:
+        """Of every case's missing tiles, and an empty one of a case that only wants its record."""
         cases = list(plan.todo.items())
         begin = os.getpid() % max(1, len(cases))  # processes that build one store together begin at different cases
-        with progress(None, f"Encoding for {self.store.folder.name}", "tiles", plan.tiles) as done:
-            for case, todo in cases[begin:] + cases[:begin]:
-                data, seg, *_ = self.dataset.load_case(case)
-                for first in range(0, len(todo.missing), self.at_once):
-                    batch = todo.missing[first : first + self.at_once]
-                    if here := [tile for tile in batch if not self.store.has(case, *tile, todo.content)]:
-                        self._store_batch(case, todo, here, data, seg)
-                    done.update(len(batch))
-                self.store.finish(case, todo.content, todo.tiles)
+        for case, todo in cases[begin:] + cases[:begin]:
+            data, seg, *_ = self.dataset.load_case(case)
+            for first in range(0, max(1, len(todo.missing)), self.at_once):
+                end = first + self.at_once
+                here = [tile for tile in todo.missing[first:end] if not self.store.has(case, *tile, todo.content)]
+                samples = [self._sample(data, seg, todo.tiles[number], case, number, view) for number, view in here]
+                yield _Batch(case, todo, here, samples, len(todo.missing[first:end]), end >= len(todo.missing))
 
-    def _store_batch(self, case: str, todo: Todo, here: list[tuple[int, int]], data: Any, seg: Any) -> None:
-        samples = [self._sample(data, seg, todo.tiles[number], case, number, view) for number, view in here]
+    def _features(self, batch: _Batch) -> list[Features]:
+        """Features of each sample, all of them finite."""
+        case, todo, here, samples, *_ = batch
+        if not here:
+            return []
         try:
             features = self._encode([image for image, _ in samples])
         except ValueError as error:
@@ -156,9 +215,16 @@ class Builder:
                              f"encoder {self.store.recipe.encoder}, in {self.store.recipe.precision}, makes features "
                              "that are not finite. They are not stored: look for extreme intensities in the image, or "
                              "set sam.encoder to another one.")
-        for (number, view), feature, (_, target) in zip(here, features, samples, strict=True):
-            if not self.store.has(case, number, view, todo.content):
-                self.store.write(case, number, view, feature, target, todo.content)
+        return features
+
+    def _write(self, case: str, tile: tuple[int, int], feature: Features, target: np.ndarray, content: str) -> None:
+        if not self.store.has(case, *tile, content):
+            self.store.write(case, *tile, feature, target, content)
+
+    def _finish(self, case: str, todo: Todo, written: list[Future[None]]) -> None:
+        for tile in written:
+            tile.result()
+        self.store.finish(case, todo.content, todo.tiles)
 
     def _sample(self, data: Any, seg: Any, tile: Tile, case: str, number: int, view: int) -> tuple[np.ndarray, ...]:
         """Image (C, H, W) and labels (H, W) of one view; the first is the tile as it is."""
@@ -174,7 +240,21 @@ class Builder:
         return [features.sample(index) for index in range(len(images))]
 
 
+def _write_away(folder: Path, parts: list[list[bytes]]) -> None:
+    """Brings bytes to the disk of `folder`, in a file without a name. The build tells what a disk refuses."""
+    with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=_nearest(folder)) as stream:
+        for part in parts:
+            stream.writelines(part)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder itself, or the nearest one around it that exists."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
 def usable_bytes(folder: Path) -> int:
     """What is free on the disk of `folder`, which need not exist, but for a margin."""
-    disk = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists()))
+    disk = shutil.disk_usage(_nearest(folder))
     return max(0, disk.free - int(_MARGIN * disk.total))

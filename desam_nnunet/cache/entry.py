@@ -38,13 +38,18 @@ def write_entry(path: Path, arrays: Arrays, meta: dict[str, Any]) -> int:
     Raises:
         OSError: The disk is full or not writable; no partial file is left under `path`.
     """
+    return replace_file(path, packed(arrays, meta))
+
+
+def packed(arrays: Arrays, meta: dict[str, Any]) -> list[bytes]:
+    """The parts of a file, one after the other."""
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     payloads = [blosc2.compress2(array, typesize=array.itemsize, **_COMPRESSION) for array in arrays.values()]
     rows = [{"name": name, "dtype": str(array.dtype), "shape": array.shape, "bytes": len(payload),
              "crc": zlib.crc32(payload)} for (name, array), payload in zip(arrays.items(), payloads, strict=True)]
     header = json.dumps({"meta": meta, "arrays": rows}).encode()
     prefix = _PREFIX.pack(_MAGIC, len(header), zlib.crc32(header))
-    return replace_file(path, [prefix, header, *payloads])
+    return [prefix, header, *payloads]
 
 
 def read_meta(path: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from desam_nnunet.cache.entry import Arrays, DamagedEntryError, read_entry, read_meta, write_entry
+from desam_nnunet.cache.entry import Arrays, DamagedEntryError, packed, read_entry, read_meta
 from desam_nnunet.encoders.base import Features, FeatureSpec
 from desam_nnunet.system.files import TEMPORARY, replace_file
 
@@ -166,13 +166,20 @@ class Store:
     def write(self, case: str, number: int, view: int, features: Features, target: np.ndarray, content: str) -> int:
         """Stores one tile, features (C, h, w) each and labels (H, W); returns its size in bytes."""
         (self.folder / case).mkdir(exist_ok=True)
+        parts = self.packed(case, number, view, features, target, content)
+        return replace_file(self.path(case, number, view), parts)
+
+    def packed(
+        self, case: str, number: int, view: int, features: Features, target: np.ndarray, content: str
+    ) -> list[bytes]:
+        """The parts of a tile's file, as :meth:`write` has them."""
         arrays = {"target": target.astype(np.int16)}
         for name, feature in zip(_names(len(features.levels)), features.tensors, strict=True):
             arrays |= pack(name, feature, self.recipe.dtype)
         values, counts = np.unique(target, return_counts=True)
         labels = {int(value): int(count) for value, count in zip(values, counts, strict=True)}
         meta = {"content": content, "place": [case, number, view], "levels": len(features.levels), "labels": labels}
-        return write_entry(self.path(case, number, view), arrays, meta)
+        return packed(arrays, meta)
 
     def finish(self, case: str, content: str, tiles: Sequence[Tile]) -> None:
         """Removes tiles that a case no longer has and writes its record; its other tiles are all here.
@@ -265,9 +272,9 @@ def open_stores(root: Path) -> list[Store]:
 def pack(name: str, feature: torch.Tensor, dtype: str) -> Arrays:
     """A feature (C, h, w) as it is stored: float16, or int8 with one scale per channel; never beyond float16."""
     limit = torch.finfo(torch.float16).max
+    if dtype == "float16":  # what was beyond is infinite by then
+        return {name: feature.to(torch.float16).clamp(-limit, limit).cpu().numpy()}
     feature = feature.clamp(-limit, limit)
-    if dtype == "float16":
-        return {name: feature.to(torch.float16).cpu().numpy()}
     scale = (feature.float().abs().amax((1, 2)) / 127).clamp(min=torch.finfo(torch.float32).tiny)
     values = (feature.float() / scale[:, None, None]).round().to(torch.int8)
     return {name: values.cpu().numpy(), f"{name}_scale": scale.cpu().numpy()}

@@ -13,7 +13,7 @@ Source: Kirillov et al., Segment Anything, ICCV 2023, appendix A (lightweight ma
 from __future__ import annotations
 
 import torch
-from segment_anything.modeling.transformer import Attention, TwoWayTransformer
+from segment_anything.modeling.transformer import Attention, TwoWayAttentionBlock, TwoWayTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,11 +27,7 @@ def run_layers(transformer: TwoWayTransformer, image: Tensor, positions: Tensor,
     """
     queries = tokens
     for layer in transformer.layers:
-        if layer.skip_first_layer_pe:
-            queries = layer.norm1(layer.self_attn(queries, queries, queries))
-        else:
-            placed = queries + tokens
-            queries = layer.norm1(queries + layer.self_attn(placed, placed, queries))
+        queries = attend_among_tokens(layer, queries, tokens)
         keys = image + positions
         read = tokens_from_image(layer.cross_attn_token_to_image, queries + tokens, keys, image)
         queries = layer.norm2(queries + read)
@@ -39,6 +35,14 @@ def run_layers(transformer: TwoWayTransformer, image: Tensor, positions: Tensor,
         image = add_tokens_to_image(layer.cross_attn_image_to_token, image, keys, queries + tokens, queries)
         image = layer.norm4(image)
     return queries, image
+
+
+def attend_among_tokens(layer: TwoWayAttentionBlock, queries: Tensor, tokens: Tensor) -> Tensor:
+    """The token stream (N, T, C) after a layer's attention among the tokens; `tokens` are what it began with."""
+    if layer.skip_first_layer_pe:
+        return layer.norm1(layer.self_attn(queries, queries, queries))
+    placed = queries + tokens
+    return layer.norm1(queries + layer.self_attn(placed, placed, queries))
 
 
 def freeze_key_biases(transformer: TwoWayTransformer) -> None:

@@ -16,10 +16,12 @@ from desam_nnunet.networks.desam.pdmm import PDMM
 from desam_nnunet.networks.desam.prim import PRIM, PrimOutput
 from desam_nnunet.networks.desam.prompters import PointPrompter, Prompter, SinglePrompter
 from desam_nnunet.networks.frame import ABSENT_LOGIT, FrozenSamNetwork, Outline, uncompiled
+from desam_nnunet.sam.many_prompts import ManyPrompts
 from desam_nnunet.sam.prompts import Prompts, dense_positions, prompt_tokens
 from desam_nnunet.sam.tiles import MASK_STRIDE, Geometry, TileToImage, logits_to_tile
 
-# Image tokens that PRIM holds at once when it scores the grid; bounds the memory, not the result.
+# Image tokens that PRIM works on at once when it scores the grid on a CPU: about what its cache holds. Elsewhere it
+# scores as many points at once as the memory holds.
 _TOKENS_AT_ONCE = 32768
 
 
@@ -64,17 +66,27 @@ class DeSAM(FrozenSamNetwork):
                           for number in range(batch // self.depth)])
 
     @uncompiled
+    @torch.no_grad()
     def scores(self, features: Features, geometry: Geometry) -> Tensor:
         """PRIM's raw scores (N, K) of every point that is asked on one tile, features as the decoder reads them."""
         assert isinstance(self.prompter, PointPrompter)
-        points = self.prompter.points(geometry, features.neck.device)
-        at_once = max(1, _TOKENS_AT_ONCE // features.neck[0, 0].numel())
-        scores = []
-        for chunk in points.split(at_once):
-            iou = self._prim(features.neck, Prompts(points=chunk), score=True).iou
-            assert iou is not None
-            scores.append(iou)
-        return torch.cat(scores)
+        neck = features.neck.float()
+        points = self.prompter.points(geometry, neck.device)
+        with torch.autocast(neck.device.type, enabled=False):
+            sparse, dense = prompt_tokens(self.prompt_encoder, Prompts(points=points))
+            image = self.prim.for_many(neck + dense[:1], dense_positions(self.prompt_encoder))
+            on_cpu = max(1, _TOKENS_AT_ONCE // neck[0, 0].numel())
+            parts = sparse.split(on_cpu if neck.device.type == "cpu" else len(sparse))
+            return torch.cat([self._scores_in_parts(image, part) for part in parts])
+
+    def _scores_in_parts(self, image: ManyPrompts, sparse: Tensor) -> Tensor:
+        """Of prompts (N, T, C); in halves where a GPU's memory is too small for all at once."""
+        try:
+            return self.prim.scores(image, sparse)
+        except torch.OutOfMemoryError:
+            if len(sparse) == 1:
+                raise
+        return torch.cat([self._scores_in_parts(image, half) for half in sparse.tensor_split(2)])
 
     @uncompiled
     def _predict_by_scores(self, prompter: PointPrompter, features: Features, geometry: Geometry) -> Tensor:

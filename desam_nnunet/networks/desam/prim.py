@@ -13,6 +13,7 @@ from segment_anything.modeling import MaskDecoder, TwoWayTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from desam_nnunet.sam.many_prompts import ManyPrompts
 from desam_nnunet.sam.two_way import freeze_key_biases, run_layers, tokens_from_image
 
 NUM_MASK_TOKENS = 4  # SAM's; they carry no mask here, but they take part in the attention
@@ -63,13 +64,25 @@ class PRIM(nn.Module):
             positions: Dense positional encoding, (1, C, h, w).
             sparse: Prompt tokens, (N, T, C).
         """
-        output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
-        tokens = torch.cat([output_tokens.expand(len(sparse), -1, -1), sparse], dim=1)
+        tokens = self._tokens(sparse)
         stream = image.flatten(2).transpose(1, 2)  # B C h w -> B hw C
         key_pe = positions.flatten(2).transpose(1, 2)
         queries, stream = run_layers(self.transformer, stream, key_pe, tokens)
         embedding = stream.transpose(1, 2).unflatten(2, image.shape[-2:])  # N hw C -> N C h w
         return PrimOutput(embedding, self._iou(queries, stream, tokens, key_pe) if score else None)
+
+    def for_many(self, image: Tensor, positions: Tensor) -> ManyPrompts:
+        """One image (1, C, h, w), prepared for :meth:`scores`; positions as in :meth:`forward`."""
+        stream, key_pe = (x[0].flatten(1).T.contiguous() for x in (image, positions))  # 1 C h w -> hw C
+        return ManyPrompts(self.transformer, stream, key_pe)
+
+    def scores(self, image: ManyPrompts, sparse: Tensor) -> Tensor:
+        """Raw scores (N, K) of N prompts (N, T, C) without mask embeddings, which takes a fraction of the time."""
+        return self.iou_head(image.first_token(self._tokens(sparse)))
+
+    def _tokens(self, sparse: Tensor) -> Tensor:
+        output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
+        return torch.cat([output_tokens.expand(len(sparse), -1, -1), sparse], dim=1)
 
     def _iou(self, queries: Tensor, stream: Tensor, tokens: Tensor, key_pe: Tensor) -> Tensor:
         """The final attention of the IoU token, the only one that is read."""
