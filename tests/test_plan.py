@@ -186,8 +186,10 @@ def test_an_unplanned_data_set_is_planned_by_nnunet_first(
     (("-device", "cuda"), "no cuda device here: say what it will have with -gpu_memory_target, or add -device cpu"),
 ])
 def test_bad_wishes_are_one_sentence(
-    workspace: Workspace, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...], message: str
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     before = {path: path.read_bytes() for path in workspace.preprocessed.glob("*.json")}
     assert main(["plan", "-d", "501", "--encoder", "vit_tiny", "-device", "cpu", *arguments]) == 1
     error = capsys.readouterr().err
