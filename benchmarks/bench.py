@@ -21,6 +21,7 @@ import slabs
 import startup
 import trainers
 import training
+from measure import compute_exactly
 
 SECTIONS = {"encoder": encoder.run, "grid": grid.run, "training": training.run, "folds": folds.run,
             "cache": cache.run, "trainers": trainers.run, "parts": parts.run, "precision": precision.run,
@@ -33,6 +34,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("-device", choices=("cpu", "cuda"), help="default: both, where there are both")
     args = parser.parse_args()
+    compute_exactly()
     devices = [args.device] if args.device else ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     passed = True
     for name in args.only:
