@@ -16,7 +16,6 @@ from torch import multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from desam_nnunet.cache.store import Store, open_stores
-from desam_nnunet.training.frozen import cached_loaders
 from desam_nnunet.training.losses import DiceCELoss
 
 LABELS = LabelManager({"background": 0, "a": 1, "b": 2}, None)
@@ -119,23 +118,26 @@ def train_cached(rank: int, workspace: Workspace, out: Path) -> None:
     trainer.initialize()
     join(rank, out / "meeting")
     trainer.network = DistributedDataParallel(trainer.network)
+    trainer.is_ddp, trainer.local_rank = True, rank
     trainer.batch_size, trainer.oversample_foreground_percent = 1, float(rank)  # as nnU-Net splits a batch of two
     written: list[str] = []
     write = Store.write
     Store.write = lambda store, case, *rest: written.append(str(case)) or write(store, case, *rest)  # type: ignore
-    training, validation = cached_loaders(trainer)
+    trainer.on_train_start()
+    training, validation = trainer.dataloader_train, trainer.dataloader_val
     batch = next(training)
     foreground = [bool(next(training)["target"].any()) for _ in range(20)]
+    drawn = torch.rand(9)
     trainer.train_step(batch)
     cases = [str(case) for case in (*training.cases, *validation.cases)]
     torch.save({"state": copy_state(trainer), "cases": cases, "written": written,
-                "size": len(batch["target"]), "foreground": foreground}, out / f"{rank}.pth")
+                "size": len(batch["target"]), "foreground": foreground, "drawn": drawn}, out / f"{rank}.pth")
     training.close()
     validation.close()
     dist.destroy_process_group()
 
 
-def test_two_processes_share_the_building_of_a_cache(workspace: Workspace, tmp_path: Path) -> None:
+def test_two_processes_share_a_cache_and_draw_for_themselves(workspace: Workspace, tmp_path: Path) -> None:
     workspace.write_plans("SharedPlans", **tiny_sections(image_size=96))
     mp.spawn(train_cached, (workspace, tmp_path), nprocs=2)
     one, other = (torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in range(2))
@@ -146,6 +148,7 @@ def test_two_processes_share_the_building_of_a_cache(workspace: Workspace, tmp_p
     assert one["size"] == other["size"] == 1
     assert all(other["foreground"])
     assert not all(one["foreground"])  # the phantom's volumes end in slices without the organ
+    assert not torch.equal(one["drawn"], other["drawn"])  # of which points are made
     for key, value in one["state"].items():
         torch.testing.assert_close(other["state"][key], value, rtol=0, atol=0)
 

@@ -180,6 +180,8 @@ class SamTrainer(nnUNetTrainer):
         if self.local_rank == 0:
             for rest in folder.glob(f"*checkpoint_*{TEMPORARY}"):  # of a killed process
                 rest.unlink(missing_ok=True)
+        if self.is_ddp:  # PyTorch begins in every process with the same seed: all would draw the same points and boxes
+            torch.manual_seed(torch.initial_seed() + self.local_rank)
         super().on_train_start()
 
     def train_step(self, batch: Batch) -> dict[str, np.ndarray]:
