@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,27 @@ def test_two_processes_share_a_cache_and_draw_for_themselves(workspace: Workspac
     assert not torch.equal(one["drawn"], other["drawn"])  # of which points are made
     for key, value in one["state"].items():
         torch.testing.assert_close(other["state"][key], value, rtol=0, atol=0)
+
+
+def validate(rank: int, workspace: Workspace, out: Path) -> None:
+    """As ``--val`` does: in a process whose network has not run yet."""
+    torch.set_num_threads(1)
+    trainer = make_trainer("DeSAMTrainerWholeBox", workspace)
+    trainer.initialize()
+    join(rank, out / "meeting")
+    trainer.network = network = DistributedDataParallel(trainer.network)
+    trainer.is_ddp, trainer.local_rank = True, rank
+    trainer.perform_actual_validation()
+    assert trainer.network is network
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_process_without_a_case_keeps_nobody_waiting(workspace: Workspace, tmp_path: Path) -> None:
+    """The fold has one case."""
+    mp.spawn(validate, (workspace, tmp_path), nprocs=2)
+    (summary,) = workspace.model("DeSAMTrainerWholeBox").glob("fold_0/validation/summary.json")
+    assert len(json.loads(summary.read_text())["metric_per_case"]) == 1
 
 
 def test_a_batch_that_gpus_cannot_share_evenly_is_refused(

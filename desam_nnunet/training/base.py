@@ -208,6 +208,14 @@ class SamTrainer(nnUNetTrainer):
         results = {"loss": loss, "tp_hard": tp, "fp_hard": fp, "fn_hard": fn}
         return {key: value.cpu().numpy() for key, value in results.items()}
 
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """nnU-Net's, out of DDP, whose first forward pass waits for every process: some may have no case."""
+        network = self.network
+        if isinstance(network, DistributedDataParallel):
+            self.network = network.module
+        super().perform_actual_validation(save_probabilities)
+        self.network = network
+
     def save_checkpoint(self, filename: str) -> None:
         """Writes beside the file and renames, so that a kill never leaves half a checkpoint."""
         with replacing(Path(filename)) as temporary:  # nothing is written on other ranks, nor if that is switched off
