@@ -58,6 +58,7 @@ class SamTrainer(nnUNetTrainer):
 
     method: ClassVar[Method]
     own: Any  # of the type that the method says
+    network: Any  # nnU-Net's, perhaps inside DDP and torch.compile
 
     def __init__(
         self, plans: dict, configuration: str, fold: int | str, dataset_json: dict,
