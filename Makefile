@@ -15,7 +15,7 @@ endif
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -q --durations=15 \
 	--numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: venv test test-slow fuzz demo bench lint
+.PHONY: venv test test-slow test-gpu fuzz demo bench lint
 
 venv: $(TEST_INSTALL)
 
@@ -24,6 +24,9 @@ test: $(TEST_INSTALL)
 
 test-slow: $(TEST_INSTALL)
 	$(PYTEST) -m "slow and not gpu"
+
+test-gpu: $(TEST_INSTALL)
+	$(PYTHON) -m pytest -q --durations=15 -m gpu
 
 fuzz: $(TEST_INSTALL)
 	FUZZ_PROFILE=long $(PYTEST) tests/fuzz

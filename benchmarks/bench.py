@@ -23,6 +23,7 @@ import startup
 import trainers
 import training
 import whole
+from measure import compute_exactly
 
 SECTIONS = {"encoder": encoder.run, "grid": grid.run, "training": training.run, "folds": folds.run,
             "cache": cache.run, "building": building.run, "trainers": trainers.run, "parts": parts.run,
@@ -35,6 +36,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("-device", choices=("cpu", "cuda"), help="default: both, where there are both")
     args = parser.parse_args()
+    compute_exactly()
     devices = [args.device] if args.device else ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     passed = True
     for name in args.only:

@@ -26,7 +26,7 @@ from desam_nnunet.encoders.registry import ENCODERS
 from desam_nnunet.encoders.weights import load_encoder
 from desam_nnunet.system.machine import peak_memory
 from desam_nnunet.training.registry import TRAINERS
-from measure import Report, Row, compare
+from measure import Report, Row, compare, compute_exactly
 from peak import reset
 from reference import TILE, smooth_noise
 
@@ -93,6 +93,7 @@ def in_a_process(subject: str, folder: str, repeats: int, device: torch.device) 
 
 def main() -> None:
     subject, folder, repeats, device = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), torch.device(sys.argv[4])
+    compute_exactly()
     if subject == MERGED:
         print(json.dumps(asdict(merged(folder, device, repeats))))
         return

@@ -443,6 +443,17 @@ def test_bad_input_is_one_sentence(
     assert message in capsys.readouterr().err
 
 
+def test_a_process_of_torchruns_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What asks for the device that is current gets it too."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name, value in {"WORLD_SIZE": "3", "RANK": "3", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="-part_id 3 of -num_parts 3"):  # before anything else is looked at
+        build_dataset("501", PLANS, "2d", "DeSAMTrainer", torch.device("cuda"), 1, 0)
+    assert chosen == [torch.device("cuda", 1)]
+
+
 def test_the_plans_of_desam_plan_are_found(workspace: Workspace, root: Path) -> None:
     assert planned_for("SAMedTrainer", "501") == "nnUNetPlans"
     (root / "SAMedPlans.json").write_text("{}")

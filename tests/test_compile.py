@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import pytest
 import test_dbsam
 import test_samed
 import torch
+from conftest import Workspace, make_trainer, tiny_sections
 from test_network import ANYTHING, make
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -74,6 +76,26 @@ def have_the_same_gradients(
                    for ours, eager in zip(found, expected, strict=True))
 
     return any(map(agree, samples))
+
+
+def test_online_training_compiles_the_encoder(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, backend: CompileCounterWithBackend
+) -> None:
+    plans = workspace.write_plans("OnlinePlans", **tiny_sections(features="online"))
+    trainer = make_trainer("DeSAMTrainer", workspace, plans=plans)
+    batch = {"data": torch.randn(1, 1, 96, 96), "keys": ["case"]}
+    monkeypatch.setattr(trainer, "_do_i_compile", lambda: True)  # nnU-Net does it on a GPU
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    trainer.initialize()
+    compiled = trainer.inputs_of(batch)
+    assert backend.frame_count > 0
+    torch.compiler.set_stance("force_eager")
+    try:
+        expected = trainer.inputs_of(batch)
+    finally:
+        torch.compiler.set_stance("default")
+    for one, other in zip(compiled.tensors, expected.tensors, strict=True):
+        assert (one - other).norm() <= 2e-2 * other.norm()  # half precision, where the CPU has it
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from torch import multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from desam_nnunet.cache.store import Store, open_stores
-from desam_nnunet.training.frozen import cached_loaders
 from desam_nnunet.training.losses import DiceCELoss
 
 LABELS = LabelManager({"background": 0, "a": 1, "b": 2}, None)
@@ -119,23 +119,26 @@ def train_cached(rank: int, workspace: Workspace, out: Path) -> None:
     trainer.initialize()
     join(rank, out / "meeting")
     trainer.network = DistributedDataParallel(trainer.network)
+    trainer.is_ddp, trainer.local_rank = True, rank
     trainer.batch_size, trainer.oversample_foreground_percent = 1, float(rank)  # as nnU-Net splits a batch of two
     written: list[str] = []
     write = Store.write
     Store.write = lambda store, case, *rest: written.append(str(case)) or write(store, case, *rest)  # type: ignore
-    training, validation = cached_loaders(trainer)
+    trainer.on_train_start()
+    training, validation = trainer.dataloader_train, trainer.dataloader_val
     batch = next(training)
     foreground = [bool(next(training)["target"].any()) for _ in range(20)]
+    drawn = torch.rand(9)
     trainer.train_step(batch)
     cases = [str(case) for case in (*training.cases, *validation.cases)]
     torch.save({"state": copy_state(trainer), "cases": cases, "written": written,
-                "size": len(batch["target"]), "foreground": foreground}, out / f"{rank}.pth")
+                "size": len(batch["target"]), "foreground": foreground, "drawn": drawn}, out / f"{rank}.pth")
     training.close()
     validation.close()
     dist.destroy_process_group()
 
 
-def test_two_processes_share_the_building_of_a_cache(workspace: Workspace, tmp_path: Path) -> None:
+def test_two_processes_share_a_cache_and_draw_for_themselves(workspace: Workspace, tmp_path: Path) -> None:
     workspace.write_plans("SharedPlans", **tiny_sections(image_size=96))
     mp.spawn(train_cached, (workspace, tmp_path), nprocs=2)
     one, other = (torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in range(2))
@@ -146,8 +149,30 @@ def test_two_processes_share_the_building_of_a_cache(workspace: Workspace, tmp_p
     assert one["size"] == other["size"] == 1
     assert all(other["foreground"])
     assert not all(one["foreground"])  # the phantom's volumes end in slices without the organ
+    assert not torch.equal(one["drawn"], other["drawn"])  # of which points are made
     for key, value in one["state"].items():
         torch.testing.assert_close(other["state"][key], value, rtol=0, atol=0)
+
+
+def validate(rank: int, workspace: Workspace, out: Path) -> None:
+    """As ``--val`` does: in a process whose network has not run yet."""
+    torch.set_num_threads(1)
+    trainer = make_trainer("DeSAMTrainerWholeBox", workspace)
+    trainer.initialize()
+    join(rank, out / "meeting")
+    trainer.network = network = DistributedDataParallel(trainer.network)
+    trainer.is_ddp, trainer.local_rank = True, rank
+    trainer.perform_actual_validation()
+    assert trainer.network is network
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_process_without_a_case_keeps_nobody_waiting(workspace: Workspace, tmp_path: Path) -> None:
+    """The fold has one case."""
+    mp.spawn(validate, (workspace, tmp_path), nprocs=2)
+    (summary,) = workspace.model("DeSAMTrainerWholeBox").glob("fold_0/validation/summary.json")
+    assert len(json.loads(summary.read_text())["metric_per_case"]) == 1
 
 
 def test_a_batch_that_gpus_cannot_share_evenly_is_refused(

@@ -58,6 +58,25 @@ def test_bfloat16_changes_little_and_hands_on_float32() -> None:
         assert 1e-5 < error < 2e-2
 
 
+@pytest.mark.parametrize("name", ["vit_tiny", "lite_medsam", "timm_random/test_vit", "timm_random/convnext_atto"])
+def test_weights_that_are_cast_once_are_those_that_autocast_makes(name: str) -> None:
+    """Bit by bit; as a GPU computes, whose copies are kept."""
+    encoder = load_encoder(name, 128).encoder
+    encoder.dtype = torch.bfloat16
+    before, images = checksum(encoder), torch.randn(1, 3, 128, 128)
+    with torch.inference_mode(), encoder.autocast(images.device):
+        once, each_time = encoder.cast().run(images), encoder.run(images)
+    for one, other in zip(once.tensors, each_time.tensors, strict=True):
+        assert torch.equal(one, other)
+    assert encoder.cast() is encoder.cast() is not encoder
+    assert checksum(encoder) == before
+    assert not next(encoder.cast().network.parameters()).is_inference()
+    encoder.dtype = torch.float32
+    assert encoder.cast() is encoder
+    encoder.to("cpu")
+    assert encoder._cast == []
+
+
 def test_never_trains(encoder: Encoder) -> None:
     encoder.train()
     assert not any(module.training for module in encoder.modules())

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from desam_nnunet.encoders.base import Features
 from desam_nnunet.encoders.memory import FeatureMemory, content_key
+from desam_nnunet.networks import frame
 from desam_nnunet.networks.desam.network import DeSAM
 from desam_nnunet.networks.desam.prompters import GridPrompter, Prompter
 from desam_nnunet.system.machine import _groups, free_memory, memory_limit
@@ -81,10 +82,29 @@ def test_a_single_fold_keeps_nothing_from_the_second_volume_on() -> None:
     memory.weights_loaded(1)  # nnU-Net loads the first fold once more than it predicts
     for volume, kept in (("a", 1), ("b", 0), ("c", 0)):
         memory.weights_loaded(1)
+        assert memory.is_open == (kept > 0)
         look_up(memory, volume)
         assert len(memory) == kept
     memory.weights_loaded(2)  # an ensemble after all
+    assert memory.is_open
     assert look_up(memory, "d", "d") == [False, True]
+
+
+def test_no_key_is_made_where_nothing_can_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(frame, "content_key", lambda *given: made.append(given) or content_key(*given))
+    network, tile = make(prompter=BOX), torch.randn(1, 1, 64, 64)
+    with torch.inference_mode():
+        expected = network(tile)
+        assert len(made) == 1
+        network.memory.clear()
+        network.memory.budget = 0
+        assert torch.equal(network(tile), expected)
+        for _ in range(3):  # volumes, of one fold: the second is known to need nothing
+            network.memory.budget = None
+            network.load_state_dict(network.state_dict())
+            network(tile)
+    assert len(made) == 2
 
 
 def test_a_device_that_runs_out_of_memory_is_given_back_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

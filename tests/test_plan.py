@@ -25,7 +25,7 @@ from desam_nnunet.encoders.base import FeatureSpec
 from desam_nnunet.encoders.registry import ENCODERS
 from desam_nnunet.encoders.sam_vit import SamViT
 from desam_nnunet.encoders.weights import find_row
-from desam_nnunet.planning import fit
+from desam_nnunet.planning import fit, plan
 from desam_nnunet.planning.choices import Choice
 from desam_nnunet.planning.facts import Facts, read_facts
 from desam_nnunet.planning.fit import Machine
@@ -188,8 +188,10 @@ def test_an_unplanned_data_set_is_planned_by_nnunet_first(
     (("-device", "cuda"), "no cuda device here: say what it will have with -gpu_memory_target, or add -device cpu"),
 ])
 def test_bad_wishes_are_one_sentence(
-    workspace: Workspace, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...], message: str
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     before = {path: path.read_bytes() for path in workspace.preprocessed.glob("*.json")}
     assert main(["plan", "-d", "501", "--encoder", "vit_tiny", "-device", "cpu", *arguments]) == 1
     error = capsys.readouterr().err
@@ -366,6 +368,13 @@ def test_a_gpu_without_sams_weights_gets_what_is_here(monkeypatch: pytest.Monkey
     configuration, _, lines = choose(CARDIAC, Request(trainer=PDMMTrainer), machine(8, 100, "cuda"))
     assert configuration["sam"]["encoder"] == "lite_medsam"
     assert "desam weights get vit_b" in next(line.reason for line in lines if line.key == "sam.encoder")
+
+
+def test_a_gpu_gives_nine_tenths_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(plan, "free_memory", lambda device: 10e9)
+    assert plan._memory(Request(), torch.device("cuda")) == Choice(9e9, "nine tenths of what is free on a GPU")
 
 
 def test_more_of_anything_takes_more_memory() -> None:

@@ -17,7 +17,7 @@ from desam_nnunet.encoders.precision import encoder_dtype
 from desam_nnunet.encoders.registry import ENCODERS, TIMM, EncoderRow
 from desam_nnunet.encoders.weights import find_row, find_weights, search_folders, wrong_hash
 from desam_nnunet.nnunet.lookup import classes_in_folders, look_up
-from desam_nnunet.system.machine import device_is_here, memory_limit, usable_cores
+from desam_nnunet.system.machine import best_device, memory_limit, usable_cores
 from desam_nnunet.training.base import SamTrainer
 from desam_nnunet.training.registry import TRAINERS
 
@@ -116,7 +116,7 @@ def _weights(row: EncoderRow) -> Finding:
 
 
 def _device() -> Finding:
-    device = next(filter(device_is_here, map(torch.device, ("cuda", "mps", "cpu"))))
+    device = best_device()
     state = device.type
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(0)

@@ -8,7 +8,8 @@ whole is as large as the attention matrix. It is never made as a whole:
   one-hot, to the key. The dot product then holds the bias, and flash kernels do the rest. For every device and
   precision, with gradients.
 - *banded*: for float32 without gradients on a CPU, the bias of a few rows of queries at a time is handed over
-  as a mask that stays in the processor's cache; appended dimensions would triple the products there.
+  as a mask that stays in the processor's cache; appended dimensions would triple the products there. On MPS too,
+  where PyTorch makes the attention matrix of as many queries as it is given.
 
 Without gradients, a CPU also takes one row of windows, and some tokens of the feed-forward, at a time: memory that
 is used again costs less than new memory.
@@ -109,7 +110,7 @@ class ExactAttention(nn.Module):
         queries = q.unflatten(2, (height, width))
         rows = torch.einsum("bnyxd,yid->bnyxi", queries, relative_table(self.rel_pos_h, height)).flatten(2, 3)
         columns = torch.einsum("bnyxd,xjd->bnyxj", queries, relative_table(self.rel_pos_w, width)).flatten(2, 3)
-        if in_small_steps(q) and q.dtype == torch.float32:
+        if in_small_steps(q, ("cpu", "mps")) and q.dtype == torch.float32:
             attended = _banded(q, k, v, rows, columns, self.scale)
         else:
             is_usual = height == width == self.side

@@ -6,6 +6,7 @@ global attention); Kirillov et al., Segment Anything, ICCV 2023 (the neck).
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from desam_nnunet.encoders.precision import encoder_dtype
 from desam_nnunet.encoders.random_weights import drawn
 
 State = dict[str, Tensor]
+_PRODUCTS = (nn.Linear, nn.Conv2d)
 MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 64, 4096
 
 
@@ -155,6 +157,7 @@ class Encoder(nn.Module):
         self.spec = spec
         self.identity = identity
         self.dtype: torch.dtype | None = None
+        self._cast: list[Encoder] = []  # at most one, and no submodule
         self.eval()
 
     def run(self, images: Tensor, *, levels: bool = True, recompute: bool = False) -> Features:
@@ -185,7 +188,27 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Features:
         """Encodes images (B, 3, S, S) without gradients."""
         with self.autocast(images.device):
-            return self.run(images)
+            return (self.cast() if images.is_cuda else self).run(images)
+
+    @torch.compiler.disable
+    def cast(self) -> Encoder:
+        """This encoder with a copy of its products' weights in their precision, which is kept until it moves.
+
+        Autocast keeps the copies of trained weights alone. Of frozen ones it would make them at every call.
+        """
+        device, stored = self.place
+        dtype = self.precision(device)
+        if dtype == stored:
+            return self
+        if not self._cast or self._cast[0].dtype != dtype:
+            with torch.inference_mode(False), torch.no_grad():
+                self._cast[:] = [_with_cast_weights(self, dtype)]
+        return self._cast[0]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Encoder:
+        self._cast.clear()
+        super()._apply(fn, recurse)
+        return self
 
     def neck(self, images: Tensor, *, recompute: bool = False) -> Tensor:
         """The neck's map alone, in float32, for methods that adapt the encoder; arguments as :meth:`run`."""
@@ -206,6 +229,23 @@ class Encoder(nn.Module):
         """Device and type of the weights."""
         weight = next(self.network.parameters())
         return weight.device, weight.dtype
+
+
+def _with_cast_weights(encoder: Encoder, dtype: torch.dtype) -> Encoder:
+    """Shares everything with `encoder` but the weights of its linear layers and convolutions, the same as autocast's.
+
+    Layers of other types, also derived ones, may compute with their weights before they multiply.
+    """
+    layers = list(encoder.network.modules())
+    products, others = (
+        {id(weight): weight for layer in layers if (type(layer) in _PRODUCTS) == is_product
+         for weight in layer.parameters(recurse=False)} for is_product in (True, False))
+    shared = {id(tensor): tensor for tensor in (*others.values(), *encoder.network.buffers())}
+    cast = {key: nn.Parameter(weight.to(dtype), requires_grad=False) for key, weight in products.items()}
+    twin = copy.copy(encoder)
+    twin._modules = {"network": copy.deepcopy(encoder.network, cast | shared)}
+    twin.dtype, twin._cast = dtype, []
+    return twin
 
 
 class LoadedEncoder(NamedTuple):

@@ -45,6 +45,12 @@ class FeatureMemory:
     def __len__(self) -> int:
         return len(self._kept)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether anything is kept or can be: else no key is worth making."""
+        may_keep = self.budget != 0 and (self.overlapping or not self._single)
+        return may_keep or bool(self._kept)
+
     @torch.compiler.disable
     def find(self, key: bytes) -> Features | None:
         """The features kept under `key`."""
@@ -71,7 +77,7 @@ class FeatureMemory:
     def weights_loaded(self, weights: int) -> None:
         """Infers where in a prediction we are from `weights`, which tells one fold's from another's."""
         if weights in self._weights:
-            self._single = len(self._weights) == 1 and self._left is not None
+            self._single = len(self._weights) == 1 and (self._single or self._left is not None)
             self.clear()
         self._weights.add(weights)
         self._single &= len(self._weights) == 1

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 
-def in_small_steps(x: Tensor) -> bool:
+def in_small_steps(x: Tensor, devices: tuple[str, ...] = ("cpu",)) -> bool:
     """Whether to compute so: gradients need all memory anyway, and a compiler divides the work itself."""
     wants_gradient = torch.is_grad_enabled() and x.requires_grad
-    return x.device.type == "cpu" and not wants_gradient and not torch.compiler.is_compiling()
+    return x.device.type in devices and not wants_gradient and not torch.compiler.is_compiling()
 
 
 def join(steps: list[Tensor], dim: int) -> Tensor:

@@ -224,7 +224,7 @@ class FrozenSamNetwork(SamNetwork):
     @uncompiled
     def _remembered(self, tiles: Tensor) -> Features:
         """Features of `tiles`, each encoded once per volume. Training draws its tiles anew: nothing to remember."""
-        if self.training or torch.is_grad_enabled():
+        if self.training or torch.is_grad_enabled() or not self.memory.is_open:
             return self.encode_slices(tiles)
         settings = self.encoder.identity, self.encoder.precision(tiles.device), self.to_image.settings
         keys = [content_key(tile, *settings) for tile in tiles.split(1)]

@@ -169,12 +169,15 @@ def _missing(encoder: str) -> str:
     return f"whose weights are not here yet (--encoder vit_tiny comes with this package): {find_row(encoder).remedy}"
 
 
-@cache
 def encoding_rate(device: torch.device) -> float:
-    """Operations a second, from the rate of a large matrix product in the encoder's precision, the best of three."""
-    if not device_is_here(device):
-        return _SHARE * _NOMINAL[device.type]
+    """Operations a second that the encoder reaches."""
+    return _SHARE * (matrix_rate(device) if device_is_here(device) else _NOMINAL[device.type])
+
+
+@cache
+def matrix_rate(device: torch.device) -> float:
+    """Operations a second of a large matrix product in the encoder's precision, the best of three."""
     side = _SIDE[device.type]
     matrix = torch.ones(side, side, dtype=encoder_dtype(device), device=device)
     seconds = repeat(lambda: (matrix @ matrix)[0, 0].item(), number=1, repeat=4)  # an item waits for the device
-    return _SHARE * 2 * side**3 / min(seconds[1:])
+    return 2 * side**3 / min(seconds[1:])

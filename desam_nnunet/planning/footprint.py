@@ -39,7 +39,7 @@ class Footprint(NamedTuple):
     """Bytes of one configuration.
 
     Attributes:
-        weights: Of the network with its encoder.
+        weights: Of the network with its encoder; in half precision a frozen one also has a copy of half the size.
         moments: Adam's two. Gradients and what it works in are as large where all parameters are changed at once.
         step: Held at once in forward and backward pass of no tiles: gradients.
         per_tile: More, for each tile or slab of the batch.
@@ -83,10 +83,11 @@ def footprint(
         network.encoder.dtype = torch.float32
         few, many = (_step_peak(rehearsed, patch_size, depth * size) for size in (MIN_BATCH_SIZE, MAX_BATCH_SIZE))
         tensors = _tensors(network, *network.held)
+        copied = sum(tensor.nbytes for tensor in _tensors(network.encoder)) / 2
     per_tile = (many - few) / (MAX_BATCH_SIZE - MIN_BATCH_SIZE)
     share = _SPARE * (_HALF if half else 1.0)
     return Footprint(
-        weights=sum(tensor.nbytes for tensor in tensors),
+        weights=sum(tensor.nbytes for tensor in tensors) + copied * (half and trainer.method.frozen_features),
         moments=8.0 * sum(tensor.numel() for tensor in tensors if tensor.requires_grad),
         step=_SPARE * (few - MIN_BATCH_SIZE * per_tile), per_tile=share * per_tile,
         encoding=share * _encoding_peak(architecture, image_size))

@@ -28,7 +28,7 @@ from desam_nnunet.sam.tiles import intensity_rule
 from desam_nnunet.settings.resolve import SAM, check_keys
 from desam_nnunet.settings.sections import AS_BEFORE, DTYPES, Method, SamSection
 from desam_nnunet.system.files import read_object, replace_file
-from desam_nnunet.system.machine import device_is_here, memory_limit
+from desam_nnunet.system.machine import device_is_here, free_memory, memory_limit
 
 
 class Line(NamedTuple):
@@ -144,8 +144,7 @@ def _memory(request: Request, device: torch.device) -> Choice[float]:
     if not device_is_here(device):
         raise ValueError("PyTorch finds no cuda device here: say what it will have with -gpu_memory_target, or add "
                          "-device cpu.")
-    properties = torch.cuda.get_device_properties(device)
-    return Choice(0.9 * properties.total_memory, f"nine tenths of {properties.name}")
+    return Choice(0.9 * free_memory(device), f"nine tenths of what is free on {torch.cuda.get_device_name(device)}")
 
 
 def _disk(folder: Path, request: Request) -> float:

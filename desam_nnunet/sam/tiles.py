@@ -142,8 +142,12 @@ def cut_padding(masks: Tensor, geometry: Geometry) -> Tensor:
 
 
 def logits_to_tile(masks: Tensor, geometry: Geometry) -> Tensor:
-    """Mask logits (B, K, S / stride, S / stride) without padding, bilinearly brought to the tile: (B, K, H, W)."""
-    return F.interpolate(cut_padding(masks, geometry), size=geometry.tile, mode="bilinear", align_corners=False)
+    """Mask logits (B, K, S / stride, S / stride) without padding, bilinearly brought to the tile: (B, K, H, W).
+
+    In float32: on a GPU, autocast would enlarge in the type of the masks.
+    """
+    masks = cut_padding(masks, geometry).float()
+    return F.interpolate(masks, size=geometry.tile, mode="bilinear", align_corners=False)
 
 
 def intensity_rule(normalization_schemes: list[str]) -> str:

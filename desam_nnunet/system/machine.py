@@ -23,6 +23,11 @@ def device_is_here(device: torch.device) -> bool:
     return device.type == "cpu" or torch.backends.mps.is_available()
 
 
+def best_device() -> torch.device:
+    """The fastest kind that is here."""
+    return next(filter(device_is_here, map(torch.device, ("cuda", "mps", "cpu"))))
+
+
 def check_device(device: torch.device) -> None:
     """Refuses a device that is not here, before nnU-Net makes folders.
 

@@ -58,6 +58,7 @@ class SamTrainer(nnUNetTrainer):
 
     method: ClassVar[Method]
     own: Any  # of the type that the method says
+    network: Any  # nnU-Net's, perhaps inside DDP and torch.compile
 
     def __init__(
         self, plans: dict, configuration: str, fold: int | str, dataset_json: dict,
@@ -180,6 +181,8 @@ class SamTrainer(nnUNetTrainer):
         if self.local_rank == 0:
             for rest in folder.glob(f"*checkpoint_*{TEMPORARY}"):  # of a killed process
                 rest.unlink(missing_ok=True)
+        if self.is_ddp:  # PyTorch begins in every process with the same seed: all would draw the same points and boxes
+            torch.manual_seed(torch.initial_seed() + self.local_rank)
         super().on_train_start()
 
     def train_step(self, batch: Batch) -> dict[str, np.ndarray]:
@@ -205,6 +208,14 @@ class SamTrainer(nnUNetTrainer):
         tp, fp, fn, _ = get_tp_fp_fn_tn(predicted, truth.float(), axes=[0, 2, 3], mask=mask)
         results = {"loss": loss, "tp_hard": tp, "fp_hard": fp, "fn_hard": fn}
         return {key: value.cpu().numpy() for key, value in results.items()}
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """nnU-Net's, out of DDP, whose first forward pass waits for every process: some may have no case."""
+        network = self.network
+        if isinstance(network, DistributedDataParallel):
+            self.network = network.module
+        super().perform_actual_validation(save_probabilities)
+        self.network = network
 
     def save_checkpoint(self, filename: str) -> None:
         """Writes beside the file and renames, so that a kill never leaves half a checkpoint."""

@@ -44,6 +44,7 @@ def build_dataset(
         num_parts, part_id = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)  # else every process also opens the first GPU, and asks it what it can do
     if not 0 <= part_id < num_parts:
         raise ValueError(f"-part_id {part_id} of -num_parts {num_parts} does not exist: parts count from 0.")
     plans, dataset_json, folder = read_preprocessed(dataset, plans_name)

@@ -45,6 +45,12 @@ class FrozenSamTrainer(SamTrainer):
         assert isinstance(network, FrozenSamNetwork)
         return network
 
+    def initialize(self) -> None:
+        """nnU-Net's; where it compiles the network, the encoder as well, which online training calls by itself."""
+        super().initialize()
+        if self.sam.features == "online" and self._do_i_compile():
+            self.bare_network.encoder.compile()
+
     def _set_batch_size_and_oversample(self) -> None:
         """nnU-Net's Dice of a whole batch gathers a row per tile, so that all processes must have as many."""
         processes = dist.get_world_size() if self.is_ddp else 1
@@ -57,7 +63,8 @@ class FrozenSamTrainer(SamTrainer):
     def inputs_of(self, batch: Batch) -> Features:
         """Features of a batch, encoded now unless they come from the cache."""
         if "features" in batch:
-            return batch["features"].map(lambda x: x.to(self.device, non_blocking=True).float())
+            features = batch["features"].map(lambda x: x.to(self.device, non_blocking=True))
+            return features if self.device.type == "cuda" else features.map(Tensor.float)  # autocast wants half
         tiles = super().inputs_of(batch)
         assert isinstance(tiles, Tensor)
         return self.bare_network.encode_slices(tiles)

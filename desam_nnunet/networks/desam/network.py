@@ -108,7 +108,7 @@ class DeSAM(FrozenSamNetwork):
 
     def _to_tile(self, masks: Tensor, geometry: Geometry) -> Tensor:
         if self.through_input:
-            masks = nn.functional.interpolate(masks, scale_factor=self.mask_stride, mode="bilinear")
+            masks = nn.functional.interpolate(masks.float(), scale_factor=self.mask_stride, mode="bilinear")
             geometry = Geometry(geometry.tile, geometry.image_size, 1)
         return logits_to_tile(masks, geometry)
 
