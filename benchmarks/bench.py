@@ -18,15 +18,17 @@ import grid
 import parts
 import precision
 import pretraining
+import scores
 import slabs
 import startup
 import trainers
 import training
 import whole
 
-SECTIONS = {"encoder": encoder.run, "grid": grid.run, "training": training.run, "folds": folds.run,
-            "cache": cache.run, "building": building.run, "trainers": trainers.run, "parts": parts.run,
-            "precision": precision.run, "pretraining": pretraining.run, "slabs": slabs.run, "whole": whole.run}
+SECTIONS = {"encoder": encoder.run, "grid": grid.run, "scores": scores.run, "training": training.run,
+            "folds": folds.run, "cache": cache.run, "building": building.run, "trainers": trainers.run,
+            "parts": parts.run, "precision": precision.run, "pretraining": pretraining.run, "slabs": slabs.run,
+            "whole": whole.run}
 
 
 def main() -> int:
