@@ -18,6 +18,7 @@ import grid
 import parts
 import precision
 import pretraining
+import scores
 import slabs
 import startup
 import trainers
@@ -25,9 +26,10 @@ import training
 import whole
 from measure import compute_exactly
 
-SECTIONS = {"encoder": encoder.run, "grid": grid.run, "training": training.run, "folds": folds.run,
-            "cache": cache.run, "building": building.run, "trainers": trainers.run, "parts": parts.run,
-            "precision": precision.run, "pretraining": pretraining.run, "slabs": slabs.run, "whole": whole.run}
+SECTIONS = {"encoder": encoder.run, "grid": grid.run, "scores": scores.run, "training": training.run,
+            "folds": folds.run, "cache": cache.run, "building": building.run, "trainers": trainers.run,
+            "parts": parts.run, "precision": precision.run, "pretraining": pretraining.run, "slabs": slabs.run,
+            "whole": whole.run}
 
 
 def main() -> int:

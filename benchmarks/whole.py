@@ -11,6 +11,7 @@ import copy
 import functools
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -35,17 +36,17 @@ def run(device: Any, repeats: int) -> Any:
         f"nnUNetv2_predict of {SLICES} slices of {SIDE} x {SIDE}, mirrored along both axes, whatever else it does: the "
         f"process's start, reading, preprocessing, export. RANDOM decoders on vit_tiny at {SIZE}; every tile has the "
         "class. Reference: nnUNetTrainer's 2D network on the same volume, in turn. The steps are of one more run, of "
-        "preprocessing and export in the same process."), device)
+        "preprocessing and export in the same process. Seconds of all cores: reference, ours."), device)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         prepare(work)
         plain = command(work, PLAIN, device.type)
         for trainer, required in TRAINERS.items():
             ours = command(work, trainer, device.type)
-            for words in (plain, ours):
-                call(words, work)
+            busy = {number: cpu_seconds(words, work) for number, words in enumerate((plain, ours))}
             row = compare(trainer, lambda: call(plain, work), lambda words=ours: call(words, work), device=device,
-                          repeats=repeats, required=required)
+                          repeats=repeats, required=required,
+                          notes={"seconds of all cores": ", ".join(f"{x:.1f}" for x in busy.values())})
             report.add("nnUNetv2_predict", row)
         for trainer in (PLAIN, *TRAINERS):
             words = [sys.executable, __file__, folder, trainer, device.type]
@@ -57,6 +58,14 @@ def run(device: Any, repeats: int) -> Any:
 def call(words: list[str], work: Path) -> str:
     paths = {name: str(work / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
     return subprocess.run(words, check=True, capture_output=True, text=True, env=os.environ | paths).stdout
+
+
+def cpu_seconds(words: list[str], work: Path) -> float:
+    """What a command takes of all cores together, which other work on the machine changes little."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    call(words, work)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def command(work: Path, trainer: str, device: str) -> list[str]:

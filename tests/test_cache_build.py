@@ -234,6 +234,41 @@ def test_features_that_are_not_finite_are_refused_and_not_stored(
     assert store.complete("case", plan.todo["case"].content) is None
 
 
+def test_the_estimate_counts_every_step_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dataset:
+        identifiers = ("case",)
+        source_folder = tmp_path
+
+        @staticmethod
+        def load_case(case: str) -> tuple[np.ndarray, np.ndarray]:
+            return np.full((1, 3, 64, 64), np.nan, np.float32), np.zeros((1, 3, 64, 64), np.int8)
+
+    (tmp_path / "case.npz").write_bytes(b"preprocessed")
+    store = Store(tmp_path, replace(RECIPE, patch_size=(64, 64)))
+    builder = Builder(store, Dataset(), Overflowing(0.0), CPU)  # type: ignore[arg-type]
+    steps: list[float] = []
+    monkeypatch.setattr(Builder, "_pace", lambda self, *seconds: steps.extend(seconds) or 2.0)
+    assert builder.seconds(builder.plan(Share())) == 6.0  # of three tiles
+    assert len(steps) == 4
+    assert all(step > 0 for step in steps)
+    assert [path.name for path in tmp_path.iterdir()] == ["case.npz"]
+
+
+@pytest.mark.parametrize(("device", "steps", "seconds"), [
+    ("cpu", (0.02, 0.03, 0.04, 0.01), 0.06),  # the encoder has all cores, the rest share them
+    ("cuda", (0.02, 0.03, 0.04, 0.01), 0.03),
+    ("cuda", (0.05, 0.03, 0.01, 0.01), 0.05),  # one thread makes samples
+    ("cuda", (0.01, 0.01, 0.01, 0.50), 0.50),  # the disk
+])
+def test_steps_go_side_by_side_as_far_as_two_cores_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, steps: tuple[float, ...], seconds: float
+) -> None:
+    monkeypatch.setattr(building.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(building, "_WRITERS", 2)
+    builder = Builder(Store(tmp_path, RECIPE), None, None, torch.device(device))  # type: ignore[arg-type]
+    assert builder._pace(*steps) == pytest.approx(seconds)
+
+
 def test_two_processes_and_two_parts_give_the_same_store(workspace: Workspace, store: Store) -> None:
     expected = contents(store)
     delete_stores("501", store.folder.name)
