@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -16,15 +17,16 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from desam_nnunet.cross_site.labels import check_values, given_labels, labels_of
 from desam_nnunet.cross_site.settings import check_settings, read_settings
 from desam_nnunet.cross_site.sites import Case, Sites, check_sites, ending_of, read_sites
-from desam_nnunet.cross_site.study import FILE, FOLDERS, Study, plain, plain_sites
+from desam_nnunet.cross_site.study import FILE, LOCK, VERSION, Study, Trainer, plain, plain_sites
 from desam_nnunet.evaluation.scores import classes_of
-from desam_nnunet.nnunet.datasets import STOCK_PLANS
 from desam_nnunet.nnunet.lookup import look_up
-from desam_nnunet.planning.facts import FOLDS, SPLITS
+from desam_nnunet.nnunet.names import FOLDERS, FOLDS, SPLITS, STOCK_PLANS
 from desam_nnunet.system.files import TEMPORARY, read_object
+from desam_nnunet.training.registry import method_of
 
 _GROWING = ("trainers", "sources", "targets")  # what a later call may add to
 _NEEDS_BOXES = "DBSAMTrainerBoxes"
+_STUDY_PLANS = "CrossSitePlans"
 _DESCRIBED = ("channel_names", "labels", "file_ending")  # in dataset.json
 DEFAULT_TRAINERS = ("DeSAMTrainer", "nnUNetTrainer")
 
@@ -60,15 +62,26 @@ def open_study(
     else:
         sites, names = _from_datasets(datasets)
     study = Study(
-        out.resolve(), sites, names, {}, data is None, trainers,
+        out.resolve(), sites, names, {}, data is None,
+        {name: _trainer(name, plans, chosen, data is None) for name in trainers},
         _known_sites(sources or known["sources"], sites, "--sources"),
         _known_sites(targets or known["targets"], sites, "--targets"), tuple(sorted(set(map(str, folds)))), plans,
         chosen, tolerance)
     _check(study)
     if study.settings:
-        check_settings(study)
+        check_settings(study.settings, trainers)
     study = replace(study, dataset_json=_description(study, before, labels, channels))
     return study if before is None else _joined(before, study)
+
+
+def _trainer(name: str, plans: str, settings: dict[str, Any], existing: bool) -> Trainer:
+    method = method_of(name)
+    if settings:
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+        plans = f"{_STUDY_PLANS}_{digest}" if existing else _STUDY_PLANS  # there beside those of other studies
+    if method is None:
+        return Trainer(plans=plans or STOCK_PLANS)
+    return Trainer(method.name, plans or method.plans_name, method.frozen_features)
 
 
 def _description(
@@ -152,8 +165,9 @@ def _joined(before: dict[str, Any], study: Study) -> Study:
             was, this = (shorten(json.dumps(each), 60, placeholder=" ...") for each in (before[name], value))
             raise ValueError(f"{study.out} holds a study with other {name} ({was}, now {this}): give the same, or "
                              "another folder with -o.")
-    grown: dict[str, Any] = {name: _unique([*before[name], *now[name]]) for name in _GROWING}
-    return replace(study, **grown)
+    trainers = {name: Trainer(**facts) for name, facts in (before["trainers"] | now["trainers"]).items()}
+    grown: dict[str, Any] = {name: _unique([*before[name], *now[name]]) for name in ("sources", "targets")}
+    return replace(study, trainers=trainers, **grown)
 
 
 def _changed_case(before: dict[str, Any], now: dict[str, Any]) -> str:
@@ -170,12 +184,16 @@ def _changed_case(before: dict[str, Any], now: dict[str, Any]) -> str:
 def _read(out: Path) -> dict[str, Any] | None:
     path = out / FILE
     if not path.is_file():
-        if out.is_dir() and any(not path.name.endswith(TEMPORARY) for path in out.iterdir()):
+        if out.is_dir() and any(
+                path.name != LOCK and not path.name.endswith(TEMPORARY) for path in out.iterdir()):
             raise FileExistsError(f"{out} holds other things than a study: give a new folder with -o.")
         return None
     try:
         before = json.loads(path.read_text())
-        if before.keys() != {field.name for field in fields(Study)} - {"out"}:
+        if before.get("sites") and "version" not in before:
+            raise FileExistsError(f"{out} holds a study of an earlier version, which had no Snakemake beneath: its "
+                                  "report stays as it is; to go on, begin it again in another folder with -o.")
+        if before.keys() != {field.name for field in fields(Study)} - {"out"} or before["version"] != VERSION:
             raise ValueError(path)
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is damaged or of another version: give another folder with -o.") from error

@@ -17,12 +17,12 @@ from jinja2 import Environment, StrictUndefined
 from desam_nnunet import __version__
 from desam_nnunet.cross_site.pictures import box_plot
 from desam_nnunet.cross_site.sites import ALL
-from desam_nnunet.cross_site.study import SCORES, Study, method_of, plain
+from desam_nnunet.cross_site.study import Study, plain
 from desam_nnunet.cross_site.tables import all_scores, comparisons, cost_of, encoding_minutes, machines_of, summaries
 from desam_nnunet.evaluation.metrics import METRICS, Metric
 from desam_nnunet.evaluation.scores import PROTOCOLS, without_nan
 from desam_nnunet.nnunet.model_folder import read_description
-from desam_nnunet.planning.facts import CONFIGURATION
+from desam_nnunet.nnunet.names import CONFIGURATION
 from desam_nnunet.system.files import replace_file
 
 _PACKAGES = ("nnunetv2", "torch", "monai", "scipy", "SimpleITK")
@@ -74,7 +74,7 @@ def _page(study: Study, scores: pd.DataFrame, summary: pd.DataFrame, content: di
         "look": _look_up(summary, overall_class), "pairs": pairs,
         "plots": {target: [box_plot(volume, target, metric) for metric in METRICS if metric.key in _PLOTTED]
                   for target in dict.fromkeys(volume["target"])},
-        "pictures": _embedded(study), "maps": _embedded(study, SCORES), "random": _random_encoders(content["settings"]),
+        "pictures": _embedded(study, "cases"), "maps": _embedded(study, "points"), "random": _random_encoders(content["settings"]),
         "columns": [site for site in study.sites if site in study.targets or (has_diagonal and site in study.sources)],
         "cases": {site: len(cases) for site, cases in study.sites.items()}, "all_sites": ALL,
         "has_diagonal": has_diagonal, "significant": _SIGNIFICANT})
@@ -91,8 +91,8 @@ def _settings(study: Study, source: str, trainer: str) -> dict[str, Any]:
     """What the model folder says of itself, without nnU-Net's network."""
     plans, _ = read_description(study.model(source, trainer))
     configuration = plans["configurations"][CONFIGURATION]
-    method = method_of(trainer)
-    keys = ("batch_size", "patch_size", "spacing", "normalization_schemes", *(("sam", method.name) if method else ()))
+    method = study.trainers[trainer].method
+    keys = ("batch_size", "patch_size", "spacing", "normalization_schemes", *(("sam", method) if method else ()))
     return {"plans": plans["plans_name"]} | {key: configuration[key] for key in keys if key in configuration}
 
 
@@ -102,9 +102,9 @@ def _random_encoders(settings: dict[str, Any]) -> list[str]:
     return sorted({section["encoder"] for section in sections if section.get("identity", "").startswith("random:")})
 
 
-def _embedded(study: Study, ending: str = "") -> list[tuple[str, str, str, str]]:
+def _embedded(study: Study, of: str) -> list[tuple[str, str, str, str]]:
     """Every cell with its picture as a URL, where there is one."""
-    paths = [(cell, path) for cell in study.cells() if (path := study.picture(*cell, ending)).is_file()]
+    paths = [(cell, path) for cell in study.cells() if (path := study.picture(*cell, of=of)).is_file()]
     return [(*cell, f"data:image/webp;base64,{base64.b64encode(path.read_bytes()).decode()}") for cell, path in paths]
 
 

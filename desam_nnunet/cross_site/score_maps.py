@@ -14,13 +14,19 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from desam_nnunet.cache.tiles import crop, tiles_of
 from desam_nnunet.cross_site.pictures import chosen_cases, outline, save
-from desam_nnunet.cross_site.study import CHECKPOINT, SCORES, Study
+from desam_nnunet.cross_site.study import Study
 from desam_nnunet.evaluation.scores import classes_of, read_rows
 from desam_nnunet.networks.desam.network import DeSAM
 from desam_nnunet.networks.desam.prompters import PointPrompter
+from desam_nnunet.nnunet.lookup import look_up
+from desam_nnunet.nnunet.model_folder import read_description
+from desam_nnunet.nnunet.names import CHECKPOINT, CONFIGURATION
+from desam_nnunet.settings.resolve import read_own
+from desam_nnunet.training.desam import DeSAMTrainer
 
 
 class ScoreMap(NamedTuple):
@@ -33,6 +39,16 @@ class ScoreMap(NamedTuple):
     present: np.ndarray  # K, whether a class is found in the tile
     best: np.ndarray  # K, the point that decides
     slice: int  # of the volume before preprocessing, along the axis that nnU-Net cuts it along
+
+
+def has_scores(study: Study, source: str, trainer: str) -> bool:
+    """Whether the model's prompter chooses by PRIM's scores."""
+    kind = look_up(trainer)
+    if not issubclass(kind, DeSAMTrainer):
+        return False
+    plans, _ = read_description(study.model(source, trainer))
+    configuration = PlansManager(plans).get_configuration(CONFIGURATION).configuration
+    return isinstance(kind.prompter(read_own(configuration, kind.method)), PointPrompter)
 
 
 def draw_scores(study: Study, source: str, trainer: str, target: str) -> None:
@@ -57,7 +73,7 @@ def draw_scores(study: Study, source: str, trainer: str, target: str) -> None:
             outline(axis, np.isin(shown.labels, values), index)
             _draw(axis, shown, index, f"{case.name}, slice {shown.slice}, {name}")
     figure.colorbar(axes[0, 0].collections[-1], ax=axes, label="PRIM's score of the point", shrink=0.8)
-    save(figure, study.picture(source, trainer, target, SCORES))
+    save(figure, study.picture(source, trainer, target, of="points"))
 
 
 @torch.inference_mode()

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from desam_nnunet.cross_site.study import STUDY_PLANS, Study, method_of
-from desam_nnunet.planning.facts import CONFIGURATION
+from desam_nnunet.nnunet.names import CONFIGURATION
 from desam_nnunet.settings.resolve import check_keys, given_section, resolve_plans
 from desam_nnunet.settings.sections import SamSection
 from desam_nnunet.system.files import read_object
-from desam_nnunet.training.registry import TRAINERS, find_trainer
+from desam_nnunet.training.registry import TRAINERS, method_of
 
 _KEYS = ("batch_size", "patch_size")  # beside our sections
 
@@ -50,12 +49,13 @@ def read_settings(path: Path | None, plans: str, trainers: Sequence[str]) -> dic
     return settings
 
 
-def check_settings(study: Study) -> None:
+def check_settings(settings: dict[str, Any], trainers: Sequence[str]) -> None:
     """Whether plans with these settings hold for every trainer, and the weights are here, before data are planned."""
-    window = study.settings.get("sam", {}).get("intensity") == "window"
+    window = settings.get("sam", {}).get("intensity") == "window"
     configuration = {"patch_size": [64, 64], "normalization_schemes": ["CTNormalization" if window else ""],
                      "architecture": {}}
-    for trainer, *_ in study.trainers_by_method.values():
-        plans = {"plans_name": STUDY_PLANS, "label_manager": "LabelManager",
-                 "configurations": {CONFIGURATION: copy.deepcopy(configuration | study.settings)}}
-        resolve_plans(plans, CONFIGURATION, {"labels": {"background": 0, "organ": 1}}, find_trainer(trainer).method)
+    methods = {method.name: method for trainer in trainers if (method := method_of(trainer)) is not None}
+    for method in methods.values():
+        plans = {"plans_name": "", "label_manager": "LabelManager",
+                 "configurations": {CONFIGURATION: copy.deepcopy(configuration | settings)}}
+        resolve_plans(plans, CONFIGURATION, {"labels": {"background": 0, "organ": 1}}, method)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from desam_nnunet.cross_site.volumes import check_volumes
+from desam_nnunet.nnunet.volumes import check_volumes
 from desam_nnunet.system.progress import progress
 
 ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
@@ -67,7 +67,7 @@ def check_sites(sites: Sites) -> dict[str, list[int]]:
     Raises:
         FileNotFoundError: A file is missing.
         ValueError: A name that can't be a file's, an image that occurs twice, cases with different numbers of channels
-            or file endings, or volumes as :func:`~desam_nnunet.cross_site.volumes.check_volumes` refuses them.
+            or file endings, or volumes as :func:`~desam_nnunet.nnunet.volumes.check_volumes` refuses them.
     """
     _check_names("The sites", "", sites)
     for site, cases in sites.items():

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from desam_nnunet.cross_site.sites import ALL
-from desam_nnunet.cross_site.study import CHECKPOINT, Study
+from desam_nnunet.cross_site.study import Study
 from desam_nnunet.evaluation.metrics import METRICS
 from desam_nnunet.evaluation.scores import COLUMNS, FALSE_ALARM, MISSING, NOT_FOUND, PROTOCOLS, read_rows
 from desam_nnunet.evaluation.statistics import compare, holm, per_case, summarise
 from desam_nnunet.nnunet.model_folder import read_checkpoint
+from desam_nnunet.nnunet.names import CHECKPOINT
 
 FAILURES = (MISSING, NOT_FOUND, FALSE_ALARM)
 
@@ -105,8 +106,8 @@ def cost_of(study: Study, source: str, trainer: str) -> Cost:
         weights = checkpoint["network_weights"].values()  # nnU-Net's network lists the same tensor under several names
         parameters = sum({(value.data_ptr(), value.shape): value.numel() for value in weights}.values())
     size = (study.fold(source, trainer, study.folds[0]) / CHECKPOINT).stat().st_size / 1e6
-    training = [study.read_note(f"train__{source}__{trainer}__{fold}") for fold in study.folds]
-    prediction = [study.read_note(f"predict__{source}__{trainer}__{target}") for target in study.targets]
+    training = [study.read_record("train", source, trainer, fold) for fold in study.folds]
+    prediction = [study.read_record("predict", source, trainer, target) for target in study.targets]
     timed = [note for note in prediction if note.get("volumes")]  # not what an interrupted run had done before
     volumes, seconds = (sum(note[key] for note in timed) for key in ("volumes", "seconds"))
     return Cost(source, trainer, parameters, size, minutes, _peak(training), seconds / volumes if volumes else None,
@@ -115,13 +116,13 @@ def cost_of(study: Study, source: str, trainer: str) -> Cost:
 
 def encoding_minutes(study: Study, source: str) -> float:
     """What it took to store the features of one source, for all trainers that read them."""
-    notes = [study.read_note(f"encode__{source}__{method}") for method in study.trainers_by_method]
-    return sum(note.get("seconds", 0) for note in notes if not note.get("skipped")) / 60
+    methods = {trainer.method for trainer in study.trainers.values() if trainer.frozen_features}
+    return sum(study.read_record("encode", source, method).get("seconds", 0) for method in methods) / 60
 
 
 def machines_of(study: Study) -> list[str]:
     """Every machine that a command of the study ran on."""
-    notes = [json.loads(path.read_text()) for path in (study.out / "state").glob("*.json")]
+    notes = [json.loads(path.read_text()) for path in (study.out / "records").rglob("*.json")]
     return sorted({", ".join(f"{key} {value}" for key, value in note["machine"].items())
                    for note in notes if "machine" in note})
 

@@ -11,10 +11,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from desam_nnunet.cache.tiles import tiles_of
-
-CONFIGURATION = "2d"
-FOLDS = 5  # of nnU-Net's split
-SPLITS = "splits_final.json"
+from desam_nnunet.nnunet.names import CONFIGURATION
 
 
 @dataclass(frozen=True)

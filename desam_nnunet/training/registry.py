@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from desam_nnunet.nnunet.lookup import look_up
+from desam_nnunet.settings.sections import Method
 from desam_nnunet.training.base import SamTrainer
 from desam_nnunet.training.dbsam import DBSAMTrainer, DBSAMTrainerBoxes
 from desam_nnunet.training.desam import DeSAMTrainer, DeSAMTrainerWholeBox
@@ -31,3 +34,10 @@ def find_trainer(name: str) -> type[SamTrainer]:
         raise ValueError(f"{name} trains no network on a foundation encoder: choose {', '.join(TRAINERS)}, or a "
                          "trainer that subclasses SamTrainer.")
     return trainer
+
+
+@lru_cache
+def method_of(trainer: str) -> Method | None:
+    """The method of a trainer of this package's kind; None for nnU-Net's own."""
+    kind = look_up(trainer)
+    return kind.method if issubclass(kind, SamTrainer) else None
