@@ -33,11 +33,11 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from desam_nnunet.cross_site.sites import Case, check_sites, ending_of, read_sites
 from desam_nnunet.evaluation.scores import read_rows, score_cases, write_rows
 from desam_nnunet.evaluation.statistics import Summary, summarise
 from desam_nnunet.nnunet.model_folder import read_checkpoint
 from desam_nnunet.nnunet.names import CHECKPOINT, CONFIGURATION, FOLDERS, SPLITS, STOCK_PLANS
+from desam_nnunet.nnunet.sites import Case, check_sites, ending_of, read_sites
 from desam_nnunet.sam.slabs import SLABS
 from desam_nnunet.system.files import replace_file
 from desam_nnunet.training.budget import KEYS

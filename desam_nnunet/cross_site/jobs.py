@@ -3,22 +3,19 @@
     python -m desam_nnunet.cross_site.jobs PARENT DEVICE RULE NAMES... -- nnUNetv2_train 1 2d 0 -tr DeSAMTrainer
 
 A job ends, with all of its workers, when the process PARENT that started it is gone: otherwise a study that was killed
-and started again would train the same model twice at once.
+and started again would train the same model twice at once. Those that can skip what is there import nothing heavy.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 import os
-import shutil
+import platform
 import sys
 import threading
 import time
-import zipfile
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -28,26 +25,31 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
-from desam_nnunet.cross_site.sites import ENDINGS
 from desam_nnunet.cross_site.study import FILE, Study, read_study
+from desam_nnunet.nnunet.leftovers import (
+    clear_preprocessed,
+    is_preprocessed,
+    is_trained,
+    put_damaged_aside,
+    remove_stale_predictions,
+)
 from desam_nnunet.nnunet.names import CHECKPOINT, CONFIGURATION, SPLITS, STOCK_PLANS
 from desam_nnunet.system.files import replace_file
 
-_MADE_BY = "checkpoints.json"  # beside predictions: the hashes of what made them
 _PATIENCE = 20  # seconds in which a job of a killed call ends
 _SKIPPED = {"skipped": True}
 Record = dict[str, Any]
 
 
 def main() -> None:
-    """One job: its record, if its rule has one, is written when all else is done."""
+    """One job; its record, if its rule has one, is written when all else is done."""
     parent, device, rule, *words = sys.argv[1:]
     threading.Thread(target=_end_with, args=[int(parent)], daemon=True).start()
     names = words[:words.index("--")] if "--" in words else words
     study = read_study(Path(FILE), Path.cwd())
     os.environ |= study.environment
     with _alone(study.out / "locks" / rule / "/".join(names)), _one_gpu(study, device):
-        took = globals()[f"_{rule}"](study, *names, command=words[len(names) + 1:], device=device)
+        took = _RULES[rule](study, *names, command=words[len(names) + 1:], device=device)
         if took is not None:
             record = study.record(rule, *names)
             record.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +81,7 @@ def _one_gpu(study: Study, device: str) -> Iterator[None]:
     """Shows this process one of several GPUs, which no other job of the study on this machine has."""
     gpus = visible_gpus() if device == "cuda" else []
     for gpu in gpus if len(gpus) > 1 else []:
-        lock = FileLock(study.out / "locks" / f"gpu {os.uname().nodename} {gpu}.lock")
+        lock = FileLock(study.out / "locks" / f"gpu {platform.node()} {gpu}.lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -97,12 +99,12 @@ def visible_gpus() -> list[str]:
     return given.split(",") if given else [str(number) for number in range(torch.cuda.device_count())]
 
 
-def _run(command: Sequence[str], device_name: str) -> Record:
+def _run(command: list[str], device_name: str) -> Record:
     """Runs one of nnU-Net's commands, or of ours, in this process; what it took."""
     begin = time.monotonic()
-    sys.argv = list(command)
+    sys.argv = command
     if command[0] == "python":
-        sys.argv = list(command[2:])  # without -m
+        sys.argv = command[2:]  # without -m
         run_module(command[2], run_name="__main__")
     else:
         (entry,) = entry_points(group="console_scripts", name=command[0])
@@ -118,45 +120,18 @@ def _run(command: Sequence[str], device_name: str) -> Record:
 
 
 def _prepare(study: Study, source: str, *, command: list[str], device: str) -> Record:
+    cases, folder = study.sites[source], study.preprocessed(source)
     if study.existing:
-        return _run(command, device) if is_unprepared(study, source) else _SKIPPED
+        ending = study.dataset_json["file_ending"]
+        done = is_preprocessed(folder, study.plans or STOCK_PLANS, ending, [case.name for case in cases])
+        return _SKIPPED if done else _run(command, device)
     raw = study.folder("nnUNet_raw") / study.datasets[source]
     raw.mkdir(parents=True, exist_ok=True)
-    cases = {case.name: {"images": [str(path) for path in case.images], "label": str(case.label)}
-             for case in study.sites[source]}  # where they are, and no other site's
-    content = study.dataset_json | {"numTraining": len(cases), "dataset": cases}
+    files = {case.name: {"images": [str(path) for path in case.images], "label": str(case.label)} for case in cases}
+    content = study.dataset_json | {"numTraining": len(files), "dataset": files}  # where they are; no other site's
     replace_file(raw / "dataset.json", [json.dumps(content, indent=4).encode()])
-    clear_preprocessed(study, source)
+    clear_preprocessed(folder)
     return _run(command, device)
-
-
-def planned(study: Study, source: str) -> str | None:
-    """The plans that an existing data set has, whose preprocessed data are used; None where it has none."""
-    name = study.plans or STOCK_PLANS
-    return name if (study.preprocessed(source) / f"{name}.json").is_file() else None
-
-
-def is_unprepared(study: Study, source: str) -> bool:
-    """Whether a case of an existing data set is not preprocessed."""
-    plans = planned(study, source)
-    if plans is None:
-        return True
-    folder = study.preprocessed(source)
-    data = folder / _configuration(study, source, plans)["data_identifier"]
-    ending = study.dataset_json["file_ending"]
-    return not all((data / f"{case.name}.pkl").is_file() and  # written last
-                   (folder / "gt_segmentations" / f"{case.name}{ending}").is_file() for case in study.sites[source])
-
-
-def clear_preprocessed(study: Study, source: str) -> None:
-    """Empties the folder of a study's own data set, since what is there is half of something; the split stays, because
-    trained folds rest on it."""
-    folder = study.preprocessed(source)
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != SPLITS:
-            path.unlink()
 
 
 def _plan(study: Study, source: str, plans: str, *, command: list[str], device: str) -> Record:
@@ -189,17 +164,13 @@ def _encode(study: Study, source: str, method: str, *, command: list[str], devic
 
 def is_to_be_cached(study: Study, source: str, method: str) -> bool:
     """Whether a fold of `method` is yet to be trained, and reads stored features; plans without our section do."""
-    trainers = {name: facts.plans for name, facts in study.trainers.items() if facts.method == method}
     from desam_nnunet.settings.sections import SamSection
 
-    section = _configuration(study, source, next(iter(trainers.values()))).get("sam", {})
+    plans = {name: trainer.plans for name, trainer in study.trainers.items() if trainer.method == method}
+    content = json.loads((study.preprocessed(source) / f"{next(iter(plans.values()))}.json").read_text())
+    section = content["configurations"][CONFIGURATION].get("sam", {})
     return section.get("features", SamSection.features) == "cached" and not all(
-        is_trained(study.fold(source, trainer, fold)) for trainer in trainers for fold in study.folds)
-
-
-def _configuration(study: Study, source: str, plans: str) -> dict[str, Any]:
-    content = json.loads((study.preprocessed(source) / f"{plans}.json").read_text())
-    return content["configurations"][CONFIGURATION]
+        is_trained(study.fold(source, trainer, fold)) for trainer in plans for fold in study.folds)
 
 
 def _train(study: Study, source: str, trainer: str, fold: str, *, command: list[str], device: str) -> Record:
@@ -210,18 +181,6 @@ def _train(study: Study, source: str, trainer: str, fold: str, *, command: list[
     return _run(command, device)
 
 
-def is_trained(folder: Path) -> bool:
-    """Whether a fold has no work left; a checkpoint that a kill has cut off is none."""
-    return zipfile.is_zipfile(folder / CHECKPOINT) and (folder / "validation" / "summary.json").is_file()
-
-
-def put_damaged_aside(folder: Path) -> None:
-    """Renames the checkpoints of a fold that a kill has cut off: nnU-Net would try them first."""
-    for path in (folder / name for name in (CHECKPOINT, "checkpoint_latest.pth", "checkpoint_best.pth")):
-        if path.is_file() and not zipfile.is_zipfile(path):
-            path.replace(path.with_name(f"{path.name}.damaged"))
-
-
 def _predict(study: Study, source: str, trainer: str, target: str, *, command: list[str], device: str) -> Record:
     files = study.predictions(source, trainer, target).values()
     remove_stale_predictions(study.prediction_folder(source, trainer, target),
@@ -229,34 +188,6 @@ def _predict(study: Study, source: str, trainer: str, target: str, *, command: l
     before = sum(path.is_file() for path in files)
     took = _run(command, device)
     return took | {"volumes": sum(path.is_file() for path in files) - before}
-
-
-def remove_stale_predictions(folder: Path, checkpoints: list[Path]) -> None:
-    """Removes what other checkpoints have made and what a kill has cut off, since nnU-Net goes by names."""
-    from desam_nnunet.encoders.weights import file_hash
-
-    made_by = folder / _MADE_BY
-    now = {path.parent.name: file_hash(path) for path in checkpoints}
-    is_ours = made_by.is_file() and json.loads(made_by.read_text()) == now
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.iterdir():
-        if path.name.endswith(ENDINGS) and not (is_ours and _is_whole(path)):
-            path.unlink()
-    replace_file(made_by, [json.dumps(now).encode()])
-
-
-def _is_whole(path: Path) -> bool:
-    import SimpleITK as sitk
-
-    try:
-        if path.suffix == ".gz":
-            with gzip.open(path) as stream:
-                while stream.read(2**24):
-                    pass  # the checksum is at the end
-        sitk.ReadImage(path)
-    except (OSError, EOFError, RuntimeError, zlib.error):
-        return False
-    return True
 
 
 def _score(study: Study, source: str, trainer: str, target: str, **_: object) -> None:
@@ -273,14 +204,20 @@ def _score(study: Study, source: str, trainer: str, target: str, **_: object) ->
 
 
 def _picture(study: Study, source: str, trainer: str, target: str, **_: object) -> None:
-    from desam_nnunet.cross_site.pictures import draw_cases
+    """Of segmentations, and where the trainer has such a network, of what PRIM thinks of the grid's points."""
+    from desam_nnunet.evaluation.pictures import draw_cases
+    from desam_nnunet.evaluation.scores import chosen_cases, classes_of, read_rows
 
+    chosen = chosen_cases(read_rows(study.scores(source, trainer, target)))
+    cases = {case.name: case for case in study.sites[target]}
+    classes, ignored = classes_of(study.dataset_json)
+    cell = (source, trainer, target)
     if source != target and study.trainers[trainer].frozen_features:
-        from desam_nnunet.cross_site.score_maps import draw_scores, has_scores
+        from desam_nnunet.evaluation.score_maps import draw_scores
 
-        if has_scores(study, source, trainer):
-            draw_scores(study, source, trainer, target)
-    draw_cases(study, source, trainer, target)
+        draw_scores(study.model(source, trainer), study.folds[0], cases[chosen[len(chosen) // 2][1]], classes,
+                    study.picture(*cell, of="points"))
+    draw_cases(chosen, cases, study.predictions(*cell), classes, ignored, study.picture(*cell))
 
 
 def _report(study: Study, **_: object) -> None:
@@ -288,6 +225,10 @@ def _report(study: Study, **_: object) -> None:
 
     write_report(study)
 
+
+_RULES: dict[str, Callable[..., Record | None]] = {
+    "prepare": _prepare, "plan": _plan, "encode": _encode, "train": _train, "predict": _predict,
+    "score": _score, "picture": _picture, "report": _report}
 
 if __name__ == "__main__":
     main()

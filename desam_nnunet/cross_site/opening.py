@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
-
-from desam_nnunet.cross_site.labels import check_values, given_labels, labels_of
 from desam_nnunet.cross_site.settings import check_settings, read_settings
-from desam_nnunet.cross_site.sites import Case, Sites, check_sites, ending_of, read_sites
 from desam_nnunet.cross_site.study import FILE, LOCK, VERSION, Study, Trainer, plain, plain_sites
 from desam_nnunet.evaluation.scores import classes_of
+from desam_nnunet.nnunet.labels import check_values, given_labels, labels_of
 from desam_nnunet.nnunet.lookup import look_up
-from desam_nnunet.nnunet.names import FOLDERS, FOLDS, SPLITS, STOCK_PLANS
-from desam_nnunet.system.files import TEMPORARY, read_object
+from desam_nnunet.nnunet.names import FOLDS, SPLITS, STOCK_PLANS
+from desam_nnunet.nnunet.sites import (
+    Sites,
+    check_sites,
+    common_description,
+    ending_of,
+    read_sites,
+    sites_of_datasets,
+)
+from desam_nnunet.system.files import TEMPORARY
 from desam_nnunet.training.registry import method_of
 
 _GROWING = ("trainers", "sources", "targets")  # what a later call may add to
 _NEEDS_BOXES = "DBSAMTrainerBoxes"
 _STUDY_PLANS = "CrossSitePlans"
-_DESCRIBED = ("channel_names", "labels", "file_ending")  # in dataset.json
 DEFAULT_TRAINERS = ("DeSAMTrainer", "nnUNetTrainer")
 
 
@@ -39,7 +41,7 @@ def open_study(
     """The study that was asked for: a new one, or the one that `out` holds, with trainers and sites added.
 
     Args:
-        data: Folder or manifest, see :func:`~desam_nnunet.cross_site.sites.read_sites`.
+        data: Folder or manifest, see :func:`~desam_nnunet.nnunet.sites.read_sites`.
         datasets: Instead of it, ``SITE=DATASET`` of data sets in nnU-Net's folders.
         trainers, sources, targets: Empty for those of the study that `out` holds, or for the default: every site.
 
@@ -60,7 +62,7 @@ def open_study(
         sites = read_sites(data)
         names = {site: f"Dataset{number:03d}_{site}" for number, site in enumerate(sites, 1)}
     else:
-        sites, names = _from_datasets(datasets)
+        sites, names = sites_of_datasets(datasets)
     study = Study(
         out.resolve(), sites, names, {}, data is None,
         {name: _trainer(name, plans, chosen, data is None) for name in trainers},
@@ -90,7 +92,7 @@ def _description(
     """``dataset.json`` without its number of cases. Files are looked into where they are not those of before."""
     unchanged = before is not None and before["sites"] == plain_sites(study.sites)
     if study.existing:
-        description = _common_description(study)
+        description = common_description(study.folder("nnUNet_raw"), study.datasets)
         if not unchanged:
             classes, ignored = classes_of(description)
             check_values(check_sites(study.sites), {ignored}.union(*classes.values()), "dataset.json")
@@ -198,53 +200,6 @@ def _read(out: Path) -> dict[str, Any] | None:
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is damaged or of another version: give another folder with -o.") from error
     return before
-
-
-def _from_datasets(datasets: Sequence[str]) -> tuple[Sites, dict[str, str]]:
-    """Sites that are nnU-Net data sets."""
-    for name in FOLDERS:
-        if not os.environ.get(name):
-            raise ValueError(f"-d needs nnU-Net's own folders: set {name}.")
-    sites: Sites = {}
-    names = {}
-    for text in datasets:
-        site, _, dataset = text.partition("=")
-        if not site or not dataset or site in sites:
-            raise ValueError(f"-d {text} is not SITE=DATASET with a name of its own, such as RUNMC=501.")
-        try:
-            names[site] = maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset)
-        except RuntimeError as error:
-            raise FileNotFoundError(f"-d {text}: nnU-Net has no data set {dataset}.") from error
-        raw = Path(os.environ[FOLDERS[0]]).absolute() / names[site]  # links to its images lie elsewhere
-        if not (raw / "dataset.json").is_file():
-            raise FileNotFoundError(f"{raw / 'dataset.json'} does not exist: a study needs the raw images.")
-        files = get_filenames_of_train_images_and_targets(str(raw))
-        sites[site] = sorted(Case(case, tuple(map(Path, row["images"])), Path(row["label"]))
-                             for case, row in files.items())
-    return sites, names
-
-
-def _common_description(study: Study) -> dict[str, Any]:
-    """``dataset.json``, without what may differ between sites."""
-    descriptions = {}
-    for site, dataset in study.datasets.items():
-        given = read_object(study.folder("nnUNet_raw") / dataset / "dataset.json")
-        if "channel_names" not in given and "modality" in given:
-            given["channel_names"] = given["modality"]  # its name in nnU-Net's first version
-        descriptions[site] = {key: given[key] for key in (*_DESCRIBED, "regions_class_order") if key in given}
-        if lacking := [key for key in _DESCRIBED if key not in given]:
-            raise ValueError(f"The data set of {site}, {dataset}, has no {lacking[0]} in dataset.json: add it.")
-    (first, description), *others = descriptions.items()
-    for site, theirs in others:
-        for key in ("labels", "file_ending", "regions_class_order"):
-            if theirs.get(key) != description.get(key):
-                raise ValueError(f"The data sets of {first} and {site} differ in {key} ({description.get(key)} and "
-                                 f"{theirs.get(key)}): make them alike, or no model of one can be scored at the other.")
-        here, there = (len(each["channel_names"]) for each in (description, theirs))
-        if here != there:
-            raise ValueError(f"The data sets of {first} and {site} have {here} and {there} channels, but need the "
-                             "same.")
-    return description
 
 
 def _known_sites(names: Sequence[str], sites: Sites, flag: str) -> tuple[str, ...]:

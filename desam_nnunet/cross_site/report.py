@@ -15,14 +15,15 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
 from desam_nnunet import __version__
-from desam_nnunet.cross_site.pictures import box_plot
-from desam_nnunet.cross_site.sites import ALL
 from desam_nnunet.cross_site.study import Study, plain
-from desam_nnunet.cross_site.tables import all_scores, comparisons, cost_of, encoding_minutes, machines_of, summaries
+from desam_nnunet.cross_site.tables import all_scores, cost_of, encoding_minutes, machines_of
 from desam_nnunet.evaluation.metrics import METRICS, Metric
+from desam_nnunet.evaluation.pictures import box_plot
 from desam_nnunet.evaluation.scores import PROTOCOLS, without_nan
+from desam_nnunet.evaluation.tables import comparisons, summaries
 from desam_nnunet.nnunet.model_folder import read_description
 from desam_nnunet.nnunet.names import CONFIGURATION
+from desam_nnunet.nnunet.sites import ALL
 from desam_nnunet.system.files import replace_file
 
 _PACKAGES = ("nnunetv2", "torch", "monai", "scipy", "SimpleITK")
@@ -74,7 +75,8 @@ def _page(study: Study, scores: pd.DataFrame, summary: pd.DataFrame, content: di
         "look": _look_up(summary, overall_class), "pairs": pairs,
         "plots": {target: [box_plot(volume, target, metric) for metric in METRICS if metric.key in _PLOTTED]
                   for target in dict.fromkeys(volume["target"])},
-        "pictures": _embedded(study, "cases"), "maps": _embedded(study, "points"), "random": _random_encoders(content["settings"]),
+        "pictures": _embedded(study, "cases"), "maps": _embedded(study, "points"),
+        "random": _random_encoders(content["settings"]),
         "columns": [site for site in study.sites if site in study.targets or (has_diagonal and site in study.sources)],
         "cases": {site: len(cases) for site, cases in study.sites.items()}, "all_sites": ALL,
         "has_diagonal": has_diagonal, "significant": _SIGNIFICANT})

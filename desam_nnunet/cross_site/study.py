@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from desam_nnunet.cross_site.sites import Case, Sites
 from desam_nnunet.nnunet.names import CONFIGURATION, FOLDERS, STOCK_PLANS
+from desam_nnunet.nnunet.sites import Case, Sites
 from desam_nnunet.system.files import replace_file
 
 FILE = "study.json"

@@ -1,7 +1,8 @@
-"""Pictures of a study: box plots, and slices of the best, the median and the worst case of a model."""
+"""Pictures of scores and segmentations: box plots, and slices of the best, the median and the worst case of a model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from io import BytesIO, StringIO
 from pathlib import Path
 from typing import NamedTuple
@@ -15,10 +16,10 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from desam_nnunet.cross_site.study import Study
 from desam_nnunet.evaluation.metrics import Metric
-from desam_nnunet.evaluation.scores import Row, classes_of, read_rows, slice_axis
+from desam_nnunet.evaluation.scores import Classes, slice_axis
 from desam_nnunet.evaluation.statistics import per_case
+from desam_nnunet.nnunet.sites import Case
 from desam_nnunet.system.files import replace_file
 
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#000000")  # Okabe and Ito
@@ -76,15 +77,19 @@ class Volume(NamedTuple):
     aspect: float
 
 
-def draw_cases(study: Study, source: str, trainer: str, target: str) -> None:
-    """Writes the picture of one cell of the study."""
-    chosen = chosen_cases(read_rows(study.scores(source, trainer, target)))
-    predictions = study.predictions(source, trainer, target)
-    classes, ignored = classes_of(study.dataset_json)
+def draw_cases(
+    chosen: list[tuple[str, str, float]], cases: Mapping[str, Case], predictions: Mapping[str, Path], classes: Classes,
+    ignored: int | None, path: Path,
+) -> None:
+    """Writes a picture with a row of slices for each of the chosen cases.
+
+    Args:
+        chosen: Of :func:`~desam_nnunet.evaluation.scores.chosen_cases`.
+        predictions: Files by case; one that is not there is an empty segmentation.
+    """
     columns = len(_INSIDE) + 1
     figure = Figure(figsize=(2.2 * columns, 2.35 * len(chosen)), layout="constrained")
     rows = figure.subplots(len(chosen), columns, squeeze=False)
-    cases = {case.name: case for case in study.sites[target]}
     for axes, (word, case, dice) in zip(rows, chosen, strict=True):
         volume = _read(cases[case].images[0], cases[case].label, predictions.get(case))
         low, high = np.percentile(volume.image, _WINDOW)
@@ -100,18 +105,7 @@ def draw_cases(study: Study, source: str, trainer: str, target: str) -> None:
             for number, name in enumerate(classes)]
     figure.legend(handles=keys, loc="outside lower left", ncols=6, frameon=False, fontsize=8,
                   title="filled: reference, line: prediction", title_fontsize=8, alignment="left")
-    save(figure, study.picture(source, trainer, target))
-
-
-def chosen_cases(rows: list[Row]) -> list[tuple[str, str, float]]:
-    """Best, median and worst case by mean Dice over classes, all slices counted; of two best and worst, of one it."""
-    dices: dict[str, list[float]] = {}
-    for row in rows:
-        if row["protocol"] == "volume":
-            dices.setdefault(row["case"], []).append(row["dice"])
-    ranked = sorted(((float(np.mean(dice)), case) for case, dice in dices.items()), reverse=True)
-    words = {len(ranked) // 2: "median", len(ranked) - 1: "worst", 0: "best" if len(ranked) > 1 else "only case"}
-    return [(words[place], ranked[place][1], ranked[place][0]) for place in sorted(words)]
+    save(figure, path)
 
 
 def colour_of(number: int) -> str:
