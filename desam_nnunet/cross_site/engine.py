@@ -96,6 +96,7 @@ class Progress(logging.Handler):
 
     Attributes:
         described: Every job and its command.
+        left: How many jobs of each rule are not done.
     """
 
     def __init__(self, folder: Path, show: bool = True) -> None:
@@ -103,7 +104,7 @@ class Progress(logging.Handler):
         self._show = show
         self.described: list[str] = []
         self._folder = folder
-        self._left: Counter[str] = Counter()
+        self.left: Counter[str] = Counter()
         self._total = 0
         self._rules: dict[int, str] = {}
         self._failed: dict[str, Path] = {}
@@ -113,12 +114,12 @@ class Progress(logging.Handler):
         match event.get("event"):
             case LogEvent.RUN_INFO:
                 if not self._total:  # said again at the end
-                    self._left = Counter(event["stats"])
-                    self._total = self._left.pop("total")
+                    self.left = Counter(event["stats"])
+                    self._total = self.left.pop("total")
             case LogEvent.JOB_INFO:
                 self._begin(event)
             case LogEvent.JOB_FINISHED:
-                self._left[self._rules[event["job_id"]]] -= 1
+                self.left[self._rules[event["job_id"]]] -= 1
             case LogEvent.JOB_ERROR:
                 self._failed[_title(event)] = self._folder / event["log"][0]
             case _ if record.levelno >= logging.ERROR:
@@ -135,7 +136,7 @@ class Progress(logging.Handler):
     def time_left(self) -> str:
         """From what jobs of the same rules took; unknown where one has not run yet."""
         seconds = 0.0
-        for rule, count in self._left.items():
+        for rule, count in self.left.items():
             known = [float(row) for path in (self._folder / "benchmarks").glob(f"{rule}/**/*.tsv")
                      for row in pd.read_csv(path, sep="\t")["s"]]
             if count and not known:
