@@ -191,6 +191,7 @@ def _predict(study: Study, source: str, trainer: str, target: str, *, command: l
 
 
 def _score(study: Study, source: str, trainer: str, target: str, **_: object) -> None:
+    from desam_nnunet.evaluation.errors import error_rows
     from desam_nnunet.evaluation.scores import classes_of, score_cases, write_rows
 
     references = {case.name: case.label for case in study.sites[target]}
@@ -198,9 +199,9 @@ def _score(study: Study, source: str, trainer: str, target: str, **_: object) ->
         splits = json.loads((study.preprocessed(source) / SPLITS).read_text())
         held_out = {case for fold in study.folds for case in splits[int(fold)]["val"]}
         references = {case: path for case, path in references.items() if case in held_out}
-    rows = score_cases(study.predictions(source, trainer, target), references, *classes_of(study.dataset_json),
-                       study.tolerance)
-    write_rows(study.scores(source, trainer, target), rows)
+    given = (study.predictions(source, trainer, target), references, *classes_of(study.dataset_json), study.tolerance)
+    write_rows(study.scores(source, trainer, target), score_cases(*given))
+    write_rows(study.scores(source, trainer, target, of="errors"), error_rows(*given))
 
 
 def _picture(study: Study, source: str, trainer: str, target: str, **_: object) -> None:

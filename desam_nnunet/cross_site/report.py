@@ -16,9 +16,12 @@ from jinja2 import Environment, StrictUndefined
 
 from desam_nnunet import __version__
 from desam_nnunet.cross_site.study import Study, plain
-from desam_nnunet.cross_site.tables import all_scores, cost_of, encoding_minutes, machines_of
+from desam_nnunet.cross_site.tables import all_errors, all_scores, cost_of, encoding_minutes, machines_of
+from desam_nnunet.encoders.registry import row_by_name
+from desam_nnunet.evaluation.errors import THIRDS
+from desam_nnunet.evaluation.findings import position_means, sentences, shift, worst_cases
 from desam_nnunet.evaluation.metrics import METRICS, Metric
-from desam_nnunet.evaluation.pictures import box_plot
+from desam_nnunet.evaluation.pictures import agreement_plot, box_plot
 from desam_nnunet.evaluation.scores import PROTOCOLS, without_nan
 from desam_nnunet.evaluation.tables import comparisons, summaries
 from desam_nnunet.nnunet.model_folder import read_description
@@ -32,25 +35,29 @@ _SIGNIFICANT = 0.05
 _NONE = "\N{EN DASH}"
 
 
-def write_report(study: Study) -> Path:
-    """Writes ``report.html``, ``report.json``, ``scores.csv`` and ``summary.csv``; returns the first."""
-    scores = all_scores(study)
+def write_report(study: Study) -> None:
+    """Writes ``report.html``, ``report.json``, ``scores.csv`` and ``summary.csv``."""
+    scores, errors = all_scores(study), all_errors(study)
     summary, pairs = summaries(scores), comparisons(scores)
-    costs = [cost_of(study, source, trainer)._asdict() for source in study.sources for trainer in study.trainers]
-    encoding = {source: minutes for source in study.sources if (minutes := encoding_minutes(study, source)) > 0}
-    settings = {source: {trainer: _settings(study, source, trainer) for trainer in study.trainers}
-                for source in study.sources}
-    versions = {"desam-nnunet": __version__} | {name: version(name) for name in _PACKAGES}
-    content = {"study": plain(study), "versions": versions, "settings": settings, "costs": costs,
-               "machines": machines_of(study), "encoding_minutes": encoding,
-               "summaries": without_nan(summary.to_dict("records")),
-               "comparisons": without_nan(pairs.to_dict("records"))}
-    replace_file(study.out / "report.json", [json.dumps(content, indent=1, default=str).encode()])
+    volume = scores[scores["protocol"] == "volume"]
+    content = {
+        "study": plain(study), "versions": {"desam-nnunet": __version__} | {name: version(name) for name in _PACKAGES},
+        "settings": {source: {trainer: _settings(study, source, trainer) for trainer in study.trainers}
+                     for source in study.sources},
+        "costs": [cost_of(study, source, trainer)._asdict() for source in study.sources for trainer in study.trainers],
+        "machines": machines_of(study),
+        "encoding_minutes": {source: minutes for source in study.sources
+                             if (minutes := encoding_minutes(study, source)) > 0},
+        "sentences": sentences(volume), "worst": worst_cases(volume, errors), "positions": position_means(errors),
+        "summaries": without_nan(summary.to_dict("records")), "comparisons": without_nan(pairs.to_dict("records"))}
+    _write(study.out / "report.json", json.dumps(content, indent=1, default=str))
     for name, table in (("scores", scores), ("summary", summary)):
-        replace_file(study.out / f"{name}.csv", [table.map(_no_formula).to_csv(index=False).encode()])
-    path = study.out / "report.html"
-    replace_file(path, [_page(study, scores, summary, content).encode()])
-    return path
+        _write(study.out / f"{name}.csv", table.map(_no_formula).to_csv(index=False))
+    _write(study.out / "report.html", _page(study, scores, errors, summary, content))
+
+
+def _write(path: Path, text: str) -> None:
+    replace_file(path, [text.encode()])
 
 
 def _no_formula(cell: object) -> object:
@@ -58,11 +65,12 @@ def _no_formula(cell: object) -> object:
     return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@")) else cell
 
 
-def _page(study: Study, scores: pd.DataFrame, summary: pd.DataFrame, content: dict[str, Any]) -> str:
+def _page(
+    study: Study, scores: pd.DataFrame, errors: pd.DataFrame, summary: pd.DataFrame, content: dict[str, Any]
+) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals.update(shade=_shade, number=_number, interval=_interval)
-    source = files("desam_nnunet.cross_site").joinpath("report.html")
-    template = environment.from_string(source.read_text(encoding="utf-8"))
+    template = environment.from_string(files("desam_nnunet.cross_site").joinpath("report.html").read_text("utf-8"))
     classes = list(dict.fromkeys(scores["class"]))
     overall_class = ALL if len(classes) > 1 else classes[0]
     volume = scores[scores["protocol"] == "volume"]
@@ -71,12 +79,14 @@ def _page(study: Study, scores: pd.DataFrame, summary: pd.DataFrame, content: di
     pairs = [pair for pair in content["comparisons"]
              if (pair["class"], pair["source"]) == (overall_class, ALL) and pair["metric"] in _PLOTTED]
     return template.render(content | {
-        "study": study, "metrics": METRICS, "protocols": PROTOCOLS, "classes": classes, "overall_class": overall_class,
-        "look": _look_up(summary, overall_class), "pairs": pairs,
-        "plots": {target: [box_plot(volume, target, metric) for metric in METRICS if metric.key in _PLOTTED]
-                  for target in dict.fromkeys(volume["target"])},
+        "study": study, "metrics": METRICS, "by_key": {metric.key: metric for metric in METRICS},
+        "protocols": PROTOCOLS, "classes": classes, "overall_class": overall_class,
+        "look": _look_up(summary, overall_class), "pairs": pairs, "shift": shift(volume), "thirds": THIRDS,
+        "agreement": agreement_plot(errors),
+        "plots": [box_plot(volume, target, metric) for target in dict.fromkeys(volume["target"])
+                  for metric in METRICS if metric.key in _PLOTTED],
         "pictures": _embedded(study, "cases"), "maps": _embedded(study, "points"),
-        "random": _random_encoders(content["settings"]),
+        "encoders": _encoders(content["settings"]),
         "columns": [site for site in study.sites if site in study.targets or (has_diagonal and site in study.sources)],
         "cases": {site: len(cases) for site, cases in study.sites.items()}, "all_sites": ALL,
         "has_diagonal": has_diagonal, "significant": _SIGNIFICANT})
@@ -98,10 +108,14 @@ def _settings(study: Study, source: str, trainer: str) -> dict[str, Any]:
     return {"plans": plans["plans_name"]} | {key: configuration[key] for key in keys if key in configuration}
 
 
-def _random_encoders(settings: dict[str, Any]) -> list[str]:
-    """Encoders whose weights nobody trained: figures with them say nothing about SAM."""
+def _encoders(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those that the models use: whether their weights are RANDOM, and what is known of what they were trained on."""
     sections = [row.get("sam", {}) for of_source in settings.values() for row in of_source.values()]
-    return sorted({section["encoder"] for section in sections if section.get("identity", "").startswith("random:")})
+    names = {section["encoder"]: section.get("identity", "") for section in sections if "encoder" in section}
+    rows = {name: row_by_name(name) for name in names}
+    return [{"name": name, "random": identity.startswith("random:"),
+             "trained_on": row.trained_on if (row := rows[name]) else "what nobody has told"}
+            for name, identity in sorted(names.items())]
 
 
 def _embedded(study: Study, of: str) -> list[tuple[str, str, str, str]]:

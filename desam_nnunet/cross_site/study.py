@@ -91,8 +91,9 @@ class Study:
     def prediction_folder(self, source: str, trainer: str, target: str) -> Path:
         return self.out / "predictions" / source / trainer / target
 
-    def scores(self, *cell: str) -> Path:
-        return self.out / "scores" / "/".join(cell[:-1]) / f"{cell[-1]}.json"
+    def scores(self, *cell: str, of: str = "scores") -> Path:
+        """Of metrics; of `errors`, where segmentations are wrong."""
+        return self.out / of / "/".join(cell[:-1]) / f"{cell[-1]}.json"
 
     def picture(self, *cell: str, of: str = "cases") -> Path:
         return self.out / "pictures" / "/".join(cell) / f"{of}.webp"

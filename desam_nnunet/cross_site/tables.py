@@ -15,9 +15,17 @@ from desam_nnunet.nnunet.names import CHECKPOINT
 
 def all_scores(study: Study) -> pd.DataFrame:
     """A row per source, trainer, target, case, class and protocol."""
-    rows = [{"source": source, "trainer": trainer, "target": target} | row
-            for source, trainer, target in study.cells() for row in read_rows(study.scores(source, trainer, target))]
-    return pd.DataFrame(rows, columns=["source", "trainer", "target", *COLUMNS])
+    return pd.DataFrame(_rows(study, "scores"), columns=["source", "trainer", "target", *COLUMNS])
+
+
+def all_errors(study: Study) -> pd.DataFrame:
+    """A row per source, trainer, target, case and class."""
+    return pd.DataFrame(_rows(study, "errors"))
+
+
+def _rows(study: Study, of: str) -> list[dict[str, Any]]:
+    return [dict(zip(("source", "trainer", "target"), cell, strict=True)) | row
+            for cell in study.cells() for row in read_rows(study.scores(*cell, of=of))]
 
 
 class Cost(NamedTuple):

@@ -24,6 +24,8 @@ from desam_nnunet.system.files import replace_file
 
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#000000")  # Okabe and Ito
 _ON_IMAGES = ("#e69f00", "#56b4e9", "#f0e442", "#cc79a7", "#009e73", "#d55e00")  # those of them that are bright
+_NO_MATH = {"text.parse_math": False}  # in names that others gave
+_AS_TEXT = {"svg.hashsalt": "desam", "svg.fonttype": "none", "font.size": 9} | _NO_MATH
 _FILLED = 0.3  # opacity of the reference
 _INSIDE = (0.2, 0.5, 0.8)  # of the organ's extent
 _WINDOW = (0.5, 99.5)  # percentiles of the volume
@@ -37,7 +39,7 @@ def box_plot(scores: pd.DataFrame, target: str, metric: Metric) -> str:
     """
     here = scores[scores["target"] == target]
     sources, trainers = list(dict.fromkeys(here["source"])), list(dict.fromkeys(scores["trainer"]))
-    with matplotlib.rc_context({"svg.hashsalt": "desam", "svg.fonttype": "none", "font.size": 9}):
+    with matplotlib.rc_context(_AS_TEXT):
         width = 1.6 + len(sources) * (0.55 * len(trainers) + 0.4)
         figure = Figure(figsize=(max(4.0, width), 2.9), layout="constrained")
         axis = figure.subplots()
@@ -62,8 +64,44 @@ def box_plot(scores: pd.DataFrame, target: str, metric: Metric) -> str:
         axis.grid(axis="y", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
-        text = StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+        return _svg(figure)
+
+
+def agreement_plot(errors: pd.DataFrame) -> str:
+    """Volumes as SVG, after Bland and Altman (Lancet 327:307-310, 1986): for each trainer, at unseen sites, the
+    difference of both volumes over their mean, every volume a dot, with the mean difference and 1.96 deviations.
+
+    Args:
+        errors: Rows of :func:`~desam_nnunet.evaluation.errors.error_rows`, with their trainer, source and target.
+    """
+    unseen = errors[errors["source"] != errors["target"]]
+    trainers, targets = (list(dict.fromkeys(unseen[key])) for key in ("trainer", "target"))
+    with matplotlib.rc_context(_AS_TEXT):
+        figure = Figure(figsize=(3.1 * len(trainers) + 1.2, 2.9), layout="constrained")
+        axes = figure.subplots(1, len(trainers), squeeze=False, sharex=True, sharey=True)[0]
+        for axis, trainer in zip(axes, trainers, strict=True):
+            rows = unseen[unseen["trainer"] == trainer]
+            difference = rows["predicted_ml"] - rows["reference_ml"]
+            for number, target in enumerate(targets):
+                here = rows["target"] == target
+                mean = (rows["predicted_ml"] + rows["reference_ml"])[here] / 2
+                axis.scatter(mean, difference[here], s=12, color=_COLOURS[number % len(_COLOURS)], label=target)
+            spread = 1.96 * difference.std() if len(difference) > 1 else 0.0
+            axis.axhline(difference.mean(), color="black", linewidth=1)
+            for limit in (difference.mean() - spread, difference.mean() + spread):
+                axis.axhline(limit, color="black", linewidth=1, linestyle="dashed")
+            axis.set_title(f"{trainer}\n{difference.mean():+.1f} \N{PLUS-MINUS SIGN} {spread:.1f} ml", fontsize=9)
+            axis.set_xlabel("mean of both volumes, ml")
+            axis.spines[["top", "right"]].set_visible(False)
+        axes[0].set_ylabel("predicted \N{MINUS SIGN} reference, ml")
+        axes[-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
+        return _svg(figure)
+
+
+def _svg(figure: Figure) -> str:
+    """To be put into a page, without a time stamp."""
+    text = StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
     return svg[svg.index("<svg"):]
 
@@ -77,6 +115,7 @@ class Volume(NamedTuple):
     aspect: float
 
 
+@matplotlib.rc_context(_NO_MATH)
 def draw_cases(
     chosen: list[tuple[str, str, float]], cases: Mapping[str, Case], predictions: Mapping[str, Path], classes: Classes,
     ignored: int | None, path: Path,

@@ -10,6 +10,7 @@ import io
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -37,6 +38,7 @@ class ScoreMap(NamedTuple):
     slice: int  # of the volume before preprocessing, along the axis that nnU-Net cuts it along
 
 
+@matplotlib.rc_context({"text.parse_math": False})
 def draw_scores(model: Path, fold: str, case: Case, classes: Classes, path: Path) -> None:
     """Writes the maps of one case: a slice through the organ and, where there is one, a slice without it; nothing where
     the model's prompter does not choose among points.
