@@ -16,12 +16,12 @@ import SimpleITK as sitk
 
 from desam_nnunet.commands import cross_site as command
 from desam_nnunet.commands.__main__ import main
-from desam_nnunet.cross_site.jobs import check_patch
 from desam_nnunet.cross_site.opening import open_study
 from desam_nnunet.cross_site.report import _no_formula
 from desam_nnunet.cross_site.study import FILE, Study, read_study
 from desam_nnunet.nnunet.labels import labels_of
 from desam_nnunet.nnunet.sites import check_sites, read_sites
+from desam_nnunet.planning.facts import check_patch
 
 SHAPE = (4, 10, 12)
 

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from filelock import FileLock, Timeout
 from snakemake.cli import main as snakemake
 from snakemake_interface_logger_plugins.common import LogEvent
 
-from desam_nnunet.cross_site.jobs import visible_gpus
 from desam_nnunet.cross_site.study import FILE, LOCK, Study
+from desam_nnunet.nnunet.sites import link_images
 from desam_nnunet.system.durations import duration
-from desam_nnunet.system.files import replace_file
+from desam_nnunet.system.gpus import visible_gpus
 from desam_nnunet.system.machine import usable_cores
+from desam_nnunet.system.processes import alone
 
 SNAKEFILE = Path(__file__).with_name("Snakefile")
 _TAIL = 15  # lines of a log that are shown when a job fails
@@ -40,16 +40,13 @@ def run_study(study: Study, device: str, cores: int | None = None, more: Sequenc
         RuntimeError: Jobs failed, and all that do not need them are done; the message has the ends of their logs. Or
             another call works at the study.
     """
-    study.out.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(study.out / LOCK, timeout=0):
-            study.write(study.out / FILE)
-            _write_links(study)
-            progress = Progress(study.out)
-            done = _call(progress, study.out, device, cores, [*_ONLY_PROBLEMS, *more])
-    except Timeout as error:
-        raise RuntimeError(f"Another call works at the study in {study.out}: wait for it, or give another folder with "
-                           "-o.") from error
+    taken = f"Another call works at the study in {study.out}: wait for it, or give another folder with -o."
+    with alone(study.out / LOCK, 0, taken):
+        study.write(study.out / FILE)
+        for site, cases in study.sites.items():
+            link_images(study.images(site), cases, study.dataset_json["file_ending"])
+        progress = Progress(study.out)
+        done = _call(progress, study.out, device, cores, [*_ONLY_PROBLEMS, *more])
     if not done:
         raise RuntimeError(progress.failures())
     return study.out / "report.html"
@@ -158,20 +155,3 @@ class Progress(logging.Handler):
 def _title(job: dict[str, Any]) -> str:
     """Rule and names, as the files in `logs` are called."""
     return job["log"][0].removeprefix("logs/").removesuffix(".log").replace("/", " ")
-
-
-def _write_links(study: Study) -> None:
-    """The images of every site under nnU-Net's names, as links, or copies where links can't be made."""
-    ending = study.dataset_json["file_ending"]
-    for site, cases in study.sites.items():
-        study.images(site).mkdir(parents=True, exist_ok=True)
-        for case in cases:
-            for channel, image in enumerate(case.images):
-                link = study.images(site) / f"{case.name}_{channel:04d}{ending}"
-                if link.exists():
-                    continue
-                link.unlink(missing_ok=True)
-                try:
-                    link.symlink_to(image)
-                except OSError:
-                    replace_file(link, [image.read_bytes()])

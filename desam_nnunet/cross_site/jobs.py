@@ -9,21 +9,15 @@ and started again would train the same model twice at once. Those that can skip 
 from __future__ import annotations
 
 import json
-import math
 import os
-import platform
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.metadata import entry_points
 from pathlib import Path
 from runpy import run_module
 from typing import Any
-
-import psutil
-from filelock import FileLock, Timeout
 
 from desam_nnunet.cross_site.study import FILE, Study, read_study
 from desam_nnunet.nnunet.leftovers import (
@@ -34,9 +28,14 @@ from desam_nnunet.nnunet.leftovers import (
     remove_stale_predictions,
 )
 from desam_nnunet.nnunet.names import CHECKPOINT, CONFIGURATION, SPLITS, STOCK_PLANS
+from desam_nnunet.nnunet.sites import write_dataset
 from desam_nnunet.system.files import replace_file
+from desam_nnunet.system.gpus import one_gpu
+from desam_nnunet.system.processes import alone, end_with
 
 _PATIENCE = 20  # seconds in which a job of a killed call ends
+_TAKEN = ("Another process does this job, perhaps of a call that was killed while its jobs ran on a cluster: wait for "
+          "it, or cancel it.")
 _SKIPPED = {"skipped": True}
 Record = dict[str, Any]
 
@@ -44,59 +43,18 @@ Record = dict[str, Any]
 def main() -> None:
     """One job; its record, if its rule has one, is written when all else is done."""
     parent, device, rule, *words = sys.argv[1:]
-    threading.Thread(target=_end_with, args=[int(parent)], daemon=True).start()
+    end_with(int(parent))
     names = words[:words.index("--")] if "--" in words else words
     study = read_study(Path(FILE), Path.cwd())
     os.environ |= study.environment
-    with _alone(study.out / "locks" / rule / "/".join(names)), _one_gpu(study, device):
+    locks = study.out / "locks"
+    with (alone(locks / rule / f"{'/'.join(names)}.lock", _PATIENCE, _TAKEN),
+          one_gpu(locks) if device == "cuda" else nullcontext()):
         took = _RULES[rule](study, *names, command=words[len(names) + 1:], device=device)
         if took is not None:
             record = study.record(rule, *names)
             record.parent.mkdir(parents=True, exist_ok=True)
             replace_file(record, [json.dumps(took).encode()])
-
-
-def _end_with(parent: int) -> None:
-    while psutil.pid_exists(parent):
-        time.sleep(0.5)
-    for child in psutil.Process().children(recursive=True):
-        child.kill()
-    os._exit(1)
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """One process at a time does a job, on all machines that see the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(f"{path}.lock", timeout=_PATIENCE):
-            yield
-    except Timeout as error:
-        raise RuntimeError("Another process does this job, perhaps of a call that was killed while its jobs ran on a "
-                           "cluster: wait for it, or cancel it.") from error
-
-
-@contextmanager
-def _one_gpu(study: Study, device: str) -> Iterator[None]:
-    """Shows this process one of several GPUs, which no other job of the study on this machine has."""
-    gpus = visible_gpus() if device == "cuda" else []
-    for gpu in gpus if len(gpus) > 1 else []:
-        lock = FileLock(study.out / "locks" / f"gpu {platform.node()} {gpu}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            continue
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-        break
-    yield
-
-
-def visible_gpus() -> list[str]:
-    """By the names that CUDA_VISIBLE_DEVICES has for them. CUDA is not initialised."""
-    import torch
-
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return given.split(",") if given else [str(number) for number in range(torch.cuda.device_count())]
 
 
 def _run(command: list[str], device_name: str) -> Record:
@@ -125,11 +83,7 @@ def _prepare(study: Study, source: str, *, command: list[str], device: str) -> R
         ending = study.dataset_json["file_ending"]
         done = is_preprocessed(folder, study.plans or STOCK_PLANS, ending, [case.name for case in cases])
         return _SKIPPED if done else _run(command, device)
-    raw = study.folder("nnUNet_raw") / study.datasets[source]
-    raw.mkdir(parents=True, exist_ok=True)
-    files = {case.name: {"images": [str(path) for path in case.images], "label": str(case.label)} for case in cases}
-    content = study.dataset_json | {"numTraining": len(files), "dataset": files}  # where they are; no other site's
-    replace_file(raw / "dataset.json", [json.dumps(content, indent=4).encode()])
+    write_dataset(study.folder("nnUNet_raw") / study.datasets[source], study.dataset_json, cases)
     clear_preprocessed(folder)
     return _run(command, device)
 
@@ -141,21 +95,13 @@ def _plan(study: Study, source: str, plans: str, *, command: list[str], device: 
     content: dict[str, Any] = json.loads(path.with_name(f"{STOCK_PLANS}.json").read_text())
     configuration = content["configurations"][CONFIGURATION]
     configuration |= study.settings
+    from desam_nnunet.planning.facts import check_patch
+
     for name, trainer in study.trainers.items():
         if not trainer.method:
             check_patch(configuration, name)
     replace_file(path, [json.dumps(content | {"plans_name": plans}, indent=4).encode()])
     return {}
-
-
-def check_patch(configuration: dict[str, Any], trainer: str) -> None:
-    """Refuses a patch that nnU-Net's network, which `trainer` trains, can't halve as often as it does."""
-    strides = configuration["architecture"]["arch_kwargs"]["strides"]
-    steps = [math.prod(axis) for axis in zip(*strides, strict=True)]
-    patch = configuration["patch_size"]
-    if any(length % step for length, step in zip(patch, steps, strict=True)):
-        raise ValueError(f"patch_size is {patch}, but {trainer}'s network needs multiples of {steps} here: begin "
-                         "another study with such a one, or without nnU-Net's trainers.")
 
 
 def _encode(study: Study, source: str, method: str, *, command: list[str], device: str) -> Record:

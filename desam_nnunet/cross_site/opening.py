@@ -10,25 +10,16 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from desam_nnunet.cross_site.settings import check_settings, read_settings
 from desam_nnunet.cross_site.study import FILE, LOCK, VERSION, Study, Trainer, plain, plain_sites
 from desam_nnunet.evaluation.scores import classes_of
 from desam_nnunet.nnunet.labels import check_values, given_labels, labels_of
-from desam_nnunet.nnunet.lookup import look_up
 from desam_nnunet.nnunet.names import FOLDS, SPLITS, STOCK_PLANS
-from desam_nnunet.nnunet.sites import (
-    Sites,
-    check_sites,
-    common_description,
-    ending_of,
-    read_sites,
-    sites_of_datasets,
-)
+from desam_nnunet.nnunet.sites import Sites, check_sites, common_description, ending_of, read_sites, sites_of_datasets
+from desam_nnunet.settings.shared import check_settings, read_settings
 from desam_nnunet.system.files import TEMPORARY
-from desam_nnunet.training.registry import method_of
+from desam_nnunet.training.registry import TRAINERS, check_trainers, method_of, methods_of
 
 _GROWING = ("trainers", "sources", "targets")  # what a later call may add to
-_NEEDS_BOXES = "DBSAMTrainerBoxes"
 _STUDY_PLANS = "CrossSitePlans"
 DEFAULT_TRAINERS = ("DeSAMTrainer", "nnUNetTrainer")
 
@@ -57,7 +48,9 @@ def open_study(
     known = before or dict.fromkeys(_GROWING, ())
     trainers = _unique(trainers or known["trainers"] or DEFAULT_TRAINERS)
     check_trainers(trainers)
-    chosen = read_settings(settings, plans, trainers)
+    if settings is not None and plans:
+        raise ValueError(f"-p {plans} and --settings exclude each other: put the settings into these plans.")
+    chosen = {} if settings is None else read_settings(settings, methods_of([*TRAINERS, *trainers]))
     if data is not None:
         sites = read_sites(data)
         names = {site: f"Dataset{number:03d}_{site}" for number, site in enumerate(sites, 1)}
@@ -71,7 +64,7 @@ def open_study(
         chosen, tolerance)
     _check(study)
     if study.settings:
-        check_settings(study.settings, trainers)
+        check_settings(study.settings, methods_of(trainers))
     study = replace(study, dataset_json=_description(study, before, labels, channels))
     return study if before is None else _joined(before, study)
 
@@ -108,22 +101,6 @@ def _description(
         raise ValueError(f"--channels names {len(channels)} channel(s), but {first.name} has {number} image file(s).")
     names = {str(index): name for index, name in enumerate(channels)} or description["channel_names"]
     return {"channel_names": names} | {key: description[key] for key in ("labels", "file_ending")}
-
-
-def check_trainers(names: Sequence[str]) -> None:
-    """Looks every trainer up as nnU-Net does.
-
-    Raises:
-        ValueError: There is none of that name, or it can't segment a new site.
-    """
-    for name in names:
-        if name == _NEEDS_BOXES:
-            raise ValueError(f"-tr {name} needs boxes from the reference, which a new site does not have: choose "
-                             "another trainer, such as DBSAMTrainer.")
-        try:
-            look_up(name)
-        except RuntimeError as error:
-            raise ValueError(f"-tr {name}: nnU-Net finds no trainer of that name: see desam doctor.") from error
 
 
 def _check(study: Study) -> None:

@@ -9,35 +9,33 @@ from collections.abc import Callable
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
 from desam_nnunet import __version__
 from desam_nnunet.cross_site.study import Study, plain
-from desam_nnunet.cross_site.tables import all_errors, all_scores, cost_of, encoding_minutes, machines_of
 from desam_nnunet.encoders.registry import row_by_name
 from desam_nnunet.evaluation.errors import THIRDS
 from desam_nnunet.evaluation.findings import position_means, sentences, shift, worst_cases
-from desam_nnunet.evaluation.metrics import METRICS, Metric
+from desam_nnunet.evaluation.metrics import METRICS, NONE, Metric
 from desam_nnunet.evaluation.pictures import agreement_plot, box_plot
-from desam_nnunet.evaluation.scores import PROTOCOLS, without_nan
+from desam_nnunet.evaluation.scores import COLUMNS, PROTOCOLS, read_rows, without_nan
 from desam_nnunet.evaluation.tables import comparisons, summaries
-from desam_nnunet.nnunet.model_folder import read_description
-from desam_nnunet.nnunet.names import CONFIGURATION
+from desam_nnunet.nnunet.model_folder import count_parameters, epoch_seconds, read_checkpoint, read_description
+from desam_nnunet.nnunet.names import CHECKPOINT, CONFIGURATION
 from desam_nnunet.nnunet.sites import ALL
 from desam_nnunet.system.files import replace_file
 
 _PACKAGES = ("nnunetv2", "torch", "monai", "scipy", "SimpleITK")
 _PLOTTED = ("dice", "hd95")
 _SIGNIFICANT = 0.05
-_NONE = "\N{EN DASH}"
 
 
 def write_report(study: Study) -> None:
     """Writes ``report.html``, ``report.json``, ``scores.csv`` and ``summary.csv``."""
-    scores, errors = all_scores(study), all_errors(study)
+    scores, errors = _scores(study), _errors(study)
     summary, pairs = summaries(scores), comparisons(scores)
     volume = scores[scores["protocol"] == "volume"]
     content = {
@@ -48,7 +46,7 @@ def write_report(study: Study) -> None:
         "machines": machines_of(study),
         "encoding_minutes": {source: minutes for source in study.sources
                              if (minutes := encoding_minutes(study, source)) > 0},
-        "sentences": sentences(volume), "worst": worst_cases(volume, errors), "positions": position_means(errors),
+        "sentences": sentences(volume), "worst": without_nan(worst_cases(volume, errors)), "positions": position_means(errors),
         "summaries": without_nan(summary.to_dict("records")), "comparisons": without_nan(pairs.to_dict("records"))}
     _write(study.out / "report.json", json.dumps(content, indent=1, default=str))
     for name, table in (("scores", scores), ("summary", summary)):
@@ -69,7 +67,7 @@ def _page(
     study: Study, scores: pd.DataFrame, errors: pd.DataFrame, summary: pd.DataFrame, content: dict[str, Any]
 ) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.globals.update(shade=_shade, number=_number, interval=_interval)
+    environment.globals.update(shade=_shade, interval=_interval)
     template = environment.from_string(files("desam_nnunet.cross_site").joinpath("report.html").read_text("utf-8"))
     classes = list(dict.fromkeys(scores["class"]))
     overall_class = ALL if len(classes) > 1 else classes[0]
@@ -90,6 +88,65 @@ def _page(
         "columns": [site for site in study.sites if site in study.targets or (has_diagonal and site in study.sources)],
         "cases": {site: len(cases) for site, cases in study.sites.items()}, "all_sites": ALL,
         "has_diagonal": has_diagonal, "significant": _SIGNIFICANT})
+
+
+def _scores(study: Study) -> pd.DataFrame:
+    """A row per source, trainer, target, case, class and protocol."""
+    return pd.DataFrame(_rows(study, "scores"), columns=["source", "trainer", "target", *COLUMNS])
+
+
+def _errors(study: Study) -> pd.DataFrame:
+    """A row per source, trainer, target, case and class."""
+    return pd.DataFrame(_rows(study, "errors"))
+
+
+def _rows(study: Study, of: str) -> list[dict[str, Any]]:
+    return [dict(zip(("source", "trainer", "target"), cell, strict=True)) | row
+            for cell in study.cells() for row in read_rows(study.scores(*cell, of=of))]
+
+
+class Cost(NamedTuple):
+    """Of one trainer on one source, its folds together; None where it is not known. Peaks are of the GPU where there
+    was one, else of the process."""
+
+    source: str
+    trainer: str
+    parameters: int  # in one fold's checkpoint; SAM's frozen encoder is in none
+    checkpoint_mb: float  # of one fold, the optimiser's state included
+    training_minutes: float  # all epochs of all folds, from nnU-Net's log, which survives a resumed training
+    training_peak_mb: float | None
+    seconds_per_volume: float | None  # at prediction, start and export included
+    prediction_peak_mb: float | None
+
+
+def cost_of(study: Study, source: str, trainer: str) -> Cost:
+    """Reads checkpoints and records."""
+    checkpoints = [read_checkpoint(study.model(source, trainer), fold, CHECKPOINT) for fold in study.folds]
+    minutes = sum(map(epoch_seconds, checkpoints)) / 60
+    size = (study.fold(source, trainer, study.folds[0]) / CHECKPOINT).stat().st_size / 1e6
+    training = [study.read_record("train", source, trainer, fold) for fold in study.folds]
+    prediction = [study.read_record("predict", source, trainer, target) for target in study.targets]
+    timed = [note for note in prediction if note.get("volumes")]  # not what an interrupted run had done before
+    volumes, seconds = (sum(note[key] for note in timed) for key in ("volumes", "seconds"))
+    return Cost(source, trainer, count_parameters(checkpoints[0]), size, minutes, _peak(training), seconds / volumes if volumes else None,
+                _peak(prediction))
+
+
+def encoding_minutes(study: Study, source: str) -> float:
+    """What it took to store the features of one source, for all trainers that read them."""
+    methods = {trainer.method for trainer in study.trainers.values() if trainer.frozen_features}
+    return sum(study.read_record("encode", source, method).get("seconds", 0) for method in methods) / 60
+
+
+def machines_of(study: Study) -> list[str]:
+    """Every machine that a command of the study ran on."""
+    notes = [json.loads(path.read_text()) for path in (study.out / "records").rglob("*.json")]
+    return sorted({", ".join(f"{key} {value}" for key, value in note["machine"].items())
+                   for note in notes if "machine" in note})
+
+
+def _peak(notes: list[dict[str, Any]]) -> float | None:
+    return max((note["peak_mb"] for note in notes if "peak_mb" in note), default=None)
 
 
 def _look_up(summary: pd.DataFrame, overall_class: str) -> Callable[..., dict[str, Any] | None]:
@@ -124,14 +181,9 @@ def _embedded(study: Study, of: str) -> list[tuple[str, str, str, str]]:
     return [(*cell, f"data:image/webp;base64,{base64.b64encode(path.read_bytes()).decode()}") for cell, path in paths]
 
 
-def _number(value: float | None, metric: Metric) -> str:
-    """As the metric is printed; a dash where there is none."""
-    return _NONE if value is None or value != value else f"{value:.{metric.digits}f}"
-
-
-def _interval(row: dict[str, Any], metric: Metric) -> str:
-    low, high = (_number(row[key], metric) for key in ("low", "high"))
-    return "" if low == _NONE else f"{low} to {high}"
+def _interval(row: Any, metric: Metric, low: str = "low", high: str = "high") -> str:
+    ends = [metric.text(row[key] if isinstance(row, dict) else getattr(row, key)) for key in (low, high)]
+    return "" if ends[0] == NONE else " to ".join(ends)
 
 
 def _shade(value: float | None, metric: Metric) -> str:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from desam_nnunet.nnunet.names import FOLDERS
 from desam_nnunet.nnunet.volumes import check_volumes
-from desam_nnunet.system.files import read_object
+from desam_nnunet.system.files import read_object, replace_file
 from desam_nnunet.system.progress import progress
 
 ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
@@ -266,3 +266,26 @@ def common_description(raw: Path, datasets: dict[str, str]) -> dict[str, Any]:
             raise ValueError(f"The data sets of {first} and {site} have {here} and {there} channels, but need the "
                              "same.")
     return description
+
+
+def write_dataset(folder: Path, description: dict[str, Any], cases: list[Case]) -> None:
+    """Writes a raw data set: ``dataset.json`` with `description`, which names the cases' files where they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {case.name: {"images": [str(path) for path in case.images], "label": str(case.label)} for case in cases}
+    content = description | {"numTraining": len(files), "dataset": files}
+    replace_file(folder / "dataset.json", [json.dumps(content, indent=4).encode()])
+
+
+def link_images(folder: Path, cases: list[Case], ending: str) -> None:
+    """Links the cases' images under nnU-Net's names, as nnUNetv2_predict wants them; copies where links can't be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for case in cases:
+        for channel, image in enumerate(case.images):
+            link = folder / f"{case.name}_{channel:04d}{ending}"
+            if link.exists():
+                continue
+            link.unlink(missing_ok=True)
+            try:
+                link.symlink_to(image)
+            except OSError:
+                replace_file(link, [image.read_bytes()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 
 from desam_nnunet.nnunet.lookup import look_up
@@ -41,3 +42,24 @@ def method_of(trainer: str) -> Method | None:
     """The method of a trainer of this package's kind; None for nnU-Net's own."""
     kind = look_up(trainer)
     return kind.method if issubclass(kind, SamTrainer) else None
+
+
+def methods_of(trainers: Iterable[str]) -> list[Method]:
+    """The methods of those that have one, each once."""
+    return list(dict.fromkeys(method for trainer in trainers if (method := method_of(trainer)) is not None))
+
+
+def check_trainers(names: Iterable[str]) -> None:
+    """Looks trainers up as nnU-Net does, for a comparison at sites that have no references.
+
+    Raises:
+        ValueError: There is none of that name, or it can't segment a new site.
+    """
+    for name in names:
+        if name == DBSAMTrainerBoxes.__name__:
+            raise ValueError(f"-tr {name} needs boxes from the reference, which a new site does not have: choose "
+                             "another trainer, such as DBSAMTrainer.")
+        try:
+            look_up(name)
+        except RuntimeError as error:
+            raise ValueError(f"-tr {name}: nnU-Net finds no trainer of that name: see desam doctor.") from error

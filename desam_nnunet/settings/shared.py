@@ -1,40 +1,33 @@
-"""Keys of the plans' 2D configuration that all trainers of a study get, from the file after ``--settings``."""
+"""Keys of the plans' 2D configuration that several trainers get alike, from a file."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from desam_nnunet.nnunet.names import CONFIGURATION
 from desam_nnunet.settings.resolve import check_keys, given_section, resolve_plans
-from desam_nnunet.settings.sections import SamSection
+from desam_nnunet.settings.sections import Method, SamSection
 from desam_nnunet.system.files import read_object
-from desam_nnunet.training.registry import TRAINERS, method_of
 
 _KEYS = ("batch_size", "patch_size")  # beside our sections
 
 
-def read_settings(path: Path | None, plans: str, trainers: Sequence[str]) -> dict[str, Any]:
-    """Empty where no file was given.
+def read_settings(path: Path, methods: Iterable[Method]) -> dict[str, Any]:
+    """What a file gives.
 
     Args:
-        plans: As typed after ``-p``.
-        trainers: Whose methods' sections may be given, beside those of this package's own.
+        methods: Whose sections it may have.
 
     Raises:
-        ValueError: Not an object of such keys, or there are plans as well.
+        ValueError: Not an object of such keys, or no batch size.
     """
-    if path is None:
-        return {}
-    if plans:
-        raise ValueError(f"-p {plans} and --settings exclude each other: put the settings into these plans.")
     settings = read_object(path)
     if not settings:
         raise ValueError(f"{path} must hold an object with keys of the plans' 2D configuration, such as batch_size.")
-    methods = [method_of(trainer) for trainer in dict.fromkeys([*TRAINERS, *trainers])]
-    sections = {"sam": SamSection} | {method.name: method.section for method in methods if method is not None}
+    sections = {"sam": SamSection} | {method.name: method.section for method in methods}
     for name, section in sections.items():
         check_keys(name, section, given_section(settings, name))
     if unknown := [key for key in settings if key not in sections and key not in _KEYS]:
@@ -49,13 +42,16 @@ def read_settings(path: Path | None, plans: str, trainers: Sequence[str]) -> dic
     return settings
 
 
-def check_settings(settings: dict[str, Any], trainers: Sequence[str]) -> None:
-    """Whether plans with these settings hold for every trainer, and the weights are here, before data are planned."""
+def check_settings(settings: dict[str, Any], methods: Iterable[Method]) -> None:
+    """Whether plans with these settings hold for every method, and the weights are here, before data are planned.
+
+    Raises:
+        FileNotFoundError, ValueError: They don't.
+    """
     window = settings.get("sam", {}).get("intensity") == "window"
     configuration = {"patch_size": [64, 64], "normalization_schemes": ["CTNormalization" if window else ""],
                      "architecture": {}}
-    methods = {method.name: method for trainer in trainers if (method := method_of(trainer)) is not None}
-    for method in methods.values():
+    for method in methods:
         plans = {"plans_name": "", "label_manager": "LabelManager",
                  "configurations": {CONFIGURATION: copy.deepcopy(configuration | settings)}}
         resolve_plans(plans, CONFIGURATION, {"labels": {"background": 0, "organ": 1}}, method)
