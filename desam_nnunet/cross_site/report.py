@@ -46,7 +46,8 @@ def write_report(study: Study) -> None:
         "machines": machines_of(study),
         "encoding_minutes": {source: minutes for source in study.sources
                              if (minutes := encoding_minutes(study, source)) > 0},
-        "sentences": sentences(volume), "worst": without_nan(worst_cases(volume, errors)), "positions": position_means(errors),
+        "sentences": sentences(volume), "positions": position_means(errors),
+        "worst": without_nan(worst_cases(volume, errors)),
         "summaries": without_nan(summary.to_dict("records")), "comparisons": without_nan(pairs.to_dict("records"))}
     _write(study.out / "report.json", json.dumps(content, indent=1, default=str))
     for name, table in (("scores", scores), ("summary", summary)):
@@ -128,8 +129,8 @@ def cost_of(study: Study, source: str, trainer: str) -> Cost:
     prediction = [study.read_record("predict", source, trainer, target) for target in study.targets]
     timed = [note for note in prediction if note.get("volumes")]  # not what an interrupted run had done before
     volumes, seconds = (sum(note[key] for note in timed) for key in ("volumes", "seconds"))
-    return Cost(source, trainer, count_parameters(checkpoints[0]), size, minutes, _peak(training), seconds / volumes if volumes else None,
-                _peak(prediction))
+    return Cost(source, trainer, count_parameters(checkpoints[0]), size, minutes, _peak(training),
+                seconds / volumes if volumes else None, _peak(prediction))
 
 
 def encoding_minutes(study: Study, source: str) -> float:

@@ -80,7 +80,8 @@ def read_checkpoint(model: Path, fold: str, name: str) -> dict[str, Any]:
 def epoch_seconds(checkpoint: dict[str, Any]) -> float:
     """What all epochs together took, from nnU-Net's log in a checkpoint, which survives a resumed training."""
     log = checkpoint["logging"]
-    return sum(log["epoch_end_timestamps"]) - sum(log["epoch_start_timestamps"])
+    times = zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=True)
+    return sum(end - begin for begin, end in times)
 
 
 def count_parameters(checkpoint: dict[str, Any]) -> int:
