@@ -26,14 +26,14 @@ from desam_nnunet.system.processes import alone
 SNAKEFILE = Path(__file__).with_name("Snakefile")
 _TAIL = 15  # lines of a log that are shown when a job fails
 _SHOWN = 3  # logs
-_ONLY_PROBLEMS = ("--quiet", "all")
+_THREADS = 8  # of a job that computes, on a cluster
 
 
 def run_study(study: Study, device: str, cores: int | None = None, more: Sequence[str] = ()) -> Path:
     """Does what is not done yet, and returns the report.
 
     Args:
-        cores: To use at once; None for all that this process may use.
+        cores: To use at once, on a cluster in each job; None for all that this process may use, there 8.
         more: Snakemake's own arguments, such as ``--executor slurm``.
 
     Raises:
@@ -46,7 +46,7 @@ def run_study(study: Study, device: str, cores: int | None = None, more: Sequenc
         for site, cases in study.sites.items():
             link_images(study.images(site), cases, study.dataset_json["file_ending"])
         progress = Progress(study.out)
-        done = _call(progress, study.out, device, cores, [*_ONLY_PROBLEMS, *more])
+        done = _call(progress, study.out, device, cores, ["--quiet", "all", *more])
     if not done:
         raise RuntimeError(progress.failures())
     return study.out / "report.html"
@@ -71,12 +71,14 @@ def describe_study(study: Study, device: str, more: Sequence[str] = ()) -> list[
 
 def _call(progress: Progress, folder: Path, device: str, cores: int | None, more: Sequence[str], *config: str) -> bool:
     """Whether all of it is done."""
-    cores = cores or usable_cores()
-    gpus = max(1, len(visible_gpus())) if device == "cuda" else 1  # jobs that compute at once; on a CPU one has all
-    local = [] if "--executor" in more else ["--resources", f"gpu={gpus}"]
-    words = ["--snakefile", str(SNAKEFILE), "--directory", str(folder), "--cores", str(cores), "--keep-going",
-             "--nolock", "--rerun-incomplete", "--rerun-triggers", "mtime", *local, *more]
-    config = ("--config", f"device={device}", f"threads={max(1, cores // gpus)}", *config)
+    threads, here = cores or _THREADS, []
+    if not {"--executor", "--profile"} & set(more):  # on this machine, a job that computes for each GPU
+        gpus = max(1, len(visible_gpus())) if device == "cuda" else 1
+        cores = cores or usable_cores()
+        threads, here = max(1, cores // gpus), ["--cores", str(cores), "--resources", f"gpu={gpus}"]
+    words = ["--snakefile", str(SNAKEFILE), "--directory", str(folder), *here, "--keep-going", "--nolock",
+             "--rerun-incomplete", "--rerun-triggers", "mtime", *more]
+    config = ("--config", f"device={device}", f"threads={threads}", *config)
     logger = logging.getLogger("snakemake")
     logger.addHandler(progress)
     try:

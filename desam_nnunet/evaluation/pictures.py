@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from io import BytesIO, StringIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -24,8 +24,8 @@ from desam_nnunet.system.files import replace_file
 
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#000000")  # Okabe and Ito
 _ON_IMAGES = ("#e69f00", "#56b4e9", "#f0e442", "#cc79a7", "#009e73", "#d55e00")  # those of them that are bright
-_NO_MATH = {"text.parse_math": False}  # in names that others gave
-_AS_TEXT = {"svg.hashsalt": "desam", "svg.fonttype": "none", "font.size": 9} | _NO_MATH
+_NO_MATH: Any = {"text.parse_math": False}  # in names that others gave
+_AS_TEXT: Any = {"svg.hashsalt": "desam", "svg.fonttype": "none", "font.size": 9} | _NO_MATH
 _FILLED = 0.3  # opacity of the reference
 _INSIDE = (0.2, 0.5, 0.8)  # of the organ's extent
 _WINDOW = (0.5, 99.5)  # percentiles of the volume
