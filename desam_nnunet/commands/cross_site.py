@@ -44,7 +44,8 @@ def add(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    device_named(options.device)
+    if not (options.executor or options.profile):  # which may send jobs to where the device is
+        device_named(options.device)
     if missing := [name for name, least in EXTRA.items() if not _is_installed(name, least)]:
         raise ValueError(f"desam cross-site needs {' and '.join(missing)}, perhaps newer than installed: pip install "
                          "'desam-nnunet[cross-site]'.")
