@@ -27,6 +27,7 @@ import phantom
 from desam_nnunet.commands.__main__ import main
 from desam_nnunet.cross_site.engine import Progress
 from desam_nnunet.cross_site.jobs import is_to_be_cached
+from desam_nnunet.cross_site.report import write_report
 from desam_nnunet.cross_site.study import FILE, LOCK, Study, Trainer, read_study
 from desam_nnunet.evaluation.pictures import colour_of, draw_cases
 from desam_nnunet.evaluation.scores import chosen_cases, classes_of, read_rows
@@ -35,7 +36,6 @@ from desam_nnunet.nnunet.sites import Case
 
 TRAINERS = ("DeSAMTrainer", "nnUNetTrainer")
 KILLS = (  # before one of these is renamed, or opened to be written
-    r"^os.rename .*/nnUNet_preprocessed/Dataset001_SiteA/CrossSitePlans.json",
     r"^open .*/nnUNetTrainer__CrossSitePlans__2d/fold_0/checkpoint_final.pth",
     r"^os.rename .*/report.json",
 )
@@ -97,14 +97,15 @@ def copy_of(ran: Ran, folder: Path) -> tuple[Path, list[str]]:
 
 def test_what_is_done_is_not_done_again(ran: Ran, capsys: pytest.CaptureFixture[str]) -> None:
     """Every job left what it is for, and a second call has none to do."""
-    found = sorted(str(path.relative_to(ran.out)) for name in ("records", "scores", "pictures")
+    found = sorted(str(path.relative_to(ran.out)) for name in ("records", "scores", "errors", "pictures")
                    for path in (ran.out / name).rglob("*.*"))
     cells = [f"SiteA/{trainer}/Site{target}" for trainer in TRAINERS for target in "ABC"]
     assert found == sorted([
         "records/prepare/SiteA.json", "records/plan/SiteA/CrossSitePlans.json", "records/encode/SiteA/desam.json",
         *(f"records/train/SiteA/{trainer}/0.json" for trainer in TRAINERS),
         *(f"records/predict/{cell}.json" for cell in cells if not cell.endswith("A")),
-        *(f"scores/{cell}.json" for cell in cells), *(f"pictures/{cell}/cases.webp" for cell in cells),
+        *(f"{name}/{cell}.json" for cell in cells for name in ("scores", "errors")),
+        *(f"pictures/{cell}/cases.webp" for cell in cells),
         *(f"pictures/SiteA/DeSAMTrainer/Site{target}/points.webp" for target in "BC")])
     assert len(list((ran.out / "benchmarks").rglob("*.tsv"))) == 1 + 1 + 1 + 2 + 4 + 6 + 6 + 1
     before = (ran.out / "report.html").stat()
@@ -169,10 +170,12 @@ def test_the_report_has_what_it_must(ran: Ran) -> None:
     page = ran.page()
     for words in ("RANDOM weights", "SiteA", "SiteB", "SiteC", *TRAINERS, "held-out cases", "boundary voxels",
                   "protocol “volume”", "protocol “published”", "p, corrected", "peak memory, MB", "nnunetv2 2.",
-                  "Best, median and worst", "Where DeSAM looks"):
+                  "Best, median and worst", "Where DeSAM looks", "In plain words", "Where it fails", "Volumes in ml",
+                  "upper third (base)", "At home and elsewhere", "SiteA alone", "all sources",
+                  "What the encoders have seen"):
         assert words in page, words
     assert page.count("data:image/webp;base64,") == 6 + 2
-    assert page.count("<svg") == 6
+    assert page.count("<svg") == 6 + 1
     assert re.findall(r'(?:src|href)="(?!data:)(?!#)[^"]*"', page) == []
     content = json.loads((ran.out / "report.json").read_text())
     cell = ran.scores().query("trainer == 'nnUNetTrainer' and protocol == 'volume' and target == 'SiteC'")
@@ -204,6 +207,18 @@ def test_pictures_show_reference_and_prediction(ran: Ran, tmp_path: Path) -> Non
     line = np.abs(seen - to_rgb(colour_of(0))).max(-1) < 0.02
     area = seen[..., 0] - seen[..., 2] > 0.15  # orange; all else is grey
     assert 500 < line.sum() < area.sum() / 3
+
+
+def test_names_of_others_are_text(ran: Ran, tmp_path: Path) -> None:
+    out, _ = copy_of(ran, tmp_path)
+    for path in (*(out / "scores").rglob("*.json"), *(out / "errors").rglob("*.json")):
+        path.write_text(path.read_text().replace('"organ"', '"<script>alert(1)</script>"'))
+    study = read_study(out / FILE, out)
+    study.dataset_json["labels"] = {"background": 0, "<script>alert(1)</script>": 1}
+    write_report(study)
+    page = (out / "report.html").read_text()
+    assert "<script" not in page
+    assert page.count("alert(1)") == 1  # in the data's labels
 
 
 @in_a_browser
@@ -385,7 +400,8 @@ def test_sigkill_at_every_output_gives_the_same_figures(
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")
     monkeypatch.setenv("nnUNet_def_n_proc", "1")
     out, words = copy_of(ran, tmp_path)
-    for folder in ("records", "predictions", "scores", "pictures", "sites", "benchmarks", "logs", ".snakemake"):
+    for folder in ("records", "predictions", "scores", "errors", "pictures", "sites", "benchmarks", "logs",
+                   ".snakemake"):
         shutil.rmtree(out / folder)
     for name in ("report.html", "report.json", "scores.csv", "summary.csv"):
         (out / name).unlink()
