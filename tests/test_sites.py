@@ -394,7 +394,7 @@ def test_a_package_that_is_too_old_is_named_before_anything_runs(
 ) -> None:
     wanted = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     for name, least in command.EXTRA.items():
-        assert f'"{name}{">=" if least else ""}{".".join(map(str, least))}"' in wanted
+        assert f'"{name}{">=" if least else ""}{".".join(map(str, least))}' in wanted
     real = command.version
     monkeypatch.setattr(command, "version", lambda name: "1.14.1" if name == "scipy" else real(name))
     assert main(["cross-site", str(data), "-o", str(tmp_path / "out"), "--dry-run", "-device", "cpu"]) == 1

@@ -17,13 +17,21 @@ def end_with(parent: int) -> None:
     """Lets this process end, with all that it has started, when the process of that number is gone."""
 
     def watch() -> None:
-        while psutil.pid_exists(parent):
+        while _is_alive(parent):
             time.sleep(0.5)
         for child in psutil.Process().children(recursive=True):
             child.kill()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _is_alive(number: int) -> bool:
+    """A process that ended stays in the table of processes until its own parent looks at it."""
+    try:
+        return psutil.Process(number).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextmanager
