@@ -1,4 +1,4 @@
-# `make test` needs python3 (3.10 or newer) and nothing else: it makes .venv and installs there.
+# `make test` needs python3 (3.11 or newer) and nothing else: it makes .venv and installs there.
 # `make test PYTHON=/path/to/python` runs in an environment of your own instead, and installs nothing.
 
 VENV := .venv

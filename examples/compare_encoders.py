@@ -26,14 +26,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from desam_nnunet.cross_site.opening import check_trainers
-from desam_nnunet.cross_site.sites import read_sites
 from desam_nnunet.encoders.registry import ENCODERS
 from desam_nnunet.encoders.state import read_weights
 from desam_nnunet.encoders.weights import find_weights, identify, row_of_state
 from desam_nnunet.evaluation.statistics import Summary, summarise
 from desam_nnunet.nnunet.model_folder import read_checkpoint
+from desam_nnunet.nnunet.sites import read_sites
 from desam_nnunet.system.files import replace_file
+from desam_nnunet.training.registry import check_trainers
 
 SOURCE, TARGET = "RUNMC", "UCL"
 TRAINERS = ("DeSAMTrainer", "DeSAMTrainerWholeBox")

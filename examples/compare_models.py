@@ -28,23 +28,20 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from desam_nnunet.cross_site.budget import KEYS
-from desam_nnunet.cross_site.sites import Case, check_sites, ending_of, read_sites
-from desam_nnunet.cross_site.study import CHECKPOINT, FOLDERS, method_of
 from desam_nnunet.evaluation.scores import read_rows, score_cases, write_rows
 from desam_nnunet.evaluation.statistics import Summary, summarise
-from desam_nnunet.nnunet.datasets import STOCK_PLANS
 from desam_nnunet.nnunet.model_folder import read_checkpoint
-from desam_nnunet.planning.facts import CONFIGURATION, SPLITS
+from desam_nnunet.nnunet.names import CHECKPOINT, CONFIGURATION, FOLDERS, SPLITS, STOCK_PLANS
+from desam_nnunet.nnunet.sites import Case, check_sites, ending_of, read_sites
 from desam_nnunet.sam.slabs import SLABS
-from desam_nnunet.settings.sections import SamSection
 from desam_nnunet.system.files import replace_file
+from desam_nnunet.training.budget import KEYS
+from desam_nnunet.training.registry import method_of
 
 HELD_OUT, SIMULATED = "held out", "simulated shift"
 TOLERANCE = 2.0  # of the surface Dice, in mm
@@ -231,9 +228,8 @@ def train(comparison: Comparison, name: str, fold: str) -> None:
     model = comparison.models[name]
     common = ("-tr", model["trainer"], "-p", plans_of(name), "-device", comparison.device)
     if method_of(model["trainer"]) is None:
-        sam = {row.name: row.default for row in fields(SamSection)} | model.get("sam", {})
-        call(sys.executable, "-m", "desam_nnunet.cross_site.budget", comparison.number, fold, *common,
-             *(f"--{key}={sam[key]}" for key in KEYS))
+        call(sys.executable, "-m", "desam_nnunet.training.budget", comparison.number, fold, *common,
+             *(f"--{key}={value}" for key, value in model.get("sam", {}).items() if key in KEYS))
     else:
         call("nnUNetv2_train", comparison.number, comparison.configuration(name), fold, *common, "--c")
 

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compare_models import TOLERANCE, cells, of_cases, table
-from desam_nnunet.cross_site.sites import Case, Sites, check_sites, ending_of, read_sites
 from desam_nnunet.encoders.registry import row_by_name
 from desam_nnunet.encoders.weights import load_encoder
 from desam_nnunet.evaluation.scores import score_cases
+from desam_nnunet.nnunet.sites import Case, Sites, check_sites, ending_of, read_sites
 from desam_nnunet.sam.prompts import Prompts, dense_positions, extent, prompt_tokens, whole_box
 from desam_nnunet.sam.tiles import Geometry, TileToImage, cut_padding
 from desam_nnunet.system.files import replace_file

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,26 +25,22 @@ from matplotlib.colors import to_rgb
 
 import phantom
 from desam_nnunet.commands.__main__ import main
-from desam_nnunet.cross_site import runner
-from desam_nnunet.cross_site.conditions import (
-    is_to_be_cached,
-    is_unprepared,
-    is_untrained,
-    put_damaged_aside,
-    remove_stale_predictions,
-)
-from desam_nnunet.cross_site.pictures import colour_of, draw_cases
-from desam_nnunet.cross_site.sites import Case
-from desam_nnunet.cross_site.steps import follows, steps_of
-from desam_nnunet.cross_site.study import Study
+from desam_nnunet.cross_site.engine import Progress
+from desam_nnunet.cross_site.jobs import is_to_be_cached
+from desam_nnunet.cross_site.report import write_report
+from desam_nnunet.cross_site.study import FILE, LOCK, Study, Trainer, read_study
+from desam_nnunet.evaluation.pictures import colour_of, draw_cases
+from desam_nnunet.evaluation.scores import chosen_cases, classes_of, read_rows
+from desam_nnunet.nnunet.leftovers import is_preprocessed, is_trained, put_damaged_aside, remove_stale_predictions
+from desam_nnunet.nnunet.sites import Case
 
 TRAINERS = ("DeSAMTrainer", "nnUNetTrainer")
+KILLS = (  # before one of these is renamed, or opened to be written
+    r"^open .*/nnUNetTrainer__CrossSitePlans__2d/fold_0/progress.png",  # of its first epoch, whose checkpoint is there
+    r"^os.rename .*/report.json",
+)
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
-
-
-class Killed(BaseException):
-    """As SIGKILL between two steps: nothing of the run stays but what is on disk."""
 
 
 class Ran:
@@ -56,12 +51,12 @@ class Ran:
         phantom.write_unseen(self.data, sites=("SiteA",), cases=5)
         phantom.write_unseen(self.data, sites=("SiteB",), cases=2)
         phantom.write_unseen(self.data, sites=("SiteC",), cases=1)
-        settings = tiny_sections(encoder="vit_tiny_random", image_size=64, features="online") | {"batch_size": 2}
+        settings = tiny_sections(encoder="vit_tiny_random", image_size=64, features="online", epochs=2)
+        settings |= {"batch_size": 2}
         settings["desam"]["iou_threshold"] = 0.0
         (root / "settings.json").write_text(json.dumps(settings))
         self.words = ["cross-site", str(self.data), "-o", str(self.out), "-tr", *TRAINERS, "--sources", "SiteA",
                       "--settings", str(root / "settings.json"), "--labels", "organ=1", "-device", "cpu"]
-        self.interruptions = 0
 
     def page(self) -> str:
         return (self.out / "report.html").read_text()
@@ -72,45 +67,58 @@ class Ran:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
-    """One source, two other sites, two trainers; the run is lost after each of its steps and started again."""
+    """One source, two other sites, two trainers; the first calls are killed, with all that they started."""
     ran = Ran(tmp_path_factory.mktemp("cross_site"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("nnUNet_n_proc_DA", "1")
         patch.setenv("nnUNet_def_n_proc", "1")
-        write = runner.replace_file
-
-        def killed(path: Path, parts: Any) -> int:
-            write(path, parts)
-            raise Killed
-
-        patch.setattr(runner, "replace_file", killed)
-        while True:
-            try:
-                assert main(ran.words) == 0
-                break
-            except Killed:
-                ran.interruptions += 1
-        patch.setattr(runner, "replace_file", write)
+        for pattern in KILLS:
+            assert killed_at(1, pattern, ran.words, ran.out.parent) == -signal.SIGKILL, pattern
+        assert main(ran.words) == 0
         yield ran
 
 
-def study_of(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> Study:
-    """The study as the command opens it."""
-    found: list[Study] = []
-    monkeypatch.setattr(runner, "run_study", lambda study, *_: found.append(study))
+def killed_at(number: int, pattern: str, words: list[str], folder: Path) -> int:
+    """How the command ends that is killed, with its group, at the `number`-th event of that pattern."""
+    count = folder / "count"
+    count.unlink(missing_ok=True)
+    paths = [str(Path(__file__).with_name("killing_site")), os.environ.get("PYTHONPATH", "")]
+    environment = {"KILLED_AT": f"{number} {count} {pattern}", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    program = Path(sys.executable).with_name("desam")
+    return subprocess.run([program, *words], env=os.environ | environment, start_new_session=True).returncode
+
+
+def copy_of(ran: Ran, folder: Path) -> tuple[Path, list[str]]:
+    """The study in another folder, to be changed, and the command that goes on with it."""
+    out = folder / "study"
+    shutil.copytree(ran.out, out, symlinks=True)
+    return out, [str(out) if word == str(ran.out) else word for word in ran.words]
+
+
+def test_what_is_done_is_not_done_again(ran: Ran, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every job left what it is for, and a second call has none to do."""
+    found = sorted(str(path.relative_to(ran.out)) for name in ("records", "scores", "errors", "pictures")
+                   for path in (ran.out / name).rglob("*.*"))
+    cells = [f"SiteA/{trainer}/Site{target}" for trainer in TRAINERS for target in "ABC"]
+    assert found == sorted([
+        "records/prepare/SiteA.json", "records/plan/SiteA/CrossSitePlans.json", "records/encode/SiteA/desam.json",
+        *(f"records/train/SiteA/{trainer}/0.json" for trainer in TRAINERS),
+        *(f"records/predict/{cell}.json" for cell in cells if not cell.endswith("A")),
+        *(f"{name}/{cell}.json" for cell in cells for name in ("scores", "errors")),
+        *(f"pictures/{cell}/cases.webp" for cell in cells),
+        *(f"pictures/SiteA/DeSAMTrainer/Site{target}/points.webp" for target in "BC")])
+    assert len(list((ran.out / "benchmarks").rglob("*.tsv"))) == 1 + 1 + 1 + 2 + 4 + 6 + 6 + 1
+    before = (ran.out / "report.html").stat()
     assert main(ran.words) == 0
-    return found[0]
+    assert "[1 of" not in capsys.readouterr().out
+    assert (ran.out / "report.html").stat() == before
 
 
-def test_every_step_is_done_once(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = steps_of(study_of(ran, monkeypatch), "cpu")
-    assert ran.interruptions == len(steps) == len(list((ran.out / "state").glob("*.json")))
-    kinds = [step.kind for step in steps]
-    assert {kind: kinds.count(kind) for kind in ("prepare", "encode", "train", "predict", "score", "look")} == {
-        "prepare": 1, "encode": 1, "train": 2, "predict": 4, "score": 6, "look": 6}
-    for log in (ran.out / "logs").glob("*.log"):
-        assert log.read_text().count("$ ") >= 1
-        assert len(re.findall(r"^\$ ", log.read_text(), re.MULTILINE)) == 1
+def test_a_training_that_was_killed_is_resumed(ran: Ran) -> None:
+    """nnU-Net's checkpoint survives: the second epoch is trained by the call after the one that trained the first."""
+    fold = ran.out / "nnUNet_results" / "Dataset001_SiteA" / "nnUNetTrainer__CrossSitePlans__2d" / "fold_0"
+    logs = [re.findall(r"Epoch (\d+)\s*\n", path.read_text()) for path in sorted(fold.glob("training_log_*.txt"))]
+    assert [log for log in logs if log] == [["0"], ["1"]]
 
 
 def test_nothing_of_a_target_reaches_the_source(ran: Ran) -> None:
@@ -128,7 +136,7 @@ def test_both_trainers_have_the_same_budget(ran: Ran) -> None:
     for trainer in TRAINERS:
         model = ran.out / "nnUNet_results" / "Dataset001_SiteA" / f"{trainer}__CrossSitePlans__2d"
         logs = "".join(path.read_text() for path in (model / "fold_0").glob("training_log_*.txt"))
-        assert re.findall(r"Epoch (\d+)\s*\n", logs) == ["0"]
+        assert set(re.findall(r"Epoch (\d+)\s*\n", logs)) == {"0", "1"}
         assert json.loads((model / "plans.json").read_text())["configurations"]["2d"]["batch_size"] == 2
 
 
@@ -161,10 +169,12 @@ def test_the_report_has_what_it_must(ran: Ran) -> None:
     page = ran.page()
     for words in ("RANDOM weights", "SiteA", "SiteB", "SiteC", *TRAINERS, "held-out cases", "boundary voxels",
                   "protocol “volume”", "protocol “published”", "p, corrected", "peak memory, MB", "nnunetv2 2.",
-                  "Best, median and worst", "Where DeSAM looks"):
+                  "Best, median and worst", "Where DeSAM looks", "In plain words", "Where it fails", "Volumes in ml",
+                  "upper third (base)", "At home and elsewhere", "SiteA alone", "all sources",
+                  "What the encoders have seen"):
         assert words in page, words
     assert page.count("data:image/webp;base64,") == 6 + 2
-    assert page.count("<svg") == 6
+    assert page.count("<svg") == 6 + 1
     assert re.findall(r'(?:src|href)="(?!data:)(?!#)[^"]*"', page) == []
     content = json.loads((ran.out / "report.json").read_text())
     cell = ran.scores().query("trainer == 'nnUNetTrainer' and protocol == 'volume' and target == 'SiteC'")
@@ -179,20 +189,35 @@ def test_the_report_has_what_it_must(ran: Ran) -> None:
         assert all(isinstance(row[key], float) for key in ("training_minutes", "seconds_per_volume"))
 
 
-def test_pictures_show_reference_and_prediction(ran: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_show_reference_and_prediction(ran: Ran, tmp_path: Path) -> None:
     """One colour for the class: a line around a prediction that is the reference, moved, and a see-through area."""
-    shutil.copytree(ran.out, tmp_path / "study", symlinks=True)
-    study = replace(study_of(ran, monkeypatch), out=tmp_path / "study")
+    study = read_study(ran.out / FILE, ran.out)
+    predictions = {}
     for case in study.sites["SiteB"]:
         reference = sitk.ReadImage(case.label)
         moved = sitk.GetImageFromArray(np.roll(sitk.GetArrayFromImage(reference), 6, axis=2))
         moved.CopyInformation(reference)
-        sitk.WriteImage(moved, study.prediction_folder("SiteA", "DeSAMTrainer", "SiteB") / f"{case.name}.nii.gz")
-    draw_cases(study, "SiteA", "DeSAMTrainer", "SiteB")
-    seen = pictures.imread(study.picture("SiteA", "DeSAMTrainer", "SiteB"))[..., :3] / 255
+        predictions[case.name] = tmp_path / f"{case.name}.nii.gz"
+        sitk.WriteImage(moved, predictions[case.name])
+    chosen = chosen_cases(read_rows(study.scores("SiteA", "DeSAMTrainer", "SiteB")))
+    cases = {case.name: case for case in study.sites["SiteB"]}
+    draw_cases(chosen, cases, predictions, *classes_of(study.dataset_json), tmp_path / "picture.webp")
+    seen = pictures.imread(tmp_path / "picture.webp")[..., :3] / 255
     line = np.abs(seen - to_rgb(colour_of(0))).max(-1) < 0.02
     area = seen[..., 0] - seen[..., 2] > 0.15  # orange; all else is grey
     assert 500 < line.sum() < area.sum() / 3
+
+
+def test_names_of_others_are_text(ran: Ran, tmp_path: Path) -> None:
+    out, _ = copy_of(ran, tmp_path)
+    for path in (*(out / "scores").rglob("*.json"), *(out / "errors").rglob("*.json")):
+        path.write_text(path.read_text().replace('"organ"', '"<script>alert(1)</script>"'))
+    study = read_study(out / FILE, out)
+    study.dataset_json["labels"] = {"background": 0, "<script>alert(1)</script>": 1}
+    write_report(study)
+    page = (out / "report.html").read_text()
+    assert "<script" not in page
+    assert page.count("alert(1)") == 1  # in the data's labels
 
 
 @in_a_browser
@@ -217,13 +242,9 @@ def test_a_browser_shows_the_report(ran: Ran, tmp_path: Path) -> None:
 
 def test_a_missing_prediction_is_a_failure(ran: Ran, tmp_path: Path) -> None:
     """In a copy: a lost file changes the mean, and the report says how many failed."""
-    out = tmp_path / "study"
-    shutil.copytree(ran.out, out, symlinks=True)
-    words = [str(out) if word == str(ran.out) else word for word in ran.words]
+    out, words = copy_of(ran, tmp_path)
     (out / "predictions" / "SiteA" / "DeSAMTrainer" / "SiteB" / "SiteB_000.nii.gz").unlink()
-    for note in (out / "state").glob("score__SiteA__DeSAMTrainer__SiteB*"):
-        note.unlink()
-    assert main(words) == 0
+    assert main([*words, "--snakemake", "--forcerun", "scores/SiteA/DeSAMTrainer/SiteB.json"]) == 0
     scores = pd.read_csv(out / "scores.csv")
     (lost,) = scores[(scores["outcome"] == "missing") & (scores["protocol"] == "volume")].to_dict("records")
     assert (lost["case"], lost["trainer"], lost["dice"]) == ("SiteB_000", "DeSAMTrainer", 0.0)
@@ -233,19 +254,23 @@ def test_a_missing_prediction_is_a_failure(ran: Ran, tmp_path: Path) -> None:
     assert cell.set_index("trainer").loc["DeSAMTrainer", "failures"] >= 1
 
 
-def test_a_failed_step_says_why_and_leaves_the_rest(
+def test_a_failed_job_says_why_and_the_others_go_on(
     ran: Ran, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "study"
-    shutil.copytree(ran.out, out, symlinks=True)
-    (out / "state" / "predict__SiteA__nnUNetTrainer__SiteC.json").unlink()
+    out, words = copy_of(ran, tmp_path)
     shutil.rmtree(out / "nnUNet_results" / "Dataset001_SiteA" / "nnUNetTrainer__CrossSitePlans__2d")
-    words = [str(out) if word == str(ran.out) else word for word in ran.words]
-    assert main(words) == 1
-    said = capsys.readouterr()
-    assert "The step 'predict SiteA nnUNetTrainer SiteC' failed. The end of" in said.err
-    assert "Mend it and start again: what is done stays done." in said.err
-    assert (out / "predictions" / "SiteA" / "nnUNetTrainer" / "SiteB" / "SiteB_000.nii.gz").is_file()
+    before = (out / "scores" / "SiteA" / "DeSAMTrainer" / "SiteC.json").stat()
+    again = [f"records/predict/SiteA/{trainer}/SiteC.json" for trainer in TRAINERS]
+    assert main([*words, "--snakemake", "--forcerun", *again]) == 1
+    said = capsys.readouterr().err
+    log = out / "logs" / "predict" / "SiteA" / "nnUNetTrainer" / "SiteC.log"
+    assert "Failed: 'predict SiteA nnUNetTrainer SiteC'. Jobs that do not need them are done." in said
+    assert f"The end of {log}:" in said
+    assert log.read_text().splitlines()[-1] in said
+    assert "checkpoint_final.pth" in said
+    assert "Mend it and start again: what is done stays done." in said
+    assert (out / "scores" / "SiteA" / "DeSAMTrainer" / "SiteC.json").stat() != before
+    assert not (out / "records" / "predict" / "SiteA" / "nnUNetTrainer" / "SiteC.json").exists()
 
 
 def test_what_a_kill_cut_off_is_done_again(ran: Ran, tmp_path: Path) -> None:
@@ -266,65 +291,44 @@ def test_what_a_kill_cut_off_is_done_again(ran: Ran, tmp_path: Path) -> None:
     (other / final.name).write_bytes(b"another")
     remove_stale_predictions(folder, [other / final.name])
     assert not whole.exists()  # another model's
-    assert not is_untrained(fold)
+    assert is_trained(fold)
     final.write_bytes(final.read_bytes()[:-20])
-    assert is_untrained(fold)
+    assert not is_trained(fold)
     assert final.exists()  # who asks changes nothing
     put_damaged_aside(fold)
-    assert is_untrained(fold)
+    assert not is_trained(fold)
     assert not final.exists()
     assert (fold / "checkpoint_final.pth.damaged").exists()
 
 
-def test_a_step_done_again_takes_along_what_rests_on_it(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = {step.name: step for step in steps_of(study_of(ran, monkeypatch), "cpu")}
-    order = list(steps)
+def test_a_job_done_again_takes_along_what_rests_on_it(ran: Ran, capsys: pytest.CaptureFixture[str]) -> None:
+    def again(record: str) -> set[str]:
+        assert main([*ran.words, "--dry-run", "--snakemake", "--forcerun", f"records/{record}.json"]) == 0
+        return {line.removeprefix("[to do] ").partition("    ")[0] for line in capsys.readouterr().out.splitlines()
+                if line.startswith("[to do] ")}
 
-    def after(name: str) -> set[str]:
-        return {later for later in order[order.index(name) + 1:] if follows(steps[later], steps[name])}
-
-    assert after("links") == set()
-    assert after("prepare__SiteA") == set(order[order.index("prepare__SiteA") + 1:])
-    assert after("encode__SiteA__desam") == {name for name in order if "DeSAMTrainer" in name}
-    assert after("train__SiteA__nnUNetTrainer__0") == {
-        name for name in order if "nnUNetTrainer" in name and not name.startswith("train")}
-    assert after("predict__SiteA__nnUNetTrainer__SiteB") == {
-        "score__SiteA__nnUNetTrainer__SiteB", "look__SiteA__nnUNetTrainer__SiteB"}
+    cell = "SiteA nnUNetTrainer SiteB"
+    assert again("predict/SiteA/nnUNetTrainer/SiteB") == {f"predict {cell}", f"score {cell}", f"picture {cell}",
+                                                          "report"}
+    assert {job for job in again("encode/SiteA/desam") if "nnUNetTrainer" in job} == set()
+    assert len(again("prepare/SiteA")) == 1 + 1 + 1 + 2 + 4 + 6 + 6 + 1
 
 
-def test_two_processes_do_not_do_the_same_step(
-    ran: Ran, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "study"
-    shutil.copytree(ran.out, out, symlinks=True)
-    words = [str(out) if word == str(ran.out) else word for word in ran.words]
-    (out / "state" / "score__SiteA__DeSAMTrainer__SiteB.json").unlink()
-    with FileLock(out / "state" / "score__SiteA__DeSAMTrainer__SiteB.lock"):
-        assert main(words) == 1
-    assert "Another process is at the step 'score SiteA DeSAMTrainer SiteB'" in capsys.readouterr().err
-    assert main(words) == 0
+def test_two_calls_do_not_work_at_the_same_study(ran: Ran, capsys: pytest.CaptureFixture[str]) -> None:
+    with FileLock(ran.out / LOCK):
+        assert main(ran.words) == 1
+    assert f"Another call works at the study in {ran.out}: wait for it" in capsys.readouterr().err
 
 
-def test_two_parts_end_in_one_report(ran: Ran, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In a copy without scores: part 0 leaves the second trainer to part 1, which writes the report."""
-    out = tmp_path / "study"
-    shutil.copytree(ran.out, out, symlinks=True)
-    words = [str(out) if word == str(ran.out) else word for word in ran.words]
-    for note in (*(out / "state").glob("score*.json"), out / "report.html"):
-        note.unlink()
-    assert main([*words, "-num_parts", "2", "-part_id", "0"]) == 0
-    assert "3 step(s) of other parts are left" in capsys.readouterr().out
-    assert not (out / "report.html").exists()
-    assert main([*words, "-num_parts", "2", "-part_id", "1"]) == 0
-    assert (out / "report.html").is_file()
-    assert (out / "scores.csv").read_bytes() == (ran.out / "scores.csv").read_bytes()
-
-
-def test_parts_share_the_pairs(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = steps_of(study_of(ran, monkeypatch), "cpu")
-    for part, trainer in enumerate(TRAINERS):
-        assert {step.names[1] for step in steps if step.part == part} == {trainer}
-    assert {step.kind for step in steps if step.part is None} == {"links", "data", "prepare", "plan", "encode"}
+def test_the_time_that_is_left_is_unknown_until_each_rule_has_run(tmp_path: Path) -> None:
+    progress = Progress(tmp_path)
+    progress.left.update(train=2, report=1)
+    (tmp_path / "benchmarks" / "train" / "A").mkdir(parents=True)
+    for fold, seconds in enumerate((600, 1200)):
+        (tmp_path / "benchmarks" / "train" / "A" / f"{fold}.tsv").write_text(f"s\tmax_rss\n{seconds}\t1\n")
+    assert progress.time_left() == "unknown time"
+    (tmp_path / "benchmarks" / "report.tsv").write_text("s\tmax_rss\n60\t1\n")
+    assert progress.time_left() == "about 31 min"
 
 
 def test_a_study_of_data_sets_is_described_with_what_is_done(
@@ -340,15 +344,18 @@ def test_a_study_of_data_sets_is_described_with_what_is_done(
     try:
         assert main([*words, "--dry-run"]) == 0
         assert "[to do] train SiteA DeSAMTrainer 0    nnUNetv2_train 501 2d 0" in capsys.readouterr().out
+        assert not (tmp_path / "study").exists()
         (raw / "dataset.json").write_text(json.dumps(description | {"labels": {"background": 0, "other": 1}}))
         assert main([*words, "--dry-run"]) == 1
         assert "The data sets of SiteA and SiteB differ in labels" in capsys.readouterr().err
     finally:
         shutil.rmtree(raw)
     study = opened_study(trained, tmp_path)
-    assert not is_unprepared(study, "SiteA")
+    cases = [case.name for case in study.sites["SiteA"]]
+    assert is_preprocessed(trained.preprocessed, PLANS, ".nii.gz", cases)
+    assert not is_preprocessed(trained.preprocessed, PLANS, ".nii.gz", [*cases, "another"])
     assert not is_to_be_cached(study, "SiteA", "desam")
-    assert not is_untrained(trained.model("DeSAMTrainer") / "fold_0")
+    assert is_trained(trained.model("DeSAMTrainer") / "fold_0")
 
 
 def opened_study(trained: Workspace, out: Path) -> Study:
@@ -356,7 +363,7 @@ def opened_study(trained: Workspace, out: Path) -> Study:
     raw = trained.root / "nnUNet_raw" / "Dataset501_Phantom"
     cases = [Case(path.name.removesuffix(".nii.gz"), (), path) for path in sorted((raw / "labelsTr").iterdir())]
     return Study(out, {"SiteA": cases}, {"SiteA": "Dataset501_Phantom"}, {"file_ending": ".nii.gz"}, True,
-                 ("DeSAMTrainer",), ("SiteA",), (), plans=PLANS)
+                 {"DeSAMTrainer": Trainer("desam", PLANS, True)}, ("SiteA",), (), plans=PLANS)
 
 
 @pytest.mark.slow
@@ -384,40 +391,45 @@ def test_data_sets_of_nnunets_own_folders(trained: Workspace, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_sigkill_between_all_steps_gives_the_same_figures(
+def test_sigkill_at_every_output_gives_the_same_figures(
     ran: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a copy with the models alone, so that what is compared does not depend on chance in training."""
+    """In a copy with the models alone, so that what is compared does not depend on chance in training: each call has
+    written one record, score, picture or page when it is killed before the next."""
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")
     monkeypatch.setenv("nnUNet_def_n_proc", "1")
-    out = tmp_path / "study"
-    shutil.copytree(ran.out, out, symlinks=True)
-    for folder in ("state", "predictions", "scores", "pictures", "sites"):
+    out, words = copy_of(ran, tmp_path)
+    for folder in ("records", "predictions", "scores", "errors", "pictures", "sites", "benchmarks", "logs",
+                   ".snakemake"):
         shutil.rmtree(out / folder)
     for name in ("report.html", "report.json", "scores.csv", "summary.csv"):
         (out / name).unlink()
-    words = [str(out) if word == str(ran.out) else word for word in ran.words]
-    steps = steps_of(study_of(ran, monkeypatch), "cpu")
+    pattern = r"^os.rename .*/(records|scores|pictures)/[^.]*\.\w+$|^os.rename .*/(report|scores|summary)\.\w+$"
     kills = 0
-    while (code := killed_at_its_second_note(words)) == -signal.SIGKILL:
+    while (code := killed_at(2, pattern, [*words, "--cores", "1"], tmp_path)) == -signal.SIGKILL:
         kills += 1
     assert code == 0
-    assert kills == len(steps) - 1
+    assert kills >= 1 + 1 + 1 + 2 + 4 + 6 + 6 + 2 - 1
     for name in ("scores.csv", "summary.csv"):
         assert (out / name).read_bytes() == (ran.out / name).read_bytes()
+    assert figures(out) == figures(ran.out)
 
 
-def killed_at_its_second_note(words: list[str]) -> int:
-    """How the command ends that is killed when it has done two steps and noted one."""
-    script = Path(__file__).with_name("killing.py")
-    return subprocess.run([sys.executable, script, "2", r"^os\.rename .*/state/\w+\.json$", "desam", *words]).returncode
+def figures(out: Path) -> dict[str, Any]:
+    """All of the report that is not what it took."""
+    content = json.loads((out / "report.json").read_text())
+    return {key: value for key, value in content.items() if key not in ("costs", "encoding_minutes", "machines")}
 
 
-def test_a_command_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+def test_a_job_ends_with_the_process_that_started_it(ran: Ran, tmp_path: Path) -> None:
     """And so does its worker: both hold the end of a pipe, which closes with the last of them."""
+    read_study(ran.out / FILE, tmp_path).write(tmp_path / FILE)
     reader, writer = os.pipe()
     command = [sys.executable, Path(__file__).with_name("orphan.py"), str(writer)]
-    with subprocess.Popen(command, pass_fds=[writer]) as process, open(reader, "rb") as stream:
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths}
+    with (subprocess.Popen(command, pass_fds=[writer], cwd=tmp_path, env=environment) as process,
+          open(reader, "rb") as stream):
         os.close(writer)
         assert stream.read(2) == b"..", "it ended by itself"
         process.kill()

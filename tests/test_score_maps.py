@@ -12,7 +12,7 @@ import SimpleITK as sitk
 from conftest import SIZE, tiny_sam
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from desam_nnunet.cross_site.score_maps import score_maps
+from desam_nnunet.evaluation.score_maps import score_maps
 from desam_nnunet.networks.desam.network import build_desam
 from desam_nnunet.networks.desam.prompters import GridPrompter
 from desam_nnunet.networks.frame import Outline

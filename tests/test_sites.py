@@ -16,12 +16,12 @@ import SimpleITK as sitk
 
 from desam_nnunet.commands import cross_site as command
 from desam_nnunet.commands.__main__ import main
-from desam_nnunet.cross_site.labels import labels_of
 from desam_nnunet.cross_site.opening import open_study
 from desam_nnunet.cross_site.report import _no_formula
-from desam_nnunet.cross_site.sites import check_sites, read_sites
-from desam_nnunet.cross_site.steps import steps_of
-from desam_nnunet.cross_site.study import Study
+from desam_nnunet.cross_site.study import FILE, Study, read_study
+from desam_nnunet.nnunet.labels import labels_of
+from desam_nnunet.nnunet.sites import check_sites, read_sites
+from desam_nnunet.planning.facts import check_patch
 
 SHAPE = (4, 10, 12)
 
@@ -249,23 +249,11 @@ def test_bad_wishes_are_one_sentence(data: Path, tmp_path: Path, changes: dict[s
         opened(data, tmp_path / "out", **changes)
 
 
-def test_a_patch_that_nnunets_network_can_not_halve_is_refused_before_training(data: Path, tmp_path: Path) -> None:
-    settings = tmp_path / "settings.json"
-    settings.write_text('{"batch_size": 2, "patch_size": [64, 48], "sam": {"encoder": "vit_tiny"}}')
-    for trainers in (["DeSAMTrainer"], ["DeSAMTrainer", "nnUNetTrainer"]):
-        study = opened(data, tmp_path / trainers[-1], settings=settings, trainers=trainers)
-        strides = {"arch_kwargs": {"strides": [[1, 1], [2, 2], [2, 2], [2, 2], [2, 2], [2, 1]]}}
-        plans = {"configurations": {"2d": {"architecture": strides, "batch_size": 12, "patch_size": [64, 32]}}}
-        study.preprocessed("A").mkdir(parents=True)
-        (study.preprocessed("A") / "nnUNetPlans.json").write_text(json.dumps(plans))
-        (step,) = (step for step in steps_of(study, "cpu") if step.name == "plan__A")
-        step.work()  # 64 and 48 are multiples of 32 and 16
-        study.settings["patch_size"] = [48, 48]
-        if trainers == ["DeSAMTrainer"]:
-            step.work()
-            continue
-        with pytest.raises(ValueError, match=r"\[48, 48\], but nnUNetTrainer's network needs multiples of \[32, 16\]"):
-            step.work()
+def test_a_patch_that_nnunets_network_can_not_halve_is_refused_before_training() -> None:
+    strides = {"arch_kwargs": {"strides": [[1, 1], [2, 2], [2, 2], [2, 2], [2, 2], [2, 1]]}}
+    check_patch({"architecture": strides, "patch_size": [64, 48]}, "nnUNetTrainer")  # multiples of 32 and 16
+    with pytest.raises(ValueError, match=r"\[48, 48\], but nnUNetTrainer's network needs multiples of \[32, 16\]"):
+        check_patch({"architecture": strides, "patch_size": [48, 48]}, "nnUNetTrainer")
 
 
 def test_settings_are_checked(data: Path, tmp_path: Path) -> None:
@@ -374,9 +362,11 @@ def test_an_organ_missing_in_a_case_is_no_error(data: Path, tmp_path: Path) -> N
 
 def test_a_study_goes_on_with_its_own_settings_alone(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    opened(data, out).write()
+    out.mkdir()
+    opened(data, out).write(out / FILE)
+    assert read_study(out / FILE, out) == opened(data, out)
     grown = opened(data, out, trainers=["nnUNetTrainer"])
-    assert grown.trainers == ("DeSAMTrainer", "nnUNetTrainer")
+    assert list(grown.trainers) == ["DeSAMTrainer", "nnUNetTrainer"]
     with pytest.raises(ValueError, match=r"holds a study with other tolerance \(2.0, now 3.0\)"):
         opened(data, out, tolerance=3.0)
     content = (out / "study.json").read_text()
@@ -384,6 +374,10 @@ def test_a_study_goes_on_with_its_own_settings_alone(data: Path, tmp_path: Path)
         (out / "study.json").write_text(damaged)
         with pytest.raises(ValueError, match=r"study.json is damaged or of another version: give another folder"):
             opened(data, out)
+    earlier = {key: value for key, value in json.loads(content).items() if key != "version"}
+    (out / "study.json").write_text(json.dumps(earlier | {"trainers": ["DeSAMTrainer"]}))
+    with pytest.raises(FileExistsError, match=r"holds a study of an earlier version, .* begin it again in another"):
+        opened(data, out)
     (out / "study.json").write_text(content)
     assert opened(data, tmp_path / "folds", folds=["3", "0", "3"]).folds == ("0", "3")
     side_by_side(data / "B", 2, 1)
@@ -400,7 +394,7 @@ def test_a_package_that_is_too_old_is_named_before_anything_runs(
 ) -> None:
     wanted = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     for name, least in command.EXTRA.items():
-        assert f'"{name}{">=" if least else ""}{".".join(map(str, least))}"' in wanted
+        assert f'"{name}{">=" if least else ""}{".".join(map(str, least))}' in wanted
     real = command.version
     monkeypatch.setattr(command, "version", lambda name: "1.14.1" if name == "scipy" else real(name))
     assert main(["cross-site", str(data), "-o", str(tmp_path / "out"), "--dry-run", "-device", "cpu"]) == 1
@@ -417,7 +411,6 @@ def test_a_folder_of_other_things_is_left_alone(data: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(("arguments", "message"), [
     (("-tr", "NoTrainer"), "-tr NoTrainer: nnU-Net finds no trainer of that name"),
     (("-tr", "DBSAMTrainerBoxes"), "-tr DBSAMTrainerBoxes needs boxes from the reference"),
-    (("-num_parts", "2", "-part_id", "2"), "-part_id 2 of -num_parts 2 does not exist"),
     (("--sources", "A", "--targets", "X"), "--targets X is not among the sites A, B"),
 ])
 def test_the_command_says_it_in_one_sentence(
@@ -431,14 +424,31 @@ def test_the_command_says_it_in_one_sentence(
 def test_a_dry_run_says_everything_and_does_nothing(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Of 3 sources, 3 targets and 3 trainers."""
+    for site in "BC":
+        side_by_side(data / site, 5, 1)
     out = tmp_path / "out"
-    assert main(["cross-site", str(data), "-o", str(out), "-device", "cpu", "--sources", "A", "--dry-run"]) == 0
+    assert main(["cross-site", str(data), "-o", str(out), "-device", "cpu", "-tr", "DeSAMTrainer", "SAMedTrainer",
+                 "nnUNetTrainer", "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert not out.exists()
     assert f"nnUNet_raw={out / 'nnUNet_raw'}" in said
+    assert "[to do] plan A DeSAMPlans    desam plan -d 1 --trainer DeSAMTrainer -device cpu\n" in said
+    assert "[to do] encode B desam    desam cache -d 2 -p DeSAMPlans -tr DeSAMTrainer" in said
     assert "[to do] train A DeSAMTrainer 0    nnUNetv2_train 1 2d 0 -tr DeSAMTrainer -p DeSAMPlans" in said
     assert "[to do] train A nnUNetTrainer 0    nnUNetv2_train 1 2d 0 -tr nnUNetTrainer -p nnUNetPlans" in said
     assert "[to do] predict A nnUNetTrainer B    nnUNetv2_predict -i" in said
+    jobs = [line.split()[2] for line in said.splitlines() if line.startswith("[to do] ")]
+    assert {rule: jobs.count(rule) for rule in dict.fromkeys(sorted(jobs))} == {
+        "encode": 3, "picture": 27, "plan": 6, "predict": 18, "prepare": 3, "report": 1, "score": 27, "train": 9}
+
+
+def test_what_snakemake_does_not_know_is_said(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["cross-site", str(data), "-o", str(tmp_path / "out"), "-device", "cpu", "--sources", "A", "--dry-run"]
+    assert main([*words, "--snakemake", "--jbos", "3"]) == 1
+    assert "unrecognized arguments: --jbos" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("cell", "written"), [

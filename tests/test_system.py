@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import joblib
@@ -15,6 +16,7 @@ from conftest import Workspace, make_trainer
 
 from desam_nnunet.system.durations import duration
 from desam_nnunet.system.files import read_object
+from desam_nnunet.system.gpus import one_gpu, visible_gpus
 from desam_nnunet.system.machine import limit_threads, usable_cores
 from desam_nnunet.system.progress import progress
 
@@ -29,6 +31,21 @@ def test_nobody_is_warned_of_what_timm_calls(module: str) -> None:
     (0, "less than a minute"), (29, "less than a minute"), (47, "1 min"), (3570, "1 h 0 min"), (90000, "25 h 0 min")])
 def test_durations_are_hours_and_minutes(seconds: float, words: str) -> None:
     assert duration(seconds) == words
+
+
+def test_jobs_of_one_machine_get_a_gpu_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as there are any; afterwards all are there again."""
+    seen = []
+    with ExitStack() as jobs:
+        for _ in range(3):
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,GPU-1b2c")  # as each job's own process has it
+            jobs.enter_context(one_gpu(tmp_path))
+            seen.append(visible_gpus())
+    assert seen == [["0"], ["GPU-1b2c"], ["0", "GPU-1b2c"]]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,GPU-1b2c")
+    with one_gpu(tmp_path):
+        assert visible_gpus() == ["0"]
+    assert visible_gpus() == ["0", "GPU-1b2c"]
 
 
 @pytest.mark.parametrize(("asked", "cores"), [("1", 1), ("1,4", 1), ("", None), ("0", None), ("many", None)])

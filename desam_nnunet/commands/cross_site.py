@@ -8,7 +8,7 @@ from pathlib import Path
 
 from desam_nnunet.commands.words import Commands, add_command, add_device, device_named
 
-EXTRA = {"monai": (1, 5), "jinja2": (), "scipy": (1, 15)}  # some come with other packages, perhaps too old
+EXTRA = {"monai": (1, 5), "scipy": (1, 15), "snakemake": (9,)}  # some come with other packages, perhaps too old
 
 
 def add(commands: Commands) -> None:
@@ -35,29 +35,33 @@ def add(commands: Commands) -> None:
                         help="as in nnU-Net's dataset.json; CT is normalised as CT (default: image)")
     parser.add_argument("--tolerance", type=float, default=2.0, metavar="MM", help="of the surface Dice (default: 2)")
     add_device(parser)
-    parser.add_argument("-num_parts", type=int, default=1, help="share sources and trainers among so many processes")
-    parser.add_argument("-part_id", type=int, default=0, help="which share this is, from 0")
-    parser.add_argument("--dry-run", action="store_true", help="say what would run and what is done, and do nothing")
+    parser.add_argument("--cores", type=int, metavar="N", help="to use at once (default: all that there are)")
+    parser.add_argument("--dry-run", action="store_true", help="say what would run, and do nothing")
+    parser.add_argument("--executor", metavar="NAME", help="Snakemake's, such as slurm (default: this machine)")
+    parser.add_argument("--profile", metavar="NAME", help="Snakemake's, a name or a folder")
+    parser.add_argument("--snakemake", nargs=argparse.REMAINDER, default=[], metavar="...",
+                        help="all that follows is for Snakemake, such as --jobs 20")
 
 
 def _run(options: argparse.Namespace) -> None:
-    device_named(options.device)
+    if not (options.executor or options.profile):  # which may send jobs to where the device is
+        device_named(options.device)
     if missing := [name for name, least in EXTRA.items() if not _is_installed(name, least)]:
         raise ValueError(f"desam cross-site needs {' and '.join(missing)}, perhaps newer than installed: pip install "
                          "'desam-nnunet[cross-site]'.")
+    from desam_nnunet.cross_site.engine import describe_study, run_study
     from desam_nnunet.cross_site.opening import open_study
-    from desam_nnunet.cross_site.runner import describe_steps, run_study
 
     study = open_study(
         options.data, options.d, options.o, trainers=options.tr, sources=options.sources, targets=options.targets,
         folds=options.f, plans=options.p, settings=options.settings, labels=options.labels,
         channels=options.channels, tolerance=options.tolerance)
+    given = {"--executor": options.executor, "--profile": options.profile}
+    more = [word for flag, value in given.items() if value for word in (flag, value)] + options.snakemake
     if options.dry_run:
-        print("\n".join(describe_steps(study, options.device)))
-        return
-    report = run_study(study, options.device, options.num_parts, options.part_id)
-    if report is not None:
-        print(f"The report: {report}")
+        print("\n".join(describe_study(study, options.device, more)))
+    else:
+        print(f"The report: {run_study(study, options.device, options.cores, more)}")
 
 
 def _is_installed(name: str, least: tuple[int, ...]) -> bool:

@@ -1,1 +1,1 @@
-"""``desam cross-site``: train on each site, segment the others, score and report, one resumable step after another."""
+"""``desam cross-site``: train on each site, segment the others, score and report, with Snakemake beneath."""

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
-
-from desam_nnunet.cross_site.labels import check_values, given_labels, labels_of
-from desam_nnunet.cross_site.settings import check_settings, read_settings
-from desam_nnunet.cross_site.sites import Case, Sites, check_sites, ending_of, read_sites
-from desam_nnunet.cross_site.study import FILE, FOLDERS, Study, plain, plain_sites
+from desam_nnunet.cross_site.study import FILE, LOCK, VERSION, Study, Trainer, plain, plain_sites
 from desam_nnunet.evaluation.scores import classes_of
-from desam_nnunet.nnunet.datasets import STOCK_PLANS
-from desam_nnunet.nnunet.lookup import look_up
-from desam_nnunet.planning.facts import FOLDS, SPLITS
-from desam_nnunet.system.files import TEMPORARY, read_object
+from desam_nnunet.nnunet.labels import check_values, given_labels, labels_of
+from desam_nnunet.nnunet.names import FOLDS, SPLITS, STOCK_PLANS
+from desam_nnunet.nnunet.sites import Sites, check_sites, common_description, ending_of, read_sites, sites_of_datasets
+from desam_nnunet.settings.shared import check_settings, read_settings
+from desam_nnunet.system.files import TEMPORARY
+from desam_nnunet.training.registry import TRAINERS, check_trainers, method_of, methods_of
 
 _GROWING = ("trainers", "sources", "targets")  # what a later call may add to
-_NEEDS_BOXES = "DBSAMTrainerBoxes"
-_DESCRIBED = ("channel_names", "labels", "file_ending")  # in dataset.json
+_STUDY_PLANS = "CrossSitePlans"
 DEFAULT_TRAINERS = ("DeSAMTrainer", "nnUNetTrainer")
 
 
@@ -37,7 +32,7 @@ def open_study(
     """The study that was asked for: a new one, or the one that `out` holds, with trainers and sites added.
 
     Args:
-        data: Folder or manifest, see :func:`~desam_nnunet.cross_site.sites.read_sites`.
+        data: Folder or manifest, see :func:`~desam_nnunet.nnunet.sites.read_sites`.
         datasets: Instead of it, ``SITE=DATASET`` of data sets in nnU-Net's folders.
         trainers, sources, targets: Empty for those of the study that `out` holds, or for the default: every site.
 
@@ -53,22 +48,35 @@ def open_study(
     known = before or dict.fromkeys(_GROWING, ())
     trainers = _unique(trainers or known["trainers"] or DEFAULT_TRAINERS)
     check_trainers(trainers)
-    chosen = read_settings(settings, plans, trainers)
+    if settings is not None and plans:
+        raise ValueError(f"-p {plans} and --settings exclude each other: put the settings into these plans.")
+    chosen = {} if settings is None else read_settings(settings, methods_of([*TRAINERS, *trainers]))
     if data is not None:
         sites = read_sites(data)
         names = {site: f"Dataset{number:03d}_{site}" for number, site in enumerate(sites, 1)}
     else:
-        sites, names = _from_datasets(datasets)
+        sites, names = sites_of_datasets(datasets)
     study = Study(
-        out.resolve(), sites, names, {}, data is None, trainers,
+        out.resolve(), sites, names, {}, data is None,
+        {name: _trainer(name, plans, chosen, data is None) for name in trainers},
         _known_sites(sources or known["sources"], sites, "--sources"),
         _known_sites(targets or known["targets"], sites, "--targets"), tuple(sorted(set(map(str, folds)))), plans,
         chosen, tolerance)
     _check(study)
     if study.settings:
-        check_settings(study)
+        check_settings(study.settings, methods_of(trainers))
     study = replace(study, dataset_json=_description(study, before, labels, channels))
     return study if before is None else _joined(before, study)
+
+
+def _trainer(name: str, plans: str, settings: dict[str, Any], existing: bool) -> Trainer:
+    method = method_of(name)
+    if settings:
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+        plans = f"{_STUDY_PLANS}_{digest}" if existing else _STUDY_PLANS  # there beside those of other studies
+    if method is None:
+        return Trainer(plans=plans or STOCK_PLANS)
+    return Trainer(method.name, plans or method.plans_name, method.frozen_features)
 
 
 def _description(
@@ -77,7 +85,7 @@ def _description(
     """``dataset.json`` without its number of cases. Files are looked into where they are not those of before."""
     unchanged = before is not None and before["sites"] == plain_sites(study.sites)
     if study.existing:
-        description = _common_description(study)
+        description = common_description(study.folder("nnUNet_raw"), study.datasets)
         if not unchanged:
             classes, ignored = classes_of(description)
             check_values(check_sites(study.sites), {ignored}.union(*classes.values()), "dataset.json")
@@ -93,22 +101,6 @@ def _description(
         raise ValueError(f"--channels names {len(channels)} channel(s), but {first.name} has {number} image file(s).")
     names = {str(index): name for index, name in enumerate(channels)} or description["channel_names"]
     return {"channel_names": names} | {key: description[key] for key in ("labels", "file_ending")}
-
-
-def check_trainers(names: Sequence[str]) -> None:
-    """Looks every trainer up as nnU-Net does.
-
-    Raises:
-        ValueError: There is none of that name, or it can't segment a new site.
-    """
-    for name in names:
-        if name == _NEEDS_BOXES:
-            raise ValueError(f"-tr {name} needs boxes from the reference, which a new site does not have: choose "
-                             "another trainer, such as DBSAMTrainer.")
-        try:
-            look_up(name)
-        except RuntimeError as error:
-            raise ValueError(f"-tr {name}: nnU-Net finds no trainer of that name: see desam doctor.") from error
 
 
 def _check(study: Study) -> None:
@@ -152,8 +144,9 @@ def _joined(before: dict[str, Any], study: Study) -> Study:
             was, this = (shorten(json.dumps(each), 60, placeholder=" ...") for each in (before[name], value))
             raise ValueError(f"{study.out} holds a study with other {name} ({was}, now {this}): give the same, or "
                              "another folder with -o.")
-    grown: dict[str, Any] = {name: _unique([*before[name], *now[name]]) for name in _GROWING}
-    return replace(study, **grown)
+    trainers = {name: Trainer(**facts) for name, facts in (before["trainers"] | now["trainers"]).items()}
+    grown: dict[str, Any] = {name: _unique([*before[name], *now[name]]) for name in ("sources", "targets")}
+    return replace(study, trainers=trainers, **grown)
 
 
 def _changed_case(before: dict[str, Any], now: dict[str, Any]) -> str:
@@ -170,63 +163,20 @@ def _changed_case(before: dict[str, Any], now: dict[str, Any]) -> str:
 def _read(out: Path) -> dict[str, Any] | None:
     path = out / FILE
     if not path.is_file():
-        if out.is_dir() and any(not path.name.endswith(TEMPORARY) for path in out.iterdir()):
+        if out.is_dir() and any(
+                path.name != LOCK and not path.name.endswith(TEMPORARY) for path in out.iterdir()):
             raise FileExistsError(f"{out} holds other things than a study: give a new folder with -o.")
         return None
     try:
         before = json.loads(path.read_text())
-        if before.keys() != {field.name for field in fields(Study)} - {"out"}:
+        if before.get("sites") and "version" not in before:
+            raise FileExistsError(f"{out} holds a study of an earlier version, which had no Snakemake beneath: its "
+                                  "report stays as it is; to go on, begin it again in another folder with -o.")
+        if before.keys() != {field.name for field in fields(Study)} - {"out"} or before["version"] != VERSION:
             raise ValueError(path)
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is damaged or of another version: give another folder with -o.") from error
     return before
-
-
-def _from_datasets(datasets: Sequence[str]) -> tuple[Sites, dict[str, str]]:
-    """Sites that are nnU-Net data sets."""
-    for name in FOLDERS:
-        if not os.environ.get(name):
-            raise ValueError(f"-d needs nnU-Net's own folders: set {name}.")
-    sites: Sites = {}
-    names = {}
-    for text in datasets:
-        site, _, dataset = text.partition("=")
-        if not site or not dataset or site in sites:
-            raise ValueError(f"-d {text} is not SITE=DATASET with a name of its own, such as RUNMC=501.")
-        try:
-            names[site] = maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset)
-        except RuntimeError as error:
-            raise FileNotFoundError(f"-d {text}: nnU-Net has no data set {dataset}.") from error
-        raw = Path(os.environ[FOLDERS[0]]).absolute() / names[site]  # links to its images lie elsewhere
-        if not (raw / "dataset.json").is_file():
-            raise FileNotFoundError(f"{raw / 'dataset.json'} does not exist: a study needs the raw images.")
-        files = get_filenames_of_train_images_and_targets(str(raw))
-        sites[site] = sorted(Case(case, tuple(map(Path, row["images"])), Path(row["label"]))
-                             for case, row in files.items())
-    return sites, names
-
-
-def _common_description(study: Study) -> dict[str, Any]:
-    """``dataset.json``, without what may differ between sites."""
-    descriptions = {}
-    for site, dataset in study.datasets.items():
-        given = read_object(study.folder("nnUNet_raw") / dataset / "dataset.json")
-        if "channel_names" not in given and "modality" in given:
-            given["channel_names"] = given["modality"]  # its name in nnU-Net's first version
-        descriptions[site] = {key: given[key] for key in (*_DESCRIBED, "regions_class_order") if key in given}
-        if lacking := [key for key in _DESCRIBED if key not in given]:
-            raise ValueError(f"The data set of {site}, {dataset}, has no {lacking[0]} in dataset.json: add it.")
-    (first, description), *others = descriptions.items()
-    for site, theirs in others:
-        for key in ("labels", "file_ending", "regions_class_order"):
-            if theirs.get(key) != description.get(key):
-                raise ValueError(f"The data sets of {first} and {site} differ in {key} ({description.get(key)} and "
-                                 f"{theirs.get(key)}): make them alike, or no model of one can be scored at the other.")
-        here, there = (len(each["channel_names"]) for each in (description, theirs))
-        if here != there:
-            raise ValueError(f"The data sets of {first} and {site} have {here} and {there} channels, but need the "
-                             "same.")
-    return description
 
 
 def _known_sites(names: Sequence[str], sites: Sites, flag: str) -> tuple[str, ...]:

@@ -9,47 +9,54 @@ from collections.abc import Callable
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
 from desam_nnunet import __version__
-from desam_nnunet.cross_site.pictures import box_plot
-from desam_nnunet.cross_site.sites import ALL
-from desam_nnunet.cross_site.study import SCORES, Study, method_of, plain
-from desam_nnunet.cross_site.tables import all_scores, comparisons, cost_of, encoding_minutes, machines_of, summaries
-from desam_nnunet.evaluation.metrics import METRICS, Metric
-from desam_nnunet.evaluation.scores import PROTOCOLS, without_nan
-from desam_nnunet.nnunet.model_folder import read_description
-from desam_nnunet.planning.facts import CONFIGURATION
+from desam_nnunet.cross_site.study import Study, plain
+from desam_nnunet.encoders.registry import row_by_name
+from desam_nnunet.evaluation.errors import THIRDS
+from desam_nnunet.evaluation.findings import position_means, sentences, shift, worst_cases
+from desam_nnunet.evaluation.metrics import METRICS, NONE, Metric
+from desam_nnunet.evaluation.pictures import agreement_plot, box_plot
+from desam_nnunet.evaluation.scores import COLUMNS, PROTOCOLS, read_rows, without_nan
+from desam_nnunet.evaluation.tables import comparisons, summaries
+from desam_nnunet.nnunet.model_folder import count_parameters, epoch_seconds, read_checkpoint, read_description
+from desam_nnunet.nnunet.names import CHECKPOINT, CONFIGURATION
+from desam_nnunet.nnunet.sites import ALL
 from desam_nnunet.system.files import replace_file
 
 _PACKAGES = ("nnunetv2", "torch", "monai", "scipy", "SimpleITK")
 _PLOTTED = ("dice", "hd95")
 _SIGNIFICANT = 0.05
-_NONE = "\N{EN DASH}"
 
 
-def write_report(study: Study) -> Path:
-    """Writes ``report.html``, ``report.json``, ``scores.csv`` and ``summary.csv``; returns the first."""
-    scores = all_scores(study)
+def write_report(study: Study) -> None:
+    """Writes ``report.html``, ``report.json``, ``scores.csv`` and ``summary.csv``."""
+    scores, errors = _scores(study), _errors(study)
     summary, pairs = summaries(scores), comparisons(scores)
-    costs = [cost_of(study, source, trainer)._asdict() for source in study.sources for trainer in study.trainers]
-    encoding = {source: minutes for source in study.sources if (minutes := encoding_minutes(study, source)) > 0}
-    settings = {source: {trainer: _settings(study, source, trainer) for trainer in study.trainers}
-                for source in study.sources}
-    versions = {"desam-nnunet": __version__} | {name: version(name) for name in _PACKAGES}
-    content = {"study": plain(study), "versions": versions, "settings": settings, "costs": costs,
-               "machines": machines_of(study), "encoding_minutes": encoding,
-               "summaries": without_nan(summary.to_dict("records")),
-               "comparisons": without_nan(pairs.to_dict("records"))}
-    replace_file(study.out / "report.json", [json.dumps(content, indent=1, default=str).encode()])
+    volume = scores[scores["protocol"] == "volume"]
+    content = {
+        "study": plain(study), "versions": {"desam-nnunet": __version__} | {name: version(name) for name in _PACKAGES},
+        "settings": {source: {trainer: _settings(study, source, trainer) for trainer in study.trainers}
+                     for source in study.sources},
+        "costs": [cost_of(study, source, trainer)._asdict() for source in study.sources for trainer in study.trainers],
+        "machines": machines_of(study),
+        "encoding_minutes": {source: minutes for source in study.sources
+                             if (minutes := encoding_minutes(study, source)) > 0},
+        "sentences": sentences(volume), "positions": position_means(errors),
+        "worst": without_nan(worst_cases(volume, errors)),
+        "summaries": without_nan(summary.to_dict("records")), "comparisons": without_nan(pairs.to_dict("records"))}
+    _write(study.out / "report.json", json.dumps(content, indent=1, default=str))
     for name, table in (("scores", scores), ("summary", summary)):
-        replace_file(study.out / f"{name}.csv", [table.map(_no_formula).to_csv(index=False).encode()])
-    path = study.out / "report.html"
-    replace_file(path, [_page(study, scores, summary, content).encode()])
-    return path
+        _write(study.out / f"{name}.csv", table.map(_no_formula).to_csv(index=False))
+    _write(study.out / "report.html", _page(study, scores, errors, summary, content))
+
+
+def _write(path: Path, text: str) -> None:
+    replace_file(path, [text.encode()])
 
 
 def _no_formula(cell: object) -> object:
@@ -57,11 +64,12 @@ def _no_formula(cell: object) -> object:
     return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@")) else cell
 
 
-def _page(study: Study, scores: pd.DataFrame, summary: pd.DataFrame, content: dict[str, Any]) -> str:
+def _page(
+    study: Study, scores: pd.DataFrame, errors: pd.DataFrame, summary: pd.DataFrame, content: dict[str, Any]
+) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.globals.update(shade=_shade, number=_number, interval=_interval)
-    source = files("desam_nnunet.cross_site").joinpath("report.html")
-    template = environment.from_string(source.read_text(encoding="utf-8"))
+    environment.globals.update(shade=_shade, interval=_interval)
+    template = environment.from_string(files("desam_nnunet.cross_site").joinpath("report.html").read_text("utf-8"))
     classes = list(dict.fromkeys(scores["class"]))
     overall_class = ALL if len(classes) > 1 else classes[0]
     volume = scores[scores["protocol"] == "volume"]
@@ -70,14 +78,76 @@ def _page(study: Study, scores: pd.DataFrame, summary: pd.DataFrame, content: di
     pairs = [pair for pair in content["comparisons"]
              if (pair["class"], pair["source"]) == (overall_class, ALL) and pair["metric"] in _PLOTTED]
     return template.render(content | {
-        "study": study, "metrics": METRICS, "protocols": PROTOCOLS, "classes": classes, "overall_class": overall_class,
-        "look": _look_up(summary, overall_class), "pairs": pairs,
-        "plots": {target: [box_plot(volume, target, metric) for metric in METRICS if metric.key in _PLOTTED]
-                  for target in dict.fromkeys(volume["target"])},
-        "pictures": _embedded(study), "maps": _embedded(study, SCORES), "random": _random_encoders(content["settings"]),
+        "study": study, "metrics": METRICS, "by_key": {metric.key: metric for metric in METRICS},
+        "protocols": PROTOCOLS, "classes": classes, "overall_class": overall_class,
+        "look": _look_up(summary, overall_class), "pairs": pairs, "shift": shift(volume), "thirds": THIRDS,
+        "agreement": agreement_plot(errors),
+        "plots": [box_plot(volume, target, metric) for target in dict.fromkeys(volume["target"])
+                  for metric in METRICS if metric.key in _PLOTTED],
+        "pictures": _embedded(study, "cases"), "maps": _embedded(study, "points"),
+        "encoders": _encoders(content["settings"]),
         "columns": [site for site in study.sites if site in study.targets or (has_diagonal and site in study.sources)],
         "cases": {site: len(cases) for site, cases in study.sites.items()}, "all_sites": ALL,
         "has_diagonal": has_diagonal, "significant": _SIGNIFICANT})
+
+
+def _scores(study: Study) -> pd.DataFrame:
+    """A row per source, trainer, target, case, class and protocol."""
+    return pd.DataFrame(_rows(study, "scores"), columns=["source", "trainer", "target", *COLUMNS])
+
+
+def _errors(study: Study) -> pd.DataFrame:
+    """A row per source, trainer, target, case and class."""
+    return pd.DataFrame(_rows(study, "errors"))
+
+
+def _rows(study: Study, of: str) -> list[dict[str, Any]]:
+    return [dict(zip(("source", "trainer", "target"), cell, strict=True)) | row
+            for cell in study.cells() for row in read_rows(study.scores(*cell, of=of))]
+
+
+class Cost(NamedTuple):
+    """Of one trainer on one source, its folds together; None where it is not known. Peaks are of the GPU where there
+    was one, else of the process."""
+
+    source: str
+    trainer: str
+    parameters: int  # in one fold's checkpoint; SAM's frozen encoder is in none
+    checkpoint_mb: float  # of one fold, the optimiser's state included
+    training_minutes: float  # all epochs of all folds, from nnU-Net's log, which survives a resumed training
+    training_peak_mb: float | None
+    seconds_per_volume: float | None  # at prediction, start and export included
+    prediction_peak_mb: float | None
+
+
+def cost_of(study: Study, source: str, trainer: str) -> Cost:
+    """Reads checkpoints and records."""
+    checkpoints = [read_checkpoint(study.model(source, trainer), fold, CHECKPOINT) for fold in study.folds]
+    minutes = sum(map(epoch_seconds, checkpoints)) / 60
+    size = (study.fold(source, trainer, study.folds[0]) / CHECKPOINT).stat().st_size / 1e6
+    training = [study.read_record("train", source, trainer, fold) for fold in study.folds]
+    prediction = [study.read_record("predict", source, trainer, target) for target in study.targets]
+    timed = [note for note in prediction if note.get("volumes")]  # not what an interrupted run had done before
+    volumes, seconds = (sum(note[key] for note in timed) for key in ("volumes", "seconds"))
+    return Cost(source, trainer, count_parameters(checkpoints[0]), size, minutes, _peak(training),
+                seconds / volumes if volumes else None, _peak(prediction))
+
+
+def encoding_minutes(study: Study, source: str) -> float:
+    """What it took to store the features of one source, for all trainers that read them."""
+    methods = {trainer.method for trainer in study.trainers.values() if trainer.frozen_features}
+    return sum(study.read_record("encode", source, method).get("seconds", 0) for method in methods) / 60
+
+
+def machines_of(study: Study) -> list[str]:
+    """Every machine that a command of the study ran on."""
+    notes = [json.loads(path.read_text()) for path in (study.out / "records").rglob("*.json")]
+    return sorted({", ".join(f"{key} {value}" for key, value in note["machine"].items())
+                   for note in notes if "machine" in note})
+
+
+def _peak(notes: list[dict[str, Any]]) -> float | None:
+    return max((note["peak_mb"] for note in notes if "peak_mb" in note), default=None)
 
 
 def _look_up(summary: pd.DataFrame, overall_class: str) -> Callable[..., dict[str, Any] | None]:
@@ -91,31 +161,30 @@ def _settings(study: Study, source: str, trainer: str) -> dict[str, Any]:
     """What the model folder says of itself, without nnU-Net's network."""
     plans, _ = read_description(study.model(source, trainer))
     configuration = plans["configurations"][CONFIGURATION]
-    method = method_of(trainer)
-    keys = ("batch_size", "patch_size", "spacing", "normalization_schemes", *(("sam", method.name) if method else ()))
+    method = study.trainers[trainer].method
+    keys = ("batch_size", "patch_size", "spacing", "normalization_schemes", *(("sam", method) if method else ()))
     return {"plans": plans["plans_name"]} | {key: configuration[key] for key in keys if key in configuration}
 
 
-def _random_encoders(settings: dict[str, Any]) -> list[str]:
-    """Encoders whose weights nobody trained: figures with them say nothing about SAM."""
+def _encoders(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those that the models use: whether their weights are RANDOM, and what is known of what they were trained on."""
     sections = [row.get("sam", {}) for of_source in settings.values() for row in of_source.values()]
-    return sorted({section["encoder"] for section in sections if section.get("identity", "").startswith("random:")})
+    names = {section["encoder"]: section.get("identity", "") for section in sections if "encoder" in section}
+    rows = {name: row_by_name(name) for name in names}
+    return [{"name": name, "random": identity.startswith("random:"),
+             "trained_on": row.trained_on if (row := rows[name]) else "what nobody has told"}
+            for name, identity in sorted(names.items())]
 
 
-def _embedded(study: Study, ending: str = "") -> list[tuple[str, str, str, str]]:
+def _embedded(study: Study, of: str) -> list[tuple[str, str, str, str]]:
     """Every cell with its picture as a URL, where there is one."""
-    paths = [(cell, path) for cell in study.cells() if (path := study.picture(*cell, ending)).is_file()]
+    paths = [(cell, path) for cell in study.cells() if (path := study.picture(*cell, of=of)).is_file()]
     return [(*cell, f"data:image/webp;base64,{base64.b64encode(path.read_bytes()).decode()}") for cell, path in paths]
 
 
-def _number(value: float | None, metric: Metric) -> str:
-    """As the metric is printed; a dash where there is none."""
-    return _NONE if value is None or value != value else f"{value:.{metric.digits}f}"
-
-
-def _interval(row: dict[str, Any], metric: Metric) -> str:
-    low, high = (_number(row[key], metric) for key in ("low", "high"))
-    return "" if low == _NONE else f"{low} to {high}"
+def _interval(row: Any, metric: Metric, low: str = "low", high: str = "high") -> str:
+    ends = [metric.text(row[key] if isinstance(row, dict) else getattr(row, key)) for key in (low, high)]
+    return "" if ends[0] == NONE else " to ".join(ends)
 
 
 def _shade(value: float | None, metric: Metric) -> str:

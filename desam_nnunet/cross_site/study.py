@@ -1,36 +1,30 @@
-"""One study: its settings, and where everything of it lies."""
+"""One study: its settings, and where everything of it lies. Importing this imports nothing heavy."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from desam_nnunet.cross_site.sites import Sites
-from desam_nnunet.nnunet.datasets import STOCK_PLANS
-from desam_nnunet.nnunet.lookup import look_up
-from desam_nnunet.planning.facts import CONFIGURATION
-from desam_nnunet.settings.sections import Method
+from desam_nnunet.nnunet.names import CONFIGURATION, FOLDERS, STOCK_PLANS
+from desam_nnunet.nnunet.sites import Case, Sites
 from desam_nnunet.system.files import replace_file
-from desam_nnunet.training.base import SamTrainer
 
-STUDY_PLANS = "CrossSitePlans"
-FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 FILE = "study.json"
-CHECKPOINT = "checkpoint_final.pth"  # what predicts
-SCORES = "__scores"  # behind a picture's name
+LOCK = "study.lock"  # held by the call that works at it
+VERSION = 2  # of the file; 1 had none
 
 
-@lru_cache
-def method_of(trainer: str) -> Method | None:
-    """The method of a trainer of this package's kind; None for nnU-Net's own."""
-    kind = look_up(trainer)
-    return kind.method if issubclass(kind, SamTrainer) else None
+@dataclass(frozen=True)
+class Trainer:
+    """What a study knows of a trainer. `method` is empty for nnU-Net's own, which have none of this package's."""
+
+    method: str = ""
+    plans: str = STOCK_PLANS
+    frozen_features: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,42 +36,39 @@ class Study:
     datasets: dict[str, str]  # nnU-Net's, of every site
     dataset_json: dict[str, Any]  # the same for all sites but for the number of cases
     existing: bool  # whether the data sets lie in the user's own nnU-Net folders; else in `out`
-    trainers: tuple[str, ...]
+    trainers: dict[str, Trainer]  # by name
     sources: tuple[str, ...]  # where they are trained
     targets: tuple[str, ...]  # which are segmented
     folds: tuple[str, ...] = ("0",)  # as typed after -f
     plans: str = ""  # for all trainers; empty for each method's own, or where there are settings
     settings: dict[str, Any] = field(default_factory=dict)  # keys of the plans' 2D configuration for all trainers
     tolerance: float = 2.0  # of the surface Dice, in mm
+    version: int = VERSION
 
     @property
-    def trainers_by_method(self) -> dict[str, list[str]]:
-        """This package's kind of trainers, by the name of their method."""
-        trainers: dict[str, list[str]] = {}
-        for trainer in self.trainers:
-            if (method := method_of(trainer)) is not None:
-                trainers.setdefault(method.name, []).append(trainer)
-        return trainers
+    def plans_made(self) -> dict[str, str]:
+        """Of every plans file that the study itself makes at each source, a trainer that it is for."""
+        made = {} if self.plans else {kind.plans: name for name, kind in reversed(self.trainers.items())}
+        return {plans: name for plans, name in made.items() if plans != STOCK_PLANS}
 
     def folder(self, name: str) -> Path:
-        """One of nnU-Net's three, :data:`FOLDERS`."""
+        """One of nnU-Net's three, :data:`~desam_nnunet.nnunet.names.FOLDERS`."""
         return Path(os.environ[name]) if self.existing else self.out / name
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """nnU-Net's variables."""
+        return {name: str(self.folder(name)) for name in FOLDERS}
+
+    def number(self, source: str) -> str:
+        """Of the data set, as nnU-Net's commands take it."""
+        return str(int(self.datasets[source].removeprefix("Dataset")[:3]))
 
     def preprocessed(self, source: str) -> Path:
         return self.folder("nnUNet_preprocessed") / self.datasets[source]
 
-    def plans_of(self, trainer: str) -> str:
-        """The name of the plans that `trainer` trains with."""
-        if self.settings and self.existing:  # beside those of other studies, in the user's folders
-            digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
-            return f"{STUDY_PLANS}_{digest[:8]}"
-        if self.settings:
-            return STUDY_PLANS
-        method = method_of(trainer)
-        return self.plans or (method.plans_name if method else STOCK_PLANS)
-
     def model(self, source: str, trainer: str) -> Path:
-        name = f"{trainer}__{self.plans_of(trainer)}__{CONFIGURATION}"
+        name = f"{trainer}__{self.trainers[trainer].plans}__{CONFIGURATION}"
         return self.folder("nnUNet_results") / self.datasets[source] / name
 
     def fold(self, source: str, trainer: str, fold: str) -> Path:
@@ -100,20 +91,21 @@ class Study:
     def prediction_folder(self, source: str, trainer: str, target: str) -> Path:
         return self.out / "predictions" / source / trainer / target
 
-    def scores(self, source: str, trainer: str, target: str) -> Path:
-        return self.out / "scores" / f"{source}__{trainer}__{target}.json"
+    def scores(self, *cell: str, of: str = "scores") -> Path:
+        """Of metrics; of `errors`, where segmentations are wrong."""
+        return self.out / of / "/".join(cell[:-1]) / f"{cell[-1]}.json"
 
-    def picture(self, source: str, trainer: str, target: str, ending: str = "") -> Path:
-        """Of the segmentations; with :data:`SCORES` as ending, of PRIM's scores."""
-        return self.out / "pictures" / f"{source}__{trainer}__{target}{ending}.webp"
+    def picture(self, *cell: str, of: str = "cases") -> Path:
+        return self.out / "pictures" / "/".join(cell) / f"{of}.webp"
 
-    def note(self, step: str) -> Path:
-        """Written when a step is done: what it took."""
-        return self.out / "state" / f"{step}.json"
+    def record(self, rule: str, *names: str) -> Path:
+        """Written when a job of nnU-Net's is done: what it took."""
+        return self.out / "records" / rule / "/".join(names[:-1]) / f"{names[-1]}.json"
 
-    def read_note(self, step: str) -> dict[str, Any]:
+    def read_record(self, rule: str, *names: str) -> dict[str, Any]:
         """Empty where there is none."""
-        return json.loads(self.note(step).read_text()) if self.note(step).is_file() else {}
+        path = self.record(rule, *names)
+        return json.loads(path.read_text()) if path.is_file() else {}
 
     def cells(self) -> Iterable[tuple[str, str, str]]:
         """Source, trainer and target, in order."""
@@ -125,9 +117,18 @@ class Study:
         held_out = [] if "all" in self.folds else [source]
         return [*held_out, *(target for target in self.targets if target != source)]
 
-    def write(self) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
-        replace_file(self.out / FILE, [json.dumps(plain(self), indent=4).encode()])
+    def write(self, path: Path) -> None:
+        replace_file(path, [json.dumps(plain(self), indent=4).encode()])
+
+
+def read_study(path: Path, out: Path) -> Study:
+    """What :meth:`Study.write` wrote; `out` is the study's folder."""
+    content = json.loads(path.read_text())
+    sites = {site: [Case(row["case"], tuple(Path(image[0]) for image in row["images"]), Path(row["label"][0]))
+                    for row in rows] for site, rows in content["sites"].items()}
+    trainers = {name: Trainer(**facts) for name, facts in content["trainers"].items()}
+    names = {key: tuple(content[key]) for key in ("sources", "targets", "folds")}
+    return Study(out=out, **content | names | {"sites": sites, "trainers": trainers})
 
 
 def plain(study: Study) -> dict[str, Any]:

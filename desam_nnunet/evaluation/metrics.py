@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+NONE = "\N{EN DASH}"  # printed where there is no value
+
 
 class Metric(NamedTuple):
     """A column of every table."""
@@ -25,6 +27,10 @@ class Metric(NamedTuple):
     digits: int  # after the point
     better: str  # high, low, or zero for signed differences
     meaning: str  # one sentence, empty masks included
+
+    def text(self, value: float | None) -> str:
+        """As it is printed; a dash where there is none."""
+        return NONE if value is None or value != value else f"{value:.{self.digits}f}"
 
 
 METRICS = (

@@ -108,6 +108,17 @@ def read_rows(path: Path) -> list[Row]:
     return [{key: float("nan") if value is None else value for key, value in row.items()} for row in rows]
 
 
+def chosen_cases(rows: list[Row]) -> list[tuple[str, str, float]]:
+    """Best, median and worst case by mean Dice over classes, all slices counted; of two best and worst, of one it."""
+    dices: dict[str, list[float]] = {}
+    for row in rows:
+        if row["protocol"] == "volume":
+            dices.setdefault(row["case"], []).append(row["dice"])
+    ranked = sorted(((float(np.mean(dice)), case) for case, dice in dices.items()), reverse=True)
+    words = {len(ranked) // 2: "median", len(ranked) - 1: "worst", 0: "best" if len(ranked) > 1 else "only case"}
+    return [(words[place], ranked[place][1], ranked[place][0]) for place in sorted(words)]
+
+
 def _score_case(
     prediction: Path | None, reference: Path, classes: Classes, ignored: int | None, tolerance: float
 ) -> Iterator[Row]:

@@ -11,8 +11,6 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from desam_nnunet.nnunet.model_folder import read_description
 
-STOCK_PLANS = "nnUNetPlans"
-
 
 class Preprocessed(NamedTuple):
     """Plans and dataset.json as read, and the data set's folder in ``nnUNet_preprocessed``."""

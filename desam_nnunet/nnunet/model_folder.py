@@ -75,3 +75,16 @@ def read_checkpoint(model: Path, fold: str, name: str) -> dict[str, Any]:
     what = f"{path} can't be read as a checkpoint of nnU-Net's"
     with damage_told(what), torch.serialization.safe_globals(_NUMBERS):
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def epoch_seconds(checkpoint: dict[str, Any]) -> float:
+    """What all epochs together took, from nnU-Net's log in a checkpoint, which survives a resumed training."""
+    log = checkpoint["logging"]
+    times = zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=True)
+    return sum(end - begin for begin, end in times)
+
+
+def count_parameters(checkpoint: dict[str, Any]) -> int:
+    """Of a checkpoint; nnU-Net's network lists the same tensor under several names."""
+    weights = checkpoint["network_weights"].values()
+    return sum({(value.data_ptr(), value.shape): value.numel() for value in weights}.values())

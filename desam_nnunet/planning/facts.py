@@ -11,10 +11,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from desam_nnunet.cache.tiles import tiles_of
-
-CONFIGURATION = "2d"
-FOLDS = 5  # of nnU-Net's split
-SPLITS = "splits_final.json"
+from desam_nnunet.nnunet.names import CONFIGURATION
 
 
 @dataclass(frozen=True)
@@ -52,9 +49,29 @@ def read_facts(plans: dict[str, Any], dataset_json: dict[str, Any], fingerprint:
         slices, *plane = (shape[axis] for axis in order)
         rows, columns = compute_new_shape(plane, [spacing[axis] for axis in order[1:]], configuration.spacing)
         shapes.append((int(slices), int(rows), int(columns)))
-    strides = [np.broadcast_to(stride, 2) for stride in configuration.network_arch_init_kwargs["strides"]]
-    rows, columns = np.prod(strides, axis=0)
+    rows, columns = _divisor(configuration.network_arch_init_kwargs["strides"])
     labels = manager.get_label_manager(dataset_json)
     return Facts(
-        tuple(shapes), (int(rows), int(columns)), determine_num_input_channels(manager, configuration, dataset_json),
+        tuple(shapes), (rows, columns), determine_num_input_channels(manager, configuration, dataset_json),
         labels.num_segmentation_heads - (not labels.has_regions), tuple(configuration.normalization_schemes))
+
+
+def _divisor(strides: list[Any]) -> list[int]:
+    """What nnU-Net's own network divides rows and columns by, from the strides of its stages."""
+    return np.prod([np.broadcast_to(stride, 2) for stride in strides], axis=0).tolist()
+
+
+def check_patch(configuration: dict[str, Any], trainer: str) -> None:
+    """Refuses a patch that nnU-Net's network, which `trainer` trains, can't halve as often as it does.
+
+    Args:
+        configuration: Of the plans, as JSON.
+
+    Raises:
+        ValueError: It is no multiple.
+    """
+    steps = _divisor(configuration["architecture"]["arch_kwargs"]["strides"])
+    patch = configuration["patch_size"]
+    if any(length % step for length, step in zip(patch, steps, strict=True)):
+        raise ValueError(f"patch_size is {patch}, but {trainer}'s network needs multiples of {steps} here: begin "
+                         "another study with such a one, or without nnU-Net's trainers.")

@@ -17,10 +17,11 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from desam_nnunet.cache.build import usable_bytes
 from desam_nnunet.cache.store import open_stores
 from desam_nnunet.encoders.weights import find_row, is_here
-from desam_nnunet.nnunet.datasets import STOCK_PLANS, dataset_folder
+from desam_nnunet.nnunet.datasets import dataset_folder
 from desam_nnunet.nnunet.model_folder import read_description
+from desam_nnunet.nnunet.names import CONFIGURATION, FOLDS, SPLITS, STOCK_PLANS
 from desam_nnunet.planning.choices import Choice, choose_augmentation, choose_schedule
-from desam_nnunet.planning.facts import CONFIGURATION, FOLDS, SPLITS, Facts, read_facts
+from desam_nnunet.planning.facts import Facts, read_facts
 from desam_nnunet.planning.fit import Fit, Machine, choose_encoder
 from desam_nnunet.planning.request import Request
 from desam_nnunet.sam.slabs import SLABS

@@ -12,8 +12,9 @@ from desam_nnunet.cache.build import Share
 from desam_nnunet.cache.store import Store
 from desam_nnunet.cache.views import not_started
 from desam_nnunet.networks.frame import FrozenSamNetwork
-from desam_nnunet.nnunet.datasets import STOCK_PLANS, dataset_folder, read_preprocessed
+from desam_nnunet.nnunet.datasets import dataset_folder, read_preprocessed
 from desam_nnunet.nnunet.model_folder import build_network, trained_plans
+from desam_nnunet.nnunet.names import STOCK_PLANS
 from desam_nnunet.settings.resolve import read_sam, resolve_plans
 from desam_nnunet.system.machine import limit_threads
 from desam_nnunet.training.frozen import FrozenSamTrainer, build_missing, builder_of

@@ -13,7 +13,7 @@ from fuzzing import JSON, outcome
 from hypothesis import given
 from hypothesis import strategies as st
 
-from desam_nnunet.cross_site.sites import check_sites, read_sites
+from desam_nnunet.nnunet.sites import check_sites, read_sites
 
 COLUMNS = ["case", "site", "image", "label"]
 CELLS = st.one_of(st.text(max_size=12), st.sampled_from(["", " ", "../x", "=1", "all", "A", "a", "x" * 300, "\0", "."]))

@@ -1,4 +1,4 @@
-"""nnU-Net's own trainers with as many iterations as ours take from the study's settings."""
+"""nnU-Net's own trainers with as many iterations as ours, for comparisons."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import argparse
 import torch
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
-from desam_nnunet.planning.facts import CONFIGURATION
+from desam_nnunet.nnunet.names import CONFIGURATION
+from desam_nnunet.settings.sections import SamSection
 from desam_nnunet.system.machine import usable_cores
 
 KEYS = {"epochs": "num_epochs", "iterations_per_epoch": "num_iterations_per_epoch",
@@ -23,7 +24,7 @@ def main() -> None:
     parser.add_argument("-p", required=True)
     parser.add_argument("-device", default="cuda")
     for key in KEYS:
-        parser.add_argument(f"--{key}", type=int)
+        parser.add_argument(f"--{key}", type=int, default=getattr(SamSection, key))
     options = parser.parse_args()
     torch.set_num_threads(usable_cores() if options.device == "cpu" else 1)  # as our trainers and nnUNetv2_train do
     torch.backends.cudnn.benchmark = True
@@ -31,8 +32,7 @@ def main() -> None:
     trainer = get_trainer_from_args(options.dataset, CONFIGURATION, fold, options.tr, options.p,
                                     continue_training=True, device=torch.device(options.device))
     for key, attribute in KEYS.items():
-        if (value := getattr(options, key)) is not None:
-            setattr(trainer, attribute, value)
+        setattr(trainer, attribute, getattr(options, key))
     trainer.save_every = 1
     maybe_load_checkpoint(trainer, True, False)
     trainer.run_training()

@@ -1,10 +1,11 @@
-"""Pictures of a study: box plots, and slices of the best, the median and the worst case of a model."""
+"""Pictures of scores and segmentations: box plots, and slices of the best, the median and the worst case of a model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from io import BytesIO, StringIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -15,14 +16,16 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from desam_nnunet.cross_site.study import Study
 from desam_nnunet.evaluation.metrics import Metric
-from desam_nnunet.evaluation.scores import Row, classes_of, read_rows, slice_axis
+from desam_nnunet.evaluation.scores import Classes, slice_axis
 from desam_nnunet.evaluation.statistics import per_case
+from desam_nnunet.nnunet.sites import Case
 from desam_nnunet.system.files import replace_file
 
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#000000")  # Okabe and Ito
 _ON_IMAGES = ("#e69f00", "#56b4e9", "#f0e442", "#cc79a7", "#009e73", "#d55e00")  # those of them that are bright
+_NO_MATH: Any = {"text.parse_math": False}  # in names that others gave
+_AS_TEXT: Any = {"svg.hashsalt": "desam", "svg.fonttype": "none", "font.size": 9} | _NO_MATH
 _FILLED = 0.3  # opacity of the reference
 _INSIDE = (0.2, 0.5, 0.8)  # of the organ's extent
 _WINDOW = (0.5, 99.5)  # percentiles of the volume
@@ -36,7 +39,7 @@ def box_plot(scores: pd.DataFrame, target: str, metric: Metric) -> str:
     """
     here = scores[scores["target"] == target]
     sources, trainers = list(dict.fromkeys(here["source"])), list(dict.fromkeys(scores["trainer"]))
-    with matplotlib.rc_context({"svg.hashsalt": "desam", "svg.fonttype": "none", "font.size": 9}):
+    with matplotlib.rc_context(_AS_TEXT):
         width = 1.6 + len(sources) * (0.55 * len(trainers) + 0.4)
         figure = Figure(figsize=(max(4.0, width), 2.9), layout="constrained")
         axis = figure.subplots()
@@ -61,8 +64,44 @@ def box_plot(scores: pd.DataFrame, target: str, metric: Metric) -> str:
         axis.grid(axis="y", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
-        text = StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+        return _svg(figure)
+
+
+def agreement_plot(errors: pd.DataFrame) -> str:
+    """Volumes as SVG, after Bland and Altman (Lancet 327:307-310, 1986): for each trainer, at unseen sites, the
+    difference of both volumes over their mean, every volume a dot, with the mean difference and 1.96 deviations.
+
+    Args:
+        errors: Rows of :func:`~desam_nnunet.evaluation.errors.error_rows`, with their trainer, source and target.
+    """
+    unseen = errors[errors["source"] != errors["target"]]
+    trainers, targets = (list(dict.fromkeys(unseen[key])) for key in ("trainer", "target"))
+    with matplotlib.rc_context(_AS_TEXT):
+        figure = Figure(figsize=(3.1 * len(trainers) + 1.2, 2.9), layout="constrained")
+        axes = figure.subplots(1, len(trainers), squeeze=False, sharex=True, sharey=True)[0]
+        for axis, trainer in zip(axes, trainers, strict=True):
+            rows = unseen[unseen["trainer"] == trainer]
+            difference = rows["predicted_ml"] - rows["reference_ml"]
+            for number, target in enumerate(targets):
+                here = rows["target"] == target
+                mean = (rows["predicted_ml"] + rows["reference_ml"])[here] / 2
+                axis.scatter(mean, difference[here], s=12, color=_COLOURS[number % len(_COLOURS)], label=target)
+            spread = 1.96 * difference.std() if len(difference) > 1 else 0.0
+            axis.axhline(difference.mean(), color="black", linewidth=1)
+            for limit in (difference.mean() - spread, difference.mean() + spread):
+                axis.axhline(limit, color="black", linewidth=1, linestyle="dashed")
+            axis.set_title(f"{trainer}\n{difference.mean():+.1f} \N{PLUS-MINUS SIGN} {spread:.1f} ml", fontsize=9)
+            axis.set_xlabel("mean of both volumes, ml")
+            axis.spines[["top", "right"]].set_visible(False)
+        axes[0].set_ylabel("predicted \N{MINUS SIGN} reference, ml")
+        axes[-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
+        return _svg(figure)
+
+
+def _svg(figure: Figure) -> str:
+    """To be put into a page, without a time stamp."""
+    text = StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
     return svg[svg.index("<svg"):]
 
@@ -76,15 +115,20 @@ class Volume(NamedTuple):
     aspect: float
 
 
-def draw_cases(study: Study, source: str, trainer: str, target: str) -> None:
-    """Writes the picture of one cell of the study."""
-    chosen = chosen_cases(read_rows(study.scores(source, trainer, target)))
-    predictions = study.predictions(source, trainer, target)
-    classes, ignored = classes_of(study.dataset_json)
+@matplotlib.rc_context(_NO_MATH)
+def draw_cases(
+    chosen: list[tuple[str, str, float]], cases: Mapping[str, Case], predictions: Mapping[str, Path], classes: Classes,
+    ignored: int | None, path: Path,
+) -> None:
+    """Writes a picture with a row of slices for each of the chosen cases.
+
+    Args:
+        chosen: Of :func:`~desam_nnunet.evaluation.scores.chosen_cases`.
+        predictions: Files by case; one that is not there is an empty segmentation.
+    """
     columns = len(_INSIDE) + 1
     figure = Figure(figsize=(2.2 * columns, 2.35 * len(chosen)), layout="constrained")
     rows = figure.subplots(len(chosen), columns, squeeze=False)
-    cases = {case.name: case for case in study.sites[target]}
     for axes, (word, case, dice) in zip(rows, chosen, strict=True):
         volume = _read(cases[case].images[0], cases[case].label, predictions.get(case))
         low, high = np.percentile(volume.image, _WINDOW)
@@ -100,18 +144,7 @@ def draw_cases(study: Study, source: str, trainer: str, target: str) -> None:
             for number, name in enumerate(classes)]
     figure.legend(handles=keys, loc="outside lower left", ncols=6, frameon=False, fontsize=8,
                   title="filled: reference, line: prediction", title_fontsize=8, alignment="left")
-    save(figure, study.picture(source, trainer, target))
-
-
-def chosen_cases(rows: list[Row]) -> list[tuple[str, str, float]]:
-    """Best, median and worst case by mean Dice over classes, all slices counted; of two best and worst, of one it."""
-    dices: dict[str, list[float]] = {}
-    for row in rows:
-        if row["protocol"] == "volume":
-            dices.setdefault(row["case"], []).append(row["dice"])
-    ranked = sorted(((float(np.mean(dice)), case) for case, dice in dices.items()), reverse=True)
-    words = {len(ranked) // 2: "median", len(ranked) - 1: "worst", 0: "best" if len(ranked) > 1 else "only case"}
-    return [(words[place], ranked[place][1], ranked[place][0]) for place in sorted(words)]
+    save(figure, path)
 
 
 def colour_of(number: int) -> str:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from desam_nnunet.cross_site.volumes import check_volumes
+from desam_nnunet.nnunet.names import FOLDERS
+from desam_nnunet.nnunet.volumes import check_volumes
+from desam_nnunet.system.files import read_object, replace_file
 from desam_nnunet.system.progress import progress
 
 ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
 LABEL_WORDS = ("_segmentation", "_seg", "_label", "_mask")
+_DESCRIBED = ("channel_names", "labels", "file_ending")  # in dataset.json
 ALL = "all"  # what stands for every site together, and so is no site's name
 _SITE = re.compile(r"[A-Za-z0-9_-]+")
 _CASE = re.compile(r"[^/\\:*?\"<>|\x00-\x1f]+")
@@ -67,7 +71,7 @@ def check_sites(sites: Sites) -> dict[str, list[int]]:
     Raises:
         FileNotFoundError: A file is missing.
         ValueError: A name that can't be a file's, an image that occurs twice, cases with different numbers of channels
-            or file endings, or volumes as :func:`~desam_nnunet.cross_site.volumes.check_volumes` refuses them.
+            or file endings, or volumes as :func:`~desam_nnunet.nnunet.volumes.check_volumes` refuses them.
     """
     _check_names("The sites", "", sites)
     for site, cases in sites.items():
@@ -204,3 +208,84 @@ def _from_manifest(path: Path) -> Sites:
     if not sites:
         raise ValueError(f"{path} has no rows: it needs the columns {', '.join(sorted(_COLUMNS))}.")
     return dict(sites)
+
+
+def sites_of_datasets(datasets: Sequence[str]) -> tuple[Sites, dict[str, str]]:
+    """Sites that are nnU-Net's data sets, ``SITE=DATASET``, and the full name of each.
+
+    Raises:
+        FileNotFoundError, ValueError: There is none of that name, or it is given wrongly.
+    """
+    for name in FOLDERS:
+        if not os.environ.get(name):
+            raise ValueError(f"-d needs nnU-Net's own folders: set {name}.")
+    sites: Sites = {}
+    names = {}
+    for text in datasets:
+        site, _, dataset = text.partition("=")
+        if not site or not dataset or site in sites:
+            raise ValueError(f"-d {text} is not SITE=DATASET with a name of its own, such as RUNMC=501.")
+        from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+        from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+        try:
+            names[site] = maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset)
+        except RuntimeError as error:
+            raise FileNotFoundError(f"-d {text}: nnU-Net has no data set {dataset}.") from error
+        raw = Path(os.environ[FOLDERS[0]]).absolute() / names[site]  # links to its images lie elsewhere
+        if not (raw / "dataset.json").is_file():
+            raise FileNotFoundError(f"{raw / 'dataset.json'} does not exist: a study needs the raw images.")
+        files = get_filenames_of_train_images_and_targets(str(raw))
+        sites[site] = sorted(Case(case, tuple(map(Path, row["images"])), Path(row["label"]))
+                             for case, row in files.items())
+    return sites, names
+
+
+def common_description(raw: Path, datasets: dict[str, str]) -> dict[str, Any]:
+    """``dataset.json`` of sites that are data sets in `raw`, without what may differ between them.
+
+    Raises:
+        ValueError: They differ in something else.
+    """
+    descriptions = {}
+    for site, dataset in datasets.items():
+        given = read_object(raw / dataset / "dataset.json")
+        if "channel_names" not in given and "modality" in given:
+            given["channel_names"] = given["modality"]  # its name in nnU-Net's first version
+        descriptions[site] = {key: given[key] for key in (*_DESCRIBED, "regions_class_order") if key in given}
+        if lacking := [key for key in _DESCRIBED if key not in given]:
+            raise ValueError(f"The data set of {site}, {dataset}, has no {lacking[0]} in dataset.json: add it.")
+    (first, description), *others = descriptions.items()
+    for site, theirs in others:
+        for key in ("labels", "file_ending", "regions_class_order"):
+            if theirs.get(key) != description.get(key):
+                raise ValueError(f"The data sets of {first} and {site} differ in {key} ({description.get(key)} and "
+                                 f"{theirs.get(key)}): make them alike, or no model of one can be scored at the other.")
+        here, there = (len(each["channel_names"]) for each in (description, theirs))
+        if here != there:
+            raise ValueError(f"The data sets of {first} and {site} have {here} and {there} channels, but need the "
+                             "same.")
+    return description
+
+
+def write_dataset(folder: Path, description: dict[str, Any], cases: list[Case]) -> None:
+    """Writes a raw data set: ``dataset.json`` with `description`, which names the cases' files where they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {case.name: {"images": [str(path) for path in case.images], "label": str(case.label)} for case in cases}
+    content = description | {"numTraining": len(files), "dataset": files}
+    replace_file(folder / "dataset.json", [json.dumps(content, indent=4).encode()])
+
+
+def link_images(folder: Path, cases: list[Case], ending: str) -> None:
+    """Links the cases' images under nnU-Net's names, as nnUNetv2_predict wants them; copies where links can't be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for case in cases:
+        for channel, image in enumerate(case.images):
+            link = folder / f"{case.name}_{channel:04d}{ending}"
+            if link.exists():
+                continue
+            link.unlink(missing_ok=True)
+            try:
+                link.symlink_to(image)
+            except OSError:
+                replace_file(link, [image.read_bytes()])

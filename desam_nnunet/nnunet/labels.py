@@ -9,7 +9,7 @@ def labels_of(occurring: Mapping[str, list[int]], given: Iterable[str]) -> dict[
     """nnU-Net's ``labels``, the background included.
 
     Args:
-        occurring: Values of each site, of :func:`~desam_nnunet.cross_site.sites.check_sites`.
+        occurring: Values of each site, of :func:`~desam_nnunet.nnunet.sites.check_sites`.
         given: ``NAME=VALUE`` of each class, as typed; empty where values are to be taken as they occur.
 
     Raises:

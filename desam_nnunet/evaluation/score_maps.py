@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -16,11 +18,12 @@ from matplotlib.figure import Figure
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from desam_nnunet.cache.tiles import crop, tiles_of
-from desam_nnunet.cross_site.pictures import chosen_cases, outline, save
-from desam_nnunet.cross_site.study import CHECKPOINT, SCORES, Study
-from desam_nnunet.evaluation.scores import classes_of, read_rows
+from desam_nnunet.evaluation.pictures import outline, save
+from desam_nnunet.evaluation.scores import Classes
 from desam_nnunet.networks.desam.network import DeSAM
 from desam_nnunet.networks.desam.prompters import PointPrompter
+from desam_nnunet.nnunet.names import CHECKPOINT
+from desam_nnunet.nnunet.sites import Case
 
 
 class ScoreMap(NamedTuple):
@@ -35,21 +38,21 @@ class ScoreMap(NamedTuple):
     slice: int  # of the volume before preprocessing, along the axis that nnU-Net cuts it along
 
 
-def draw_scores(study: Study, source: str, trainer: str, target: str) -> None:
-    """Writes the maps of the median case: a slice through the organ and, where there is one, a slice without it.
+@matplotlib.rc_context({"text.parse_math": False})
+def draw_scores(model: Path, fold: str, case: Case, classes: Classes, path: Path) -> None:
+    """Writes the maps of one case: a slice through the organ and, where there is one, a slice without it; nothing where
+    the model's prompter does not choose among points.
 
-    On the CPU, so that nothing is left on a GPU that the next step needs.
+    On the CPU, so that nothing is left on a GPU that the next job needs.
     """
     with contextlib.redirect_stdout(io.StringIO()):  # the predictor talks
         predictor = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False, allow_tqdm=False)
-        predictor.initialize_from_trained_model_folder(str(study.model(source, trainer)), study.folds[:1], CHECKPOINT)
+        predictor.initialize_from_trained_model_folder(str(model), (fold,), CHECKPOINT)
     network = predictor.network.eval()
-    assert isinstance(network, DeSAM)
-    classes, _ = classes_of(study.dataset_json)
-    cases = chosen_cases(read_rows(study.scores(source, trainer, target)))
-    case = next(case for case in study.sites[target] if case.name == cases[len(cases) // 2][1])
+    if not (isinstance(network, DeSAM) and isinstance(network.prompter, PointPrompter)):
+        return
     organs = [value for values in classes.values() for value in values]
-    maps = score_maps(network, predictor, [str(path) for path in case.images], str(case.label), organs)
+    maps = score_maps(network, predictor, [str(image) for image in case.images], str(case.label), organs)
     figure = Figure(figsize=(3.6 * len(classes), 3.3 * len(maps)), layout="constrained")
     axes = figure.subplots(len(maps), len(classes), squeeze=False)
     for row, shown in zip(axes, maps, strict=True):
@@ -57,7 +60,7 @@ def draw_scores(study: Study, source: str, trainer: str, target: str) -> None:
             outline(axis, np.isin(shown.labels, values), index)
             _draw(axis, shown, index, f"{case.name}, slice {shown.slice}, {name}")
     figure.colorbar(axes[0, 0].collections[-1], ax=axes, label="PRIM's score of the point", shrink=0.8)
-    save(figure, study.picture(source, trainer, target, SCORES))
+    save(figure, path)
 
 
 @torch.inference_mode()

@@ -1,0 +1,8 @@
+"""nnU-Net's names for things. Importing this imports nothing heavy."""
+
+CONFIGURATION = "2d"
+STOCK_PLANS = "nnUNetPlans"
+FOLDS = 5  # of nnU-Net's split
+SPLITS = "splits_final.json"
+CHECKPOINT = "checkpoint_final.pth"  # what predicts
+FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")  # its variables

@@ -1,0 +1,57 @@
+"""Keys of the plans' 2D configuration that several trainers get alike, from a file."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from desam_nnunet.nnunet.names import CONFIGURATION
+from desam_nnunet.settings.resolve import check_keys, given_section, resolve_plans
+from desam_nnunet.settings.sections import Method, SamSection
+from desam_nnunet.system.files import read_object
+
+_KEYS = ("batch_size", "patch_size")  # beside our sections
+
+
+def read_settings(path: Path, methods: Iterable[Method]) -> dict[str, Any]:
+    """What a file gives.
+
+    Args:
+        methods: Whose sections it may have.
+
+    Raises:
+        ValueError: Not an object of such keys, or no batch size.
+    """
+    settings = read_object(path)
+    if not settings:
+        raise ValueError(f"{path} must hold an object with keys of the plans' 2D configuration, such as batch_size.")
+    sections = {"sam": SamSection} | {method.name: method.section for method in methods}
+    for name, section in sections.items():
+        check_keys(name, section, given_section(settings, name))
+    if unknown := [key for key in settings if key not in sections and key not in _KEYS]:
+        raise ValueError(f"{path} has the key '{unknown[0]}', which a study does not take: choose among "
+                         f"{', '.join([*sections, *_KEYS])}.")
+    if type(settings.get("batch_size")) is not int or settings["batch_size"] < 1:
+        raise ValueError(f"{path} must give batch_size, a number from 1 on, so that all trainers have the same.")
+    patch = settings.get("patch_size", [1, 1])
+    if not isinstance(patch, list) or [type(side) for side in patch] != [int, int] or min(patch) < 1:
+        raise ValueError(f"{path} has the patch_size {patch}, but it must be two numbers from 1 on, such as "
+                         "[256, 256].")
+    return settings
+
+
+def check_settings(settings: dict[str, Any], methods: Iterable[Method]) -> None:
+    """Whether plans with these settings hold for every method, and the weights are here, before data are planned.
+
+    Raises:
+        FileNotFoundError, ValueError: They don't.
+    """
+    window = settings.get("sam", {}).get("intensity") == "window"
+    configuration = {"patch_size": [64, 64], "normalization_schemes": ["CTNormalization" if window else ""],
+                     "architecture": {}}
+    for method in methods:
+        plans = {"plans_name": "", "label_manager": "LabelManager",
+                 "configurations": {CONFIGURATION: copy.deepcopy(configuration | settings)}}
+        resolve_plans(plans, CONFIGURATION, {"labels": {"background": 0, "organ": 1}}, method)

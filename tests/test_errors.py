@@ -1,0 +1,111 @@
+"""Where segmentations are wrong, and what a study found, by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import SimpleITK as sitk
+
+from desam_nnunet.evaluation.errors import BOUNDARY, EXTRA, MISSED, THIRDS, class_errors, error_rows, thirds
+from desam_nnunet.evaluation.findings import position_means, sentences, shift, worst_cases
+from desam_nnunet.evaluation.pictures import agreement_plot
+
+SHAPE = (9, 30, 30)
+SPACING = (4.0, 1.0, 1.0)
+
+
+def cube(*slices: int, rows: slice = slice(5, 25)) -> np.ndarray:
+    mask = np.zeros(SHAPE, bool)
+    mask[list(slices), rows, 5:25] = True
+    return mask
+
+
+def test_a_slice_that_is_missed_and_one_that_is_added() -> None:
+    found = class_errors(cube(1, 2, 3, 6), cube(1, 2, 3, 4, 5), SPACING, tolerance=1.0)
+    assert found[MISSED] + found[BOUNDARY] == pytest.approx(2 * 20 * 20 * 4 / 1000)
+    assert found[MISSED] == pytest.approx(2 * 18 * 18 * 4 / 1000)  # a rim of 1 mm is of the border
+    assert found[EXTRA] == pytest.approx(20 * 20 * 4 / 1000)
+    assert (found["wrong"], found["slice"]) == (MISSED, 4)
+    assert (found["reference_ml"], found["predicted_ml"]) == pytest.approx((8.0, 6.4))
+
+
+def test_a_border_that_is_off_by_one_voxel() -> None:
+    found = class_errors(cube(1, 2, 3, rows=slice(6, 26)), cube(1, 2, 3), SPACING, tolerance=1.0)
+    assert found[BOUNDARY] == pytest.approx(2 * 3 * 20 * 4 / 1000)
+    assert (found[MISSED], found[EXTRA], found["wrong"]) == (0.0, 0.0, BOUNDARY)
+    assert class_errors(cube(1), cube(1), SPACING, tolerance=1.0)["wrong"] == ""
+
+
+def test_thirds_are_along_the_body() -> None:
+    reference, prediction = cube(1, 2, 3, 4, 5, 6), cube(5, 6)
+    assert list(thirds(prediction, reference, 1.0).values()) == [1.0, 0.0, 0.0]  # the last slice is the upper one
+    assert list(thirds(prediction, reference, -1.0).values()) == [0.0, 0.0, 1.0]
+    assert set(thirds(prediction, reference, 0.1).values()) == {None}
+    assert set(thirds(prediction, cube(1, 2), 1.0).values()) == {None}
+
+
+def test_files_whose_slices_are_along_another_axis(tmp_path: Path) -> None:
+    """Slices along the file's first axis, which points to the feet; a missing prediction has everything missed."""
+    array = np.moveaxis(cube(1, 2, 3, 4, 5, 6), 0, 2).astype(np.uint8)
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing((4.0, 1.0, 1.0))
+    image.SetDirection((0, 1, 0, 0, 0, 1, -1, 0, 0))
+    sitk.WriteImage(image, tmp_path / "reference.nii.gz")
+    array[..., 1:3] = 0
+    changed = sitk.GetImageFromArray(array)
+    changed.CopyInformation(image)
+    sitk.WriteImage(changed, tmp_path / "prediction.nii.gz")
+    references = dict.fromkeys(("a", "b"), tmp_path / "reference.nii.gz")
+    first, second = error_rows({"a": tmp_path / "prediction.nii.gz"}, references, {"organ": (1,)}, None, 1.0)
+    assert [first[name] for name in THIRDS] == [0.0, 1.0, 1.0]
+    assert (first["case"], first["wrong"], first["slice"]) == ("a", MISSED, 1)
+    assert second["predicted_ml"] == 0
+    assert [second[name] for name in THIRDS] == [0.0, 0.0, 0.0]
+
+
+def scores(**dices: list[float]) -> pd.DataFrame:
+    """Of models of A, on cases of B; of one case of A, which is half as good."""
+    return pd.DataFrame([
+        {"source": "A", "trainer": trainer, "target": "A" if case == 0 else "B", "case": str(case), "dice": dice}
+        for trainer, given in dices.items() for case, dice in enumerate([given[0] / 2, *given])])
+
+
+def test_sentences_say_what_the_interval_allows() -> None:
+    (clear,) = sentences(scores(one=[0.8, 0.7, 0.9], two=[0.5, 0.4, 0.6]))
+    assert clear == ("On 3 volume(s) of sites that neither had seen, one had a Dice that was 0.300 higher than that of "
+                     "two on average (95 % interval 0.300 to 0.300): a difference is likely.")
+    (open_,) = sentences(scores(one=[0.8, 0.2], two=[0.5, 0.7]))
+    assert "two had a Dice that was 0.100 higher than that of one on average (95 % interval -0.300 to 0.500)" in open_
+    assert "does not show which is better" in open_
+    assert "too few" in sentences(scores(one=[0.8], two=[0.5]))[0]
+    assert sentences(scores(one=[0.5], two=[0.5]))[0].endswith("one and two had the same Dice.")
+    assert sentences(scores(one=[0.5])) == []
+
+
+def test_at_home_and_elsewhere() -> None:
+    found = shift(scores(one=[0.8, 0.6], two=[0.4, 0.2]))
+    assert [round(row["drop"], 6) for row in found["trainers"]] == [0.3, 0.1]
+    (pair,) = found["pairs"]
+    assert (pair["inside"].mean, pair["outside"].mean) == pytest.approx((0.2, 0.4))
+    without = scores(one=[0.8, 0.6], two=[0.4, 0.2]).query("source != target")
+    assert shift(without)["pairs"][0]["inside"] is None
+    assert np.isnan(shift(without)["trainers"][0]["drop"])
+
+
+def test_the_worst_case_and_the_means_along_the_organ() -> None:
+    table = scores(one=[0.8, 0.6])
+    errors = table.drop(columns="dice").assign(**{
+        "class": "organ", "reference_ml": 10.0, "predicted_ml": 9.0, MISSED: 2.0, EXTRA: 0.5, BOUNDARY: 0.5,
+        "wrong": MISSED, "slice": 3} | {name: [0.0, 0.5, 0.7] for name in THIRDS})
+    (worst,) = worst_cases(table, errors)
+    assert (worst["case"], worst["dice"], worst["words"]) == ("2", 0.6, "parts of the organ were missed")
+    (means,) = position_means(errors)
+    assert (means["volumes"], means[THIRDS[0]]) == (2, pytest.approx(0.6))
+    errors.loc[1, list(THIRDS)] = None
+    assert position_means(errors)[0]["volumes"] == 1
+    drawing = agreement_plot(errors.assign(target="B$_b$ & C"))
+    assert "-1.0 " in drawing
+    assert "B$_b$ &amp; C" in drawing  # the names of others are text
