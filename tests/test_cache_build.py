@@ -489,8 +489,12 @@ def test_a_process_of_torchruns_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch)
     assert chosen == [torch.device("cuda", 1)]
 
 
-def test_the_plans_of_desam_plan_are_found(workspace: Workspace, root: Path) -> None:
+def test_the_plans_of_desam_plan_are_found(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / workspace.preprocessed.name
+    folder.mkdir()
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
     assert planned_for("SAMedTrainer", "501") == "nnUNetPlans"
-    (root / "SAMedPlans.json").write_text("{}")
+    (folder / "SAMedPlans.json").write_text("{}")
     assert planned_for("SAMedTrainer", "501") == "SAMedPlans"
-    (root / "SAMedPlans.json").unlink()
