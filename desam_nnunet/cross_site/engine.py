@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import shutil
+import signal
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -81,12 +82,14 @@ def _call(progress: Progress, folder: Path, device: str, cores: int | None, more
     config = ("--config", f"device={device}", f"threads={threads}", *config)
     logger = logging.getLogger("snakemake")
     logger.addHandler(progress)
+    terminate = signal.getsignal(signal.SIGTERM)
     try:
         snakemake([*words, *config])
     except SystemExit as end:
         return not end.code
     finally:
         logger.removeHandler(progress)
+        signal.signal(signal.SIGTERM, terminate)  # Snakemake leaves its own, which ends no process that is forked later
     return True
 
 
