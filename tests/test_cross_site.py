@@ -341,8 +341,10 @@ def test_a_study_of_data_sets_is_described_with_what_is_done(
     (raw / "dataset.json").write_text(json.dumps(description | {"numTraining": 2}))
     words = ["cross-site", "-d", "SiteA=501", "SiteB=777", "-o", str(tmp_path / "study"), "-tr", "DeSAMTrainer", "-p",
              PLANS, "--sources", "SiteA", "--targets", "SiteB", "-device", "cpu"]
+    terminate = signal.getsignal(signal.SIGTERM)
     try:
         assert main([*words, "--dry-run"]) == 0
+        assert signal.getsignal(signal.SIGTERM) == terminate
         assert "[to do] train SiteA DeSAMTrainer 0    nnUNetv2_train 501 2d 0" in capsys.readouterr().out
         assert not (tmp_path / "study").exists()
         (raw / "dataset.json").write_text(json.dumps(description | {"labels": {"background": 0, "other": 1}}))
