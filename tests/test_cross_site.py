@@ -322,12 +322,14 @@ def test_two_calls_do_not_work_at_the_same_study(ran: Ran, capsys: pytest.Captur
 
 def test_the_time_that_is_left_is_unknown_until_each_rule_has_run(tmp_path: Path) -> None:
     progress = Progress(tmp_path)
-    progress.left.update(train=2, report=1)
-    (tmp_path / "benchmarks" / "train" / "A").mkdir(parents=True)
-    for fold, seconds in enumerate((600, 1200)):
-        (tmp_path / "benchmarks" / "train" / "A" / f"{fold}.tsv").write_text(f"s\tmax_rss\n{seconds}\t1\n")
+    progress.left.update(train=2, predict=1, score=0, report=1)
+    for name, seconds in (("train/A/0", 600), ("train/A/1", 1200)):
+        path = tmp_path / "benchmarks" / f"{name}.tsv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"s\tmax_rss\n{seconds}\t1\n")
     assert progress.time_left() == "unknown time"
-    (tmp_path / "benchmarks" / "report.tsv").write_text("s\tmax_rss\n60\t1\n")
+    (tmp_path / "benchmarks" / "predict").mkdir()
+    (tmp_path / "benchmarks" / "predict" / "A.tsv").write_text("s\tmax_rss\n60\t1\n")
     assert progress.time_left() == "about 31 min"
 
 
