@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from desam_nnunet.encoders.base import Features
-from desam_nnunet.encoders.precision import encoder_dtype
+from desam_nnunet.encoders.precision import dtype_name, encoder_dtype
 from desam_nnunet.encoders.tiny_vit import TinyViT, TinyViTEncoder
 from desam_nnunet.encoders.tiny_vit_frozen import frozen_form
 from measure import Report, compare, matmul_rate, seconds
@@ -44,7 +44,7 @@ def _pairs(report: Report, device: torch.device, repeats: int) -> None:
             subject.stock.half()
             for batch in (1, 8):
                 images = torch.randn(batch, 3, 1024, 1024, device=device)
-                _time(report, f"{variant}, 1024, batch {batch}, {_name(dtype)} (stock float16)", subject,
+                _time(report, f"{variant}, 1024, batch {batch}, {dtype_name(dtype)} (stock float16)", subject,
                       images.half(), images, repeats, required if batch == 8 else None, dtype)
         return
     for size, batch, required in ((256, 1, None), (512, 1, None), (512, 4, None), (1024, 1, 1.6)):
@@ -84,7 +84,7 @@ def _tiny_vit(report: Report, device: torch.device, repeats: int) -> None:
             ours.dtype = dtype
             ours(images)
             report.add("Time", compare(
-                f"lite_medsam, 256, batch {batch}, {_name(dtype)} (timm {_name(stock.dtype)})",
+                f"lite_medsam, 256, batch {batch}, {dtype_name(dtype)} (timm {dtype_name(stock.dtype)})",
                 lambda images=images: stock(images), lambda images=images: ours(images), device=device,
                 repeats=repeats))
 
@@ -130,10 +130,6 @@ def _share_of_the_machine(report: Report, variant: str, device: torch.device) ->
     encoder(images)
     fastest = min(seconds(lambda: encoder(images), device) for _ in range(3))
     achieved, possible = counter.get_total_flops() / fastest, matmul_rate(device, dtype)
-    report.fact(f"{variant}, 1024, batch {batch}, {_name(dtype)}", (
+    report.fact(f"{variant}, 1024, batch {batch}, {dtype_name(dtype)}", (
         f"{counter.get_total_flops() / batch / 1e12:.2f} TFLOP an image, {achieved / 1e12:.3g} TFLOP/s achieved, "
         f"{achieved / possible:.0%} of the {possible / 1e12:.3g} TFLOP/s of a large matrix product in the same run"))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

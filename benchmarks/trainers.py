@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from desam_nnunet.encoders.registry import ENCODERS
 from desam_nnunet.encoders.weights import load_encoder
+from desam_nnunet.nnunet.names import FOLDERS
 from desam_nnunet.system.machine import peak_memory
 from desam_nnunet.training.registry import TRAINERS
 from measure import Report, Row, compare, compute_exactly
@@ -85,7 +86,7 @@ def prepare(folder: Path) -> None:
 
 
 def in_a_process(subject: str, folder: str, repeats: int, device: torch.device) -> Row:
-    paths = dict.fromkeys(("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"), folder)
+    paths = dict.fromkeys(FOLDERS, folder)
     words = [sys.executable, __file__, subject, folder, str(repeats), device.type]
     answer = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | paths).stdout
     return Row(**json.loads(answer.splitlines()[-1]))

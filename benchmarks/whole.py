@@ -20,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from desam_nnunet.nnunet.names import FOLDERS
+
 BEGIN = time.perf_counter()
 PLAIN = "nnUNetTrainer"
 SLICES, SIDE, SIZE = 20, 160, 256
@@ -43,10 +45,10 @@ def run(device: Any, repeats: int) -> Any:
         plain = command(work, PLAIN, device.type)
         for trainer, required in TRAINERS.items():
             ours = command(work, trainer, device.type)
-            busy = {number: cpu_seconds(words, work) for number, words in enumerate((plain, ours))}
+            busy = [cpu_seconds(words, work) for words in (plain, ours)]
             row = compare(trainer, lambda: call(plain, work), lambda words=ours: call(words, work), device=device,
                           repeats=repeats, required=required,
-                          notes={"seconds of all cores": ", ".join(f"{x:.1f}" for x in busy.values())})
+                          notes={"seconds of all cores": ", ".join(f"{x:.1f}" for x in busy)})
             report.add("nnUNetv2_predict", row)
         for trainer in (PLAIN, *TRAINERS):
             words = [sys.executable, __file__, folder, trainer, device.type]
@@ -56,7 +58,7 @@ def run(device: Any, repeats: int) -> Any:
 
 
 def call(words: list[str], work: Path) -> str:
-    paths = {name: str(work / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+    paths = {name: str(work / name) for name in FOLDERS}
     return subprocess.run(words, check=True, capture_output=True, text=True, env=os.environ | paths).stdout
 
 
@@ -109,10 +111,9 @@ def prepare(work: Path) -> None:
     for folder in (data, work / "nnUNet_raw" / str(plans["dataset_name"])):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "dataset.json").write_text(json.dumps(DATASET))
+    (work / "plans.json").write_text(json.dumps(plans))
     for trainer in (PLAIN, *TRAINERS):
-        words = [sys.executable, __file__, str(work), trainer, "save"]
-        (work / "plans.json").write_text(json.dumps(plans))
-        call(words, work)
+        call([sys.executable, __file__, str(work), trainer, "save"], work)
 
 
 def save(work: Path, trainer: str) -> None:

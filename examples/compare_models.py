@@ -35,12 +35,11 @@ import pandas as pd
 
 from desam_nnunet.evaluation.scores import read_rows, score_cases, write_rows
 from desam_nnunet.evaluation.statistics import Summary, summarise
-from desam_nnunet.nnunet.model_folder import read_checkpoint
-from desam_nnunet.nnunet.names import CHECKPOINT, CONFIGURATION, FOLDERS, SPLITS, STOCK_PLANS
+from desam_nnunet.nnunet.model_folder import epoch_seconds, read_checkpoint
+from desam_nnunet.nnunet.names import CHECKPOINT, CONFIGURATION, FOLDERS, ITERATIONS, SPLITS, STOCK_PLANS
 from desam_nnunet.nnunet.sites import Case, check_sites, ending_of, read_sites
 from desam_nnunet.sam.slabs import SLABS
 from desam_nnunet.system.files import replace_file
-from desam_nnunet.training.budget import KEYS
 from desam_nnunet.training.registry import method_of
 
 HELD_OUT, SIMULATED = "held out", "simulated shift"
@@ -229,7 +228,7 @@ def train(comparison: Comparison, name: str, fold: str) -> None:
     common = ("-tr", model["trainer"], "-p", plans_of(name), "-device", comparison.device)
     if method_of(model["trainer"]) is None:
         call(sys.executable, "-m", "desam_nnunet.training.budget", comparison.number, fold, *common,
-             *(f"--{key}={value}" for key, value in model.get("sam", {}).items() if key in KEYS))
+             *(f"--{key}={value}" for key, value in model.get("sam", {}).items() if key in ITERATIONS))
     else:
         call("nnUNetv2_train", comparison.number, comparison.configuration(name), fold, *common, "--c")
 
@@ -338,11 +337,8 @@ def costs(comparison: Comparison, name: str) -> tuple[float, float]:
     if name in comparison.ensembles:
         every = [costs(comparison, member) for member in comparison.ensembles[name]]
         return sum(minutes for minutes, _ in every), sum(seconds for _, seconds in every)
-    minutes = []
-    for fold in comparison.folds:
-        log = read_checkpoint(comparison.model(name), fold, CHECKPOINT)["logging"]
-        minutes.append(sum(end - begin for begin, end in zip(
-            log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=True)) / 60)
+    minutes = [epoch_seconds(read_checkpoint(comparison.model(name), fold, CHECKPOINT)) / 60
+               for fold in comparison.folds]
     parts = [comparison.predicted(name, f"{comparison.source}_shifted_{fold}", [fold]) for fold in comparison.folds]
     seconds = [json.loads((part / "seconds.json").read_text()) for part in parts]
     return sum(minutes) / len(minutes), sum(seconds) / len(seconds)

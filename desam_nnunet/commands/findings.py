@@ -13,10 +13,11 @@ import torch
 
 from desam_nnunet import __version__
 from desam_nnunet._startup import VARIABLE, listed_folders, shipped_folder
-from desam_nnunet.encoders.precision import encoder_dtype
+from desam_nnunet.encoders.precision import dtype_name, encoder_dtype
 from desam_nnunet.encoders.registry import ENCODERS, TIMM, EncoderRow
 from desam_nnunet.encoders.weights import find_row, find_weights, search_folders, wrong_hash
 from desam_nnunet.nnunet.lookup import classes_in_folders, look_up
+from desam_nnunet.nnunet.names import FOLDERS
 from desam_nnunet.system.machine import best_device, memory_limit, usable_cores
 from desam_nnunet.training.base import SamTrainer
 from desam_nnunet.training.registry import TRAINERS
@@ -39,7 +40,7 @@ def examine() -> Iterator[Finding]:
     yield from examine_weights()
     yield _device()
     yield Finding("memory", f"{memory_limit() / 2**30:.0f} GiB")
-    yield from map(_nnunet_folder, ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"))
+    yield from map(_nnunet_folder, FOLDERS)
 
 
 def examine_weights() -> Iterator[Finding]:
@@ -123,7 +124,7 @@ def _device() -> Finding:
         state = f"cuda: {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
     elif device.type == "cpu":
         state = f"cpu, {usable_cores()} of {os.cpu_count()} cores"
-    precision = str(encoder_dtype(device)).removeprefix("torch.")
+    precision = dtype_name(encoder_dtype(device))
     remedy = "" if device.type == "cuda" else f"add -device {device.type} to nnU-Net's commands"
     return Finding("device", f"{state}; the encoder runs in {precision}", remedy)
 

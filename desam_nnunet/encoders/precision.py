@@ -9,6 +9,11 @@ import torch
 _BFLOAT16 = ("amx_bf16", "bf16", "sve_bf16")
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32`` rather than ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
 @torch.compiler.disable
 def encoder_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the device is faster in it, float16 on older CUDA devices, float32 elsewhere."""

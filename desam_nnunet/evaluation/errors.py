@@ -10,7 +10,7 @@ import numpy as np
 import SimpleITK as sitk
 from scipy.ndimage import distance_transform_edt
 
-from desam_nnunet.evaluation.scores import Classes, Row, slice_axis
+from desam_nnunet.evaluation.scores import Classes, Row, class_masks, slice_axis
 
 THIRDS = ("upper third (base)", "middle third", "lower third (apex)")
 MISSED, EXTRA, BOUNDARY = "missed", "extra", "boundary"
@@ -39,15 +39,10 @@ def _case_rows(
     image = sitk.ReadImage(reference)
     spacing = image.GetSpacing()[::-1]
     axis = slice_axis(spacing)
-    labels = np.moveaxis(sitk.GetArrayFromImage(image), axis, 0)
-    predicted = np.zeros_like(labels)
-    if prediction is not None and prediction.is_file():
-        predicted = np.moveaxis(sitk.GetArrayFromImage(sitk.ReadImage(prediction)), axis, 0)
     upwards = image.GetDirection()[6 + 2 - axis]  # of the patient, where slices count up
     moved = (spacing[axis], *(side for other, side in enumerate(spacing) if other != axis))
-    for name, values in classes.items():
-        counts = labels != (-1 if ignored is None else ignored)
-        pred, ref = (np.isin(array, values) & counts for array in (predicted, labels))
+    for name, *masks in class_masks(prediction, reference, image, classes, ignored):
+        pred, ref = (np.moveaxis(mask, axis, 0) for mask in masks)
         yield {"class": name} | class_errors(pred, ref, moved, tolerance) | thirds(pred, ref, upwards)
 
 

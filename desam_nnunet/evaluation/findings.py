@@ -33,12 +33,11 @@ def _sentence(first: str, second: str, gain: Summary) -> str:
     said = f"{begin}{better} had a Dice that was {abs(gain.mean):.3f} higher than that of {worse} on average"
     if gain.cases == 1:
         return f"{said}; one volume is too few to say more."
-    low, high = sorted((abs(gain.low), abs(gain.high))) if gain.low * gain.high > 0 else (0.0, 0.0)
+    low, high = (gain.low, gain.high) if gain.mean > 0 else (-gain.high, -gain.low)
+    said = f"{said} (95 % interval {low:.3f} to {high:.3f}): "
     if low > 0:
-        return f"{said} (95 % interval {low:.3f} to {high:.3f}): a difference is likely."
-    ends = sorted(sign * end for sign in [1 if gain.mean > 0 else -1] for end in (gain.low, gain.high))
-    return (f"{said} (95 % interval {ends[0]:.3f} to {ends[1]:.3f}): as the interval holds zero, this study does not "
-            "show which is better.")
+        return f"{said}a difference is likely."
+    return f"{said}as the interval holds zero, this study does not show which is better."
 
 
 def _gains(scores: pd.DataFrame) -> list[tuple[str, str, Summary]]:

@@ -125,22 +125,37 @@ def _score_case(
     image = sitk.ReadImage(reference)
     spacing = image.GetSpacing()[::-1]
     axis = slice_axis(spacing)
-    labels = sitk.GetArrayFromImage(image)
-    if prediction is not None and not prediction.is_file():
-        prediction = None
-    predicted = np.zeros_like(labels) if prediction is None else _array_like(prediction, image, reference)
-    counts = np.ones(labels.shape, bool) if ignored is None else labels != ignored
-    for name, values in classes.items():
-        pred, ref = (np.isin(array, values) & counts for array in (predicted, labels))
+    is_missing = prediction is None or not prediction.is_file()
+    for name, pred, ref in class_masks(prediction, reference, image, classes, ignored):
         for protocol in PROTOCOLS:
             scored, remaining = protocol.restrict(pred, ref, axis)
             if protocol.selects and not remaining.any():
                 continue
-            shown = None if prediction is None else scored
+            shown = None if is_missing else scored
             metrics = case_metrics(shown, remaining, spacing, tolerance=tolerance, axis=axis)
             if protocol.selects:
                 metrics["false_ml"] = float("nan")
             yield {"class": name, "protocol": protocol.name, "outcome": _outcome(shown, remaining)} | metrics
+
+
+def class_masks(
+    prediction: Path | None, reference: Path, image: sitk.Image, classes: Classes, ignored: int | None
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Name, prediction and reference of each class, as masks of what counts; a prediction that is missing is empty.
+
+    Args:
+        image: The reference, as it was read.
+
+    Raises:
+        ValueError: Prediction and reference do not have the same size and spacing.
+    """
+    labels = sitk.GetArrayFromImage(image)
+    predicted = np.zeros_like(labels)
+    if prediction is not None and prediction.is_file():
+        predicted = _array_like(prediction, image, reference)
+    counts = np.ones(labels.shape, bool) if ignored is None else labels != ignored
+    for name, values in classes.items():
+        yield name, np.isin(predicted, values) & counts, np.isin(labels, values) & counts
 
 
 def _array_like(path: Path, like: sitk.Image, reference: Path) -> np.ndarray:

@@ -5,4 +5,5 @@ STOCK_PLANS = "nnUNetPlans"
 FOLDS = 5  # of nnU-Net's split
 SPLITS = "splits_final.json"
 CHECKPOINT = "checkpoint_final.pth"  # what predicts
+ITERATIONS = ("epochs", "iterations_per_epoch", "val_iterations_per_epoch")  # a trainer's attributes, after num_
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")  # its variables

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from desam_nnunet.encoders.precision import dtype_name, encoder_dtype
+
 # Largest error |x - y| / |y| of a result in this type; another answer than the right one is off by about 1.
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
@@ -27,7 +29,7 @@ def compared(what: str, found: Iterable[Tensor], expected: Iterable[Tensor], dty
     """Whether each tensor is its counterpart, as far as `dtype` allows."""
     worst = max(relative_error(one, other) for one, other in zip(found, expected, strict=True))
     allowed = TOLERANCES[dtype]
-    return Row(f"{what}, {name_of(dtype)}", f"off by {worst:.1e}, allowed {allowed:.0e}", worst <= allowed)
+    return Row(f"{what}, {dtype_name(dtype)}", f"off by {worst:.1e}, allowed {allowed:.0e}", worst <= allowed)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -37,18 +39,13 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return error if math.isfinite(error) else math.inf
 
 
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def precisions(device: torch.device) -> list[torch.dtype]:
     """That encoders compute in on devices of this kind, float32 first."""
     if device.type == "mps":
         return [torch.float32]
     if device.type == "cpu":
         return [torch.float32, torch.bfloat16]
-    natively = torch.cuda.is_bf16_supported(including_emulation=False)
-    return [torch.float32, torch.float16, *[torch.bfloat16] * natively]
+    return list(dict.fromkeys([torch.float32, torch.float16, encoder_dtype(device)]))
 
 
 def in_precision(device: torch.device, dtype: torch.dtype) -> torch.autocast | contextlib.nullcontext[None]:

@@ -7,11 +7,11 @@ from timeit import repeat
 
 import torch
 
-from desam_nnunet.encoders.precision import encoder_dtype
+from desam_nnunet.encoders.precision import dtype_name, encoder_dtype
 from desam_nnunet.encoders.weights import find_row
 from desam_nnunet.planning.fit import matrix_rate
 from desam_nnunet.planning.footprint import empty_batch, footprint, trainer_to_rehearse
-from desam_nnunet.selftest.rows import Row, name_of
+from desam_nnunet.selftest.rows import Row
 from desam_nnunet.training.desam import DeSAMTrainer
 
 _ENCODER = "vit_b"
@@ -28,7 +28,7 @@ def check_speed(device: torch.device) -> Iterator[Row]:
         images = torch.randn(1, 3, size, size)
     seconds = min(repeat(lambda: encoder(images).neck[0, 0, 0, 0].item(), number=1, repeat=4)[1:])  # an item waits
     achieved, possible = architecture.operations(size) / seconds, matrix_rate(device)
-    yield Row(f"speed of {_ENCODER} at {size}, {name_of(encoder_dtype(device))}",
+    yield Row(f"speed of {_ENCODER} at {size}, {dtype_name(encoder_dtype(device))}",
               f"{achieved / 1e12:.3g} TFLOP/s, {achieved / possible:.0%} of a matrix product's {possible / 1e12:.3g}")
 
 

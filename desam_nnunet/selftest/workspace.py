@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 
+from desam_nnunet.nnunet.names import FOLDERS
 from desam_nnunet.training.base import SamTrainer
 
 PATCH, SLICES = 96, 4
 _SIZE = 128  # of the encoder's input
-_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 _PLANS: dict[str, Any] = {
     "dataset_name": "Dataset001_SelfTest", "plans_name": "SelfTestPlans", "transpose_forward": [0, 1, 2],
     "transpose_backward": [0, 1, 2], "foreground_intensity_properties_per_channel": {}, "continue_training": False,
@@ -36,9 +36,9 @@ _DATASET = {"channel_names": {"0": "MR"}, "labels": {"background": 0, "organ": 1
 @contextlib.contextmanager
 def workspace() -> Iterator[Path]:
     """nnU-Net's three folders, with two preprocessed cases; the user's own are not touched."""
-    before = {name: os.environ.get(name) for name in _FOLDERS}
+    before = {name: os.environ.get(name) for name in FOLDERS}
     with tempfile.TemporaryDirectory(prefix="desam_selftest_") as root:
-        for name in _FOLDERS:
+        for name in FOLDERS:
             os.environ[name] = str(Path(root) / name)
         folder = Path(root) / "nnUNet_preprocessed" / _PLANS["dataset_name"]
         data = folder / _PLANS["configurations"]["2d"]["data_identifier"]

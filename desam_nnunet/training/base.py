@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from desam_nnunet.augmentation.slabs import slice_by_slice
 from desam_nnunet.augmentation.strong import strengthened
 from desam_nnunet.encoders.base import Features, ImageSpec
+from desam_nnunet.encoders.precision import dtype_name
 from desam_nnunet.encoders.registry import OURS, row_by_name
 from desam_nnunet.encoders.weights import load_encoder
 from desam_nnunet.networks.frame import Outline, SamNetwork
@@ -174,7 +175,7 @@ class SamTrainer(nnUNetTrainer):
         training, validation = self.get_tr_and_val_datasets()
         missing = checks.missing_labels(checks.check_cases(training, self.num_input_channels), self.label_manager)
         checks.check_cases(validation, self.num_input_channels)
-        precision = str(self.bare_network.encoder.precision(self.device)).removeprefix("torch.")
+        precision = dtype_name(self.bare_network.encoder.precision(self.device))
         self.print_to_log_file(f"The encoder {self.sam.encoder} computes in {precision} on {self.device.type}.")
         if missing:
             self.print_to_log_file(f"WARNING: the labels {missing} occur in no training case of this fold.")

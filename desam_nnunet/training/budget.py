@@ -7,12 +7,9 @@ import argparse
 import torch
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
-from desam_nnunet.nnunet.names import CONFIGURATION
+from desam_nnunet.nnunet.names import CONFIGURATION, ITERATIONS
 from desam_nnunet.settings.sections import SamSection
 from desam_nnunet.system.machine import usable_cores
-
-KEYS = {"epochs": "num_epochs", "iterations_per_epoch": "num_iterations_per_epoch",
-        "val_iterations_per_epoch": "num_val_iterations_per_epoch"}
 
 
 def main() -> None:
@@ -23,7 +20,7 @@ def main() -> None:
     parser.add_argument("-tr", required=True)
     parser.add_argument("-p", required=True)
     parser.add_argument("-device", default="cuda")
-    for key in KEYS:
+    for key in ITERATIONS:
         parser.add_argument(f"--{key}", type=int, default=getattr(SamSection, key))
     options = parser.parse_args()
     torch.set_num_threads(usable_cores() if options.device == "cpu" else 1)  # as our trainers and nnUNetv2_train do
@@ -31,8 +28,8 @@ def main() -> None:
     fold = options.fold if options.fold == "all" else int(options.fold)
     trainer = get_trainer_from_args(options.dataset, CONFIGURATION, fold, options.tr, options.p,
                                     continue_training=True, device=torch.device(options.device))
-    for key, attribute in KEYS.items():
-        setattr(trainer, attribute, getattr(options, key))
+    for key in ITERATIONS:
+        setattr(trainer, f"num_{key}", getattr(options, key))
     trainer.save_every = 1
     maybe_load_checkpoint(trainer, True, False)
     trainer.run_training()

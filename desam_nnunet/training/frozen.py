@@ -24,6 +24,7 @@ from desam_nnunet.cache.store import CaseRecord, Recipe, Store, open_stores
 from desam_nnunet.cache.tiles import STEP, content_of
 from desam_nnunet.cache.views import Augmentation
 from desam_nnunet.encoders.base import Features
+from desam_nnunet.encoders.precision import dtype_name
 from desam_nnunet.encoders.registry import brought_row
 from desam_nnunet.networks.frame import FrozenSamNetwork
 from desam_nnunet.sam.slabs import depth_of
@@ -105,7 +106,7 @@ def builder_of(
         image_size=sam.image_size, intensity=sam.intensity, window=network.to_image.window,
         patch_size=(int(height), int(width)), step=STEP, views=sam.views,
         augmentation=augmentation.name if augmentation else "", dtype=sam.cache_dtype,
-        precision=str(network.encoder.precision(device)).removeprefix("torch."),
+        precision=dtype_name(network.encoder.precision(device)),
         reads=identity_of_maps(sam.encoder, network),
     )
     return Builder(Store(Path(dataset.source_folder).parent, recipe), dataset, network, device, augmentation)
