@@ -263,7 +263,7 @@ def test_the_estimate_counts_every_step_and_leaves_nothing(tmp_path: Path, monke
 def test_steps_go_side_by_side_as_far_as_two_cores_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, steps: tuple[float, ...], seconds: float
 ) -> None:
-    monkeypatch.setattr(building.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(building, "usable_cores", lambda: 2)
     monkeypatch.setattr(building, "_WRITERS", 2)
     builder = Builder(Store(tmp_path, RECIPE), None, None, torch.device(device))  # type: ignore[arg-type]
     assert builder._pace(*steps) == pytest.approx(seconds)

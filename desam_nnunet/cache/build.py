@@ -25,10 +25,11 @@ from desam_nnunet.encoders.base import Features
 from desam_nnunet.networks.frame import FrozenSamNetwork
 from desam_nnunet.sam.tiles import images_per_tile
 from desam_nnunet.system.ahead import Behind, made_ahead
+from desam_nnunet.system.machine import usable_cores
 from desam_nnunet.system.progress import progress
 
 _MARGIN = 0.05  # of the disk, kept free
-_WRITERS = min(4, os.cpu_count() or 1)  # threads: compression and checksums leave Python to the others
+_WRITERS = min(4, usable_cores())  # threads: compression and checksums leave Python to the others
 _WRITTEN = 4  # files' worth of bytes that the disk is timed with
 _BATCH_PIXELS = 8 * 1024 * 1024  # of the encoder's input, encoded at once on a GPU: eight images of 1024
 
@@ -146,8 +147,7 @@ class Builder:
 
     def _pace(self, sample: float, encode: float, pack: float, write: float) -> float:
         """Seconds from tile to tile, of the seconds of each step, which run side by side as far as the cores go."""
-        cores = os.cpu_count() or 1
-        busy = (sample + pack) / cores + (encode if self.device.type == "cpu" else 0)
+        busy = (sample + pack) / usable_cores() + (encode if self.device.type == "cpu" else 0)
         return max(busy, sample, encode, pack / _WRITERS, write)
 
     @property
