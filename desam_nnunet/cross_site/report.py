@@ -35,7 +35,8 @@ _SIGNIFICANT = 0.05
 
 def write_report(study: Study) -> None:
     """Writes ``report.html``, ``report.json``, ``scores.csv`` and ``summary.csv``."""
-    scores, errors = _scores(study), _errors(study)
+    scores = pd.DataFrame(_rows(study, "scores"), columns=["source", "trainer", "target", *COLUMNS])
+    errors = pd.DataFrame(_rows(study, "errors"))
     summary, pairs = summaries(scores), comparisons(scores)
     volume = scores[scores["protocol"] == "volume"]
     content = {
@@ -91,17 +92,8 @@ def _page(
         "has_diagonal": has_diagonal, "significant": _SIGNIFICANT})
 
 
-def _scores(study: Study) -> pd.DataFrame:
-    """A row per source, trainer, target, case, class and protocol."""
-    return pd.DataFrame(_rows(study, "scores"), columns=["source", "trainer", "target", *COLUMNS])
-
-
-def _errors(study: Study) -> pd.DataFrame:
-    """A row per source, trainer, target, case and class."""
-    return pd.DataFrame(_rows(study, "errors"))
-
-
 def _rows(study: Study, of: str) -> list[dict[str, Any]]:
+    """A row per source, trainer, target, case and class, and of scores per protocol."""
     return [dict(zip(("source", "trainer", "target"), cell, strict=True)) | row
             for cell in study.cells() for row in read_rows(study.scores(*cell, of=of))]
 
