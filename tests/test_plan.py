@@ -71,6 +71,7 @@ def test_every_choice_is_in_the_plans_and_printed_with_its_reason(
     configuration = plans["configurations"]["2d"]
     assert plans["plans_name"] == "DeSAMPlans"
     assert configuration["data_identifier"] == "nnUNetPlans_2d"
+    assert configuration["resampling_fn_probabilities"] == "resample_torch_fornnunet"
     assert configuration["architecture"] == workspace.plans("nnUNetPlans")["configurations"]["2d"]["architecture"]
     assert configuration["sam"]["encoder"] == "vit_tiny"
     assert (configuration["sam"]["views"], configuration["sam"]["view_geometry"]) == (4, "case")  # slabs may share them

@@ -24,6 +24,7 @@ from desam_nnunet.planning.choices import Choice, choose_augmentation, choose_sc
 from desam_nnunet.planning.facts import Facts, read_facts
 from desam_nnunet.planning.fit import Fit, Machine, choose_encoder
 from desam_nnunet.planning.request import Request
+from desam_nnunet.planning.resampling import faster_resampling
 from desam_nnunet.sam.slabs import SLABS
 from desam_nnunet.sam.tiles import intensity_rule
 from desam_nnunet.settings.resolve import SAM, check_keys
@@ -65,7 +66,8 @@ def plan_dataset(dataset: str, name: str, request: Request, device: torch.device
     machine = Machine(_memory(request, device), _disk(folder, request), device)
     configuration, slab, lines = choose(facts, request, machine)
     plans["plans_name"] = name
-    plans["configurations"][CONFIGURATION] |= configuration
+    planned = plans["configurations"][CONFIGURATION]
+    planned |= configuration | faster_resampling(planned)
     if slab:
         plans["configurations"][SLABS] = slab
     text = json.dumps(plans, indent=4).encode()
