@@ -13,6 +13,7 @@ import torch
 import building
 import cache
 import encoder
+import epoch
 import folds
 import grid
 import parts
@@ -29,7 +30,7 @@ from measure import compute_exactly
 SECTIONS = {"encoder": encoder.run, "grid": grid.run, "scores": scores.run, "training": training.run,
             "folds": folds.run, "cache": cache.run, "building": building.run, "trainers": trainers.run,
             "parts": parts.run, "precision": precision.run, "pretraining": pretraining.run, "slabs": slabs.run,
-            "whole": whole.run}
+            "whole": whole.run, "epoch": epoch.run}
 
 
 def main() -> int:

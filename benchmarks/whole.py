@@ -25,7 +25,8 @@ from desam_nnunet.nnunet.names import FOLDERS
 BEGIN = time.perf_counter()
 PLAIN = "nnUNetTrainer"
 SLICES, SIDE, SIZE = 20, 160, 256
-TRAINERS = {"DeSAMTrainerWholeBox": 1.0, "DeSAMTrainer": 0.5}  # how many times as fast as plain nnU-Net they must be
+TRAINERS = {"DeSAMTrainerWholeBox": 1.0, "DeSAMTrainer": 0.5, "PDMMTrainer": None, "SAMedTrainer": None,
+            "DBSAMTrainer": None}  # how many times as fast as plain nnU-Net they must be
 INTENSITIES = {"mean": 0.0, "std": 1.0, "min": -1.0, "max": 1.0, "median": 0.0, "percentile_00_5": -1.0,
                "percentile_99_5": 1.0}
 STEPS = ("start", "preprocessing", "encoder", "decoder", "resampling", "export and end")
