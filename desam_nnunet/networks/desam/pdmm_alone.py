@@ -30,7 +30,7 @@ class PdmmSection:
     """
 
     width: int = 64
-    lr: float = 1e-3
+    lr: float = 1e-2
     mask_stride: int = 4
 
     def __post_init__(self) -> None:
