@@ -84,10 +84,10 @@ def test_a_first_run_without_a_gpu(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
-    """Who has read docs/howto/own_data.md; but for nnU-Net's own training, which takes a thousand epochs."""
+    """Who has done what docs/howto/own_data.md says; but for nnU-Net's own training, which takes a thousand epochs."""
     shell = Shell(tmp_path_factory.mktemp("shell"))
     for command in commands("docs/howto/own_data.md"):
-        if "nnUNetTrainer" not in command:
+        if "nnUNetTrainer" not in command and not command.startswith("desam cross-site"):  # its own tests run it
             shell.run(command)
         if command.startswith("desam plan"):
             shell.shorten("PDMMPlans" if "PDMMTrainer" in command else "DeSAMPlans")
