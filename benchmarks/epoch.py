@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,7 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from desam_nnunet.nnunet.names import FOLDERS, STOCK_PLANS
+from desam_nnunet.nnunet.names import STOCK_PLANS
+from whole import call
 
 PLAIN = "nnUNetTrainer"
 ITERATIONS, VALIDATIONS, SIZE = 20, 4, 256
@@ -46,11 +45,6 @@ def run(device: Any, repeats: int) -> Any:
             report.fact(trainer, f"{whole:.1f} s: " + ", ".join(f"{part} {spent[part]:.2f} s" for part in PARTS)
                         + f"; {100 * spent['waiting'] / whole:.1f} % of it waiting")
     return report
-
-
-def call(words: list[str], work: Path) -> str:
-    paths = {name: str(work / name) for name in FOLDERS}
-    return subprocess.run(words, check=True, capture_output=True, text=True, env=os.environ | paths).stdout
 
 
 def prepare(work: Path) -> None:

@@ -59,7 +59,7 @@ def _run(options: argparse.Namespace) -> None:
     given = {"--executor": options.executor, "--profile": options.profile}
     more = [word for flag, value in given.items() if value for word in (flag, value)] + options.snakemake
     if options.dry_run:
-        print("\n".join(describe_study(study, options.device, more)))
+        print("\n".join(describe_study(study, options.device, options.cores, more)))
     else:
         print(f"The report: {run_study(study, options.device, options.cores, more)}")
 

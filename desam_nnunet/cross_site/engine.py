@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import shutil
 import signal
 import tempfile
@@ -13,13 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from snakemake.cli import main as snakemake
 from snakemake_interface_logger_plugins.common import LogEvent
 
 from desam_nnunet.cross_site.study import FILE, LOCK, Study
 from desam_nnunet.nnunet.sites import link_images
-from desam_nnunet.system.durations import duration
+from desam_nnunet.system.durations import duration, seconds_of
 from desam_nnunet.system.gpus import visible_gpus
 from desam_nnunet.system.machine import usable_cores
 from desam_nnunet.system.processes import alone
@@ -42,6 +42,7 @@ def run_study(study: Study, device: str, cores: int | None = None, more: Sequenc
             another call works at the study.
     """
     taken = f"Another call works at the study in {study.out}: wait for it, or give another folder with -o."
+    os.environ |= study.environment if study.existing else {}  # absolute: jobs run in the study's folder
     with alone(study.out / LOCK, 0, taken):
         study.write(study.out / FILE)
         for site, cases in study.sites.items():
@@ -53,8 +54,10 @@ def run_study(study: Study, device: str, cores: int | None = None, more: Sequenc
     return study.out / "report.html"
 
 
-def describe_study(study: Study, device: str, more: Sequence[str] = ()) -> list[str]:
-    """What is left to do, a job a line, and the command that it runs. Nothing is changed."""
+def describe_study(study: Study, device: str, cores: int | None = None, more: Sequence[str] = ()) -> list[str]:
+    """What is left to do, a job a line, and the command that it runs. Nothing is changed. Arguments as
+    :func:`run_study`."""
+    os.environ |= study.environment if study.existing else {}
     with tempfile.TemporaryDirectory() as folder:
         study.write(Path(folder) / FILE)
         for path in study.out.iterdir() if study.out.is_dir() else ():
@@ -64,7 +67,7 @@ def describe_study(study: Study, device: str, more: Sequence[str] = ()) -> list[
                 shutil.copy2(path, folder)  # with its time
         progress, said = Progress(Path(folder), show=False), io.StringIO()
         with contextlib.redirect_stderr(said):
-            done = _call(progress, Path(folder), device, None, ["--dry-run", *more], f"out={study.out}")
+            done = _call(progress, Path(folder), device, cores, ["--dry-run", *more], f"out={study.out}")
         if not done:
             raise RuntimeError(f"Snakemake can't run the study:\n{said.getvalue()}")
     return [*(f"{name}={path}" for name, path in study.environment.items()), *progress.described]
@@ -73,7 +76,7 @@ def describe_study(study: Study, device: str, more: Sequence[str] = ()) -> list[
 def _call(progress: Progress, folder: Path, device: str, cores: int | None, more: Sequence[str], *config: str) -> bool:
     """Whether all of it is done."""
     threads, here = cores or _THREADS, []
-    if not {"--executor", "--profile"} & set(more):  # on this machine, a job that computes for each GPU
+    if not {"--executor", "--profile"} & {word.partition("=")[0] for word in more}:  # here: a job for each GPU
         gpus = max(1, len(visible_gpus())) if device == "cuda" else 1
         cores = cores or usable_cores()
         threads, here = max(1, cores // gpus), ["--cores", str(cores), "--resources", f"gpu={gpus}"]
@@ -139,8 +142,7 @@ class Progress(logging.Handler):
         """From what jobs of the same rules took; unknown where one has not run yet. The report takes seconds."""
         seconds = 0.0
         for rule, count in self.left.items():
-            known = [float(row) for path in (self._folder / "benchmarks" / rule).rglob("*.tsv")
-                     for row in pd.read_csv(path, sep="\t")["s"]]
+            known = seconds_of(self._folder / "benchmarks" / rule)
             if count and not known and rule != "report":
                 return "unknown time"
             seconds += count * sum(known) / max(1, len(known))

@@ -34,9 +34,10 @@ from desam_nnunet.system.gpus import one_gpu
 from desam_nnunet.system.processes import alone, end_with
 
 _PATIENCE = 20  # seconds in which a job of a killed call ends
-_TAKEN = ("Another process does this job, perhaps of a call that was killed while its jobs ran on a cluster: wait for "
-          "it, or cancel it.")
+_TAKEN = ("Another process does this job, perhaps of another study of the same data, or of a call that was killed "
+          "while its jobs ran on a cluster: wait for it, or cancel it.")
 _SKIPPED = {"skipped": True}
+_ON_GPU = ("plan", "encode", "train", "predict")
 Record = dict[str, Any]
 
 
@@ -47,9 +48,8 @@ def main() -> None:
     names = words[:words.index("--")] if "--" in words else words
     study = read_study(Path(FILE), Path.cwd())
     os.environ |= study.environment
-    locks = study.out / "locks"
-    with (alone(locks / rule / f"{'/'.join(names)}.lock", _PATIENCE, _TAKEN),
-          one_gpu(locks) if device == "cuda" else nullcontext()):
+    with (alone(study.locks(rule) / rule / f"{'/'.join(names)}.lock", _PATIENCE, _TAKEN),
+          one_gpu(study.out / "locks") if device == "cuda" and rule in _ON_GPU else nullcontext()):
         took = _RULES[rule](study, *names, command=words[len(names) + 1:], device=device)
         if took is not None:
             record = study.record(rule, *names)

@@ -22,7 +22,7 @@ from desam_nnunet.evaluation.findings import position_means, sentences, shift, w
 from desam_nnunet.evaluation.metrics import METRICS, NONE, Metric
 from desam_nnunet.evaluation.pictures import agreement_plot, box_plot
 from desam_nnunet.evaluation.scores import COLUMNS, PROTOCOLS, read_rows, without_nan
-from desam_nnunet.evaluation.tables import comparisons, summaries
+from desam_nnunet.evaluation.tables import comparisons, no_formula, summaries
 from desam_nnunet.nnunet.model_folder import count_parameters, epoch_seconds, read_checkpoint, read_description
 from desam_nnunet.nnunet.names import CHECKPOINT, CONFIGURATION
 from desam_nnunet.nnunet.sites import ALL
@@ -52,17 +52,12 @@ def write_report(study: Study) -> None:
         "summaries": without_nan(summary.to_dict("records")), "comparisons": without_nan(pairs.to_dict("records"))}
     _write(study.out / "report.json", json.dumps(content, indent=1, default=str))
     for name, table in (("scores", scores), ("summary", summary)):
-        _write(study.out / f"{name}.csv", table.map(_no_formula).to_csv(index=False))
+        _write(study.out / f"{name}.csv", table.map(no_formula).to_csv(index=False))
     _write(study.out / "report.html", _page(study, scores, errors, summary, content))
 
 
 def _write(path: Path, text: str) -> None:
     replace_file(path, [text.encode()])
-
-
-def _no_formula(cell: object) -> object:
-    """A text that a spreadsheet would compute is marked as text."""
-    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@")) else cell
 
 
 def _page(

@@ -53,7 +53,12 @@ class Study:
 
     def folder(self, name: str) -> Path:
         """One of nnU-Net's three, :data:`~desam_nnunet.nnunet.names.FOLDERS`."""
-        return Path(os.environ[name]) if self.existing else self.out / name
+        return Path(os.environ[name]).absolute() if self.existing else self.out / name
+
+    def locks(self, rule: str) -> Path:
+        """Where a job's lock lies: beside what it changes, which other studies may change too."""
+        shared = self.existing and rule in ("prepare", "plan", "encode", "train")
+        return (self.folder("nnUNet_preprocessed") if shared else self.out) / "locks"
 
     @property
     def environment(self) -> dict[str, str]:

@@ -66,6 +66,12 @@ def find_weights(encoder: str, identity: str | None = None) -> Path | None:
     return next((place for place in present if identity == f"md5:{file_hash(place)}"), present[0])
 
 
+def absolute_encoder(encoder: str) -> str:
+    """An encoder's name, of a file with its path, wherever training will be started from."""
+    path = Path(encoder).expanduser()
+    return str(path.resolve()) if row_by_name(encoder) is None and path.is_file() else encoder
+
+
 def is_here(encoder: str) -> bool:
     """Whether the weights of an encoder are on this machine."""
     try:

@@ -67,3 +67,8 @@ def _groups(scores: pd.DataFrame) -> Iterator[tuple[dict[str, str], pd.DataFrame
             for table, keys in ((unseen, ["source"]), (unseen, ["target"]), (of_class, ["source", "target"])):
                 for sites in table[keys].drop_duplicates().to_dict("records"):
                     yield of_all | sites, table[(table[keys] == pd.Series(sites)).all(axis=1)]
+
+
+def no_formula(cell: object) -> object:
+    """A text that a spreadsheet would compute is marked as text."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@")) else cell

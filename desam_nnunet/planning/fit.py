@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cache, partial
 from timeit import repeat
 
@@ -37,11 +37,16 @@ _NOMINAL = {"cuda": 5e13, "mps": 5e12}  # a second, of a device that is planned 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where training is to run: bytes of memory and disk that it may take, and the device."""
+    """Where training is to run: bytes of memory and disk that it may take, and the device.
+
+    Attributes:
+        stored: Bytes of disk more for an encoder that has features there, with which a cache may go on.
+    """
 
     memory: Choice[float]
     disk: float
     device: torch.device
+    stored: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,8 @@ def fit_encoder(encoder: str, facts: Facts, request: Request, machine: Machine) 
                 sizes = {dtype: entry_bytes(spec, image.value, patch.value, dtype) for dtype in DTYPES}
                 operations = tiles * images * row.architecture.operations(image.value)
                 seconds = operations / encoding_rate(machine.device) + tiles * _BESIDE
-                storage = choices.choose_storage(tiles, sizes, machine.disk, seconds, request.sam.get("views"))
+                disk = machine.disk + machine.stored.get(encoder, 0.0)
+                storage = choices.choose_storage(tiles, sizes, disk, seconds, request.sam.get("views"))
             slab = _choose_slab(facts, request, step[0].value, need, memory)
             return Fit(encoder, patch, image, *step, storage, tiles, slab)
     least = need(checkpointing=not frozen).training(MIN_BATCH_SIZE)

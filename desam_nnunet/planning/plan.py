@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields
 from itertools import count
@@ -63,7 +64,7 @@ def plan_dataset(dataset: str, name: str, request: Request, device: torch.device
     before = _plans_to_replace(path)
     plans, dataset_json = _stock_plans(folder)
     facts = read_facts(plans, dataset_json, read_object(folder / "dataset_fingerprint.json"))
-    machine = Machine(_memory(request, device), _disk(folder, request), device)
+    machine = _machine(folder, request, device)
     configuration, slab, lines = choose(facts, request, machine)
     plans["plans_name"] = name
     planned = plans["configurations"][CONFIGURATION]
@@ -150,10 +151,17 @@ def _memory(request: Request, device: torch.device) -> Choice[float]:
     return Choice(0.9 * free_memory(device), f"nine tenths of what is free on {torch.cuda.get_device_name(device)}")
 
 
-def _disk(folder: Path, request: Request) -> float:
-    """Bytes that the cache may take; what this data set's stores take already counts as free."""
-    free = usable_bytes(folder) + sum(store.size() for store in open_stores(folder))
-    return free / 2 if request.disk_target is None else min(free, 1e9 * request.disk_target)
+def _machine(folder: Path, request: Request, device: torch.device) -> Machine:
+    """What training and its cache may take here; half of the free disk, unless told otherwise."""
+    free, stored = usable_bytes(folder), Counter[str]()
+    for store in open_stores(folder):
+        stored[store.recipe.encoder] += store.size()
+
+    def allowed(size: float) -> float:
+        return size / 2 if request.disk_target is None else min(size, 1e9 * request.disk_target)
+
+    more = {encoder: allowed(free + size) - allowed(free) for encoder, size in stored.items()}
+    return Machine(_memory(request, device), allowed(free), device, more)
 
 
 def _stock_plans(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from desam_nnunet.encoders.registry import row_by_name
+from desam_nnunet.encoders.weights import absolute_encoder
 from desam_nnunet.planning.presets import read_preset
 from desam_nnunet.settings.sections import Method
 from desam_nnunet.training.base import SamTrainer
@@ -55,10 +54,5 @@ class Request:
     @property
     def sam(self) -> dict[str, Any]:
         """What preset and flags say of the section ``sam``; flags go before the preset."""
-        return dict(self.fragment.get("sam", {})) | ({"encoder": _absolute(self.encoder)} if self.encoder else {})
-
-
-def _absolute(encoder: str) -> str:
-    """A file's path, wherever training will be started from."""
-    path = Path(encoder).expanduser()
-    return str(path.resolve()) if row_by_name(encoder) is None and path.is_file() else encoder
+        given = {"encoder": absolute_encoder(self.encoder)} if self.encoder else {}
+        return dict(self.fragment.get("sam", {})) | given

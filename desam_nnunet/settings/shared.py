@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from desam_nnunet.encoders.weights import absolute_encoder
 from desam_nnunet.nnunet.names import CONFIGURATION
 from desam_nnunet.settings.resolve import check_keys, given_section, resolve_plans
 from desam_nnunet.settings.sections import Method, SamSection
@@ -39,6 +40,8 @@ def read_settings(path: Path, methods: Iterable[Method]) -> dict[str, Any]:
     if not isinstance(patch, list) or [type(side) for side in patch] != [int, int] or min(patch) < 1:
         raise ValueError(f"{path} has the patch_size {patch}, but it must be two numbers from 1 on, such as "
                          "[256, 256].")
+    if "encoder" in settings.get("sam", {}):
+        settings["sam"]["encoder"] = absolute_encoder(settings["sam"]["encoder"])
     return settings
 
 

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -20,7 +20,8 @@ def end_with(parent: int) -> None:
         while _is_alive(parent):
             time.sleep(0.5)
         for child in psutil.Process().children(recursive=True):
-            child.kill()
+            with suppress(psutil.NoSuchProcess):  # it has just ended
+                child.kill()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
