@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -35,6 +36,13 @@ import pandas as pd
 
 from desam_nnunet.evaluation.scores import read_rows, score_cases, write_rows
 from desam_nnunet.evaluation.statistics import Summary, summarise
+from desam_nnunet.nnunet.leftovers import (
+    clear_preprocessed,
+    is_preprocessed,
+    is_trained,
+    put_damaged_aside,
+    remove_stale_predictions,
+)
 from desam_nnunet.nnunet.model_folder import epoch_seconds, read_checkpoint
 from desam_nnunet.nnunet.names import CHECKPOINT, CONFIGURATION, FOLDERS, ITERATIONS, SPLITS, STOCK_PLANS
 from desam_nnunet.nnunet.sites import Case, check_sites, ending_of, read_sites
@@ -116,7 +124,9 @@ def main() -> None:
     os.environ |= {name: str(comparison.work / name) for name in FOLDERS}
     prepare(comparison)
     for name in comparison.models:
-        if name in comparison.trained:
+        if name in comparison.ensembles:
+            write_members(comparison, name)
+        else:
             write_plans(comparison, name)
             for fold in comparison.folds:
                 train(comparison, name, fold)
@@ -184,7 +194,9 @@ def prepare(comparison: Comparison) -> None:
     for site, rows in comparison.sites.items():
         for case in rows:
             link(images(comparison, site) / f"{case.name}_0000{comparison.ending}", case.images[0])
-    if not (comparison.preprocessed / f"{STOCK_PLANS}.json").is_file():
+    if not is_preprocessed(comparison.preprocessed, STOCK_PLANS, comparison.ending, [case.name for case in cases]):
+        clear_preprocessed(comparison.preprocessed)
+        (comparison.preprocessed / SPLITS).unlink(missing_ok=True)  # perhaps of some cases: nothing is trained yet
         call("nnUNetv2_plan_and_preprocess", "-d", comparison.number, "-c", CONFIGURATION, "-np", 2, "-npfp", 2)
     shifted = images(comparison, f"{comparison.source}_shifted")
     wanted = [shifted / f"{case.name}_draw{draw}_0000{comparison.ending}"
@@ -219,11 +231,22 @@ def write_plans(comparison: Comparison, name: str) -> None:
     replace_file(path, [json.dumps(plans, indent=1).encode()])
 
 
+def write_members(comparison: Comparison, name: str) -> None:
+    """Whom an ensemble averages; refused where it was made of others."""
+    path = comparison.predicted(name, "", []).with_name("members.json")
+    members = comparison.ensembles[name]
+    if path.is_file() and json.loads(path.read_text()) != members:
+        sys.exit(f"'{name}' was made of other models in {comparison.work}: give it another name.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, [json.dumps(members).encode()])
+
+
 def train(comparison: Comparison, name: str, fold: str) -> None:
     """One fold, with its validation; nnU-Net's own trainers for as many iterations as ``sam`` says."""
     folder = comparison.model(name) / f"fold_{fold}"
-    if (folder / CHECKPOINT).is_file() and (folder / "validation" / "summary.json").is_file():
+    if is_trained(folder):
         return
+    put_damaged_aside(folder)
     model = comparison.models[name]
     common = ("-tr", model["trainer"], "-p", plans_of(name), "-device", comparison.device)
     if method_of(model["trainer"]) is None:
@@ -279,6 +302,7 @@ def predict(comparison: Comparison, name: str, folder: Path, cases: list[str], f
             call("nnUNetv2_ensemble", "-i", *(comparison.predicted(member, folder.name, folds) for member in members),
                  "-o", out, "-np", 1)
         return files
+    remove_stale_predictions(out, [comparison.model(name) / f"fold_{fold}" / CHECKPOINT for fold in folds])
     averaged = any(name in members for members in comparison.ensembles.values())
     wanted = [out / f"{case}{end}" for case in cases for end in (comparison.ending, *([".npz"] if averaged else []))]
     if not all(file.is_file() for file in wanted):
@@ -340,7 +364,8 @@ def costs(comparison: Comparison, name: str) -> tuple[float, float]:
     minutes = [epoch_seconds(read_checkpoint(comparison.model(name), fold, CHECKPOINT)) / 60
                for fold in comparison.folds]
     parts = [comparison.predicted(name, f"{comparison.source}_shifted_{fold}", [fold]) for fold in comparison.folds]
-    seconds = [json.loads((part / "seconds.json").read_text()) for part in parts]
+    seconds = [json.loads(file.read_text()) if (file := part / "seconds.json").is_file() else math.nan  # it was stopped
+               for part in parts]
     return sum(minutes) / len(minutes), sum(seconds) / len(seconds)
 
 

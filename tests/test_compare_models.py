@@ -70,6 +70,8 @@ def test_models_are_compared_and_a_second_call_does_nothing_again(
     assert text in again.stdout
     models["strong"]["pdmm"] = {"width": 32}
     assert "'strong' was trained with other settings" in compare(data, models, *words).stderr
+    models = models | {"strong": {**models["strong"], "pdmm": PROBE["pdmm"]}, "both": {"ensemble": ["strong", "slabs"]}}
+    assert "'both' was made of other models" in compare(data, models, *words).stderr
 
 
 @pytest.mark.parametrize(("models", "words", "message"), [
