@@ -17,8 +17,8 @@ import SimpleITK as sitk
 from desam_nnunet.commands import cross_site as command
 from desam_nnunet.commands.__main__ import main
 from desam_nnunet.cross_site.opening import open_study
-from desam_nnunet.cross_site.report import _no_formula
 from desam_nnunet.cross_site.study import FILE, Study, read_study
+from desam_nnunet.evaluation.tables import no_formula
 from desam_nnunet.nnunet.labels import labels_of
 from desam_nnunet.nnunet.sites import check_sites, read_sites
 from desam_nnunet.planning.facts import check_patch
@@ -455,4 +455,4 @@ def test_what_snakemake_does_not_know_is_said(
     ("=cmd()", "'=cmd()"), ("+1", "'+1"), ("-x", "'-x"), ("@x", "'@x"), ("case=1", "case=1"), (-1.5, -1.5), ("", ""),
 ])
 def test_no_name_becomes_a_formula(cell: object, written: object) -> None:
-    assert _no_formula(cell) == written
+    assert no_formula(cell) == written
