@@ -34,11 +34,6 @@ _WRITTEN = 4  # files' worth of bytes that the disk is timed with
 _BATCH_PIXELS = 8 * 1024 * 1024  # of the encoder's input, encoded at once on a GPU: eight images of 1024
 
 
-def tiles_at_once(images: int, image_size: int) -> int:
-    """That a GPU encodes together, of so many images each."""
-    return max(1, _BATCH_PIXELS // (images * image_size**2))
-
-
 class Todo(NamedTuple):
     """Of one case its content, its tiles, and the numbers and views that are missing."""
 
@@ -158,8 +153,8 @@ class Builder:
     @property
     def at_once(self) -> int:
         """Tiles that are encoded together; each has as many images as it has groups of three channels."""
-        images = images_per_tile(self.network.num_channels)
-        return tiles_at_once(images, self.store.recipe.image_size) if self.device.type == "cuda" else 1
+        pixels = images_per_tile(self.network.num_channels) * self.store.recipe.image_size**2
+        return max(1, _BATCH_PIXELS // pixels) if self.device.type == "cuda" else 1
 
     def build(self, plan: Plan) -> None:
         """Encodes what `plan` found missing, with progress.

@@ -21,7 +21,6 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from desam_nnunet.cache.build import tiles_at_once
 from desam_nnunet.cache.views import not_started
 from desam_nnunet.encoders.base import Architecture, Features
 from desam_nnunet.networks.frame import Outline
@@ -44,7 +43,7 @@ class Footprint(NamedTuple):
         moments: Adam's two. Gradients and what it works in are as large where all parameters are changed at once.
         step: Held at once in forward and backward pass of no tiles: gradients.
         per_tile: More, for each tile or slab of the batch.
-        encoding: While the cache is built: of one image, or on a GPU of those that are encoded together.
+        encoding: While one image is encoded; a GPU takes more at once, as far as its memory goes.
     """
 
     weights: float
@@ -87,12 +86,11 @@ def footprint(
         copied = sum(tensor.nbytes for tensor in _tensors(network.encoder)) / 2
     per_tile = (many - few) / (MAX_BATCH_SIZE - MIN_BATCH_SIZE)
     share = _SPARE * (_HALF if half else 1.0)
-    together = images * tiles_at_once(images, image_size) if half else 1
     return Footprint(
         weights=sum(tensor.nbytes for tensor in tensors) + copied * (half and trainer.method.frozen_features),
         moments=8.0 * sum(tensor.numel() for tensor in tensors if tensor.requires_grad),
         step=_SPARE * (few - MIN_BATCH_SIZE * per_tile), per_tile=share * per_tile,
-        encoding=share * together * _encoding_peak(architecture, image_size))
+        encoding=share * _encoding_peak(architecture, image_size))
 
 
 def _step_peak(trainer: SamTrainer, patch_size: tuple[int, int], tiles: int) -> int:
