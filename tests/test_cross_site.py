@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from desam_nnunet.cross_site.study import FILE, LOCK, Study, Trainer, read_study
 from desam_nnunet.evaluation.pictures import colour_of, draw_cases
 from desam_nnunet.evaluation.scores import chosen_cases, classes_of, read_rows
 from desam_nnunet.nnunet.leftovers import is_preprocessed, is_trained, put_damaged_aside, remove_stale_predictions
+from desam_nnunet.nnunet.names import FOLDERS
 from desam_nnunet.nnunet.sites import Case
 
 TRAINERS = ("DeSAMTrainer", "nnUNetTrainer")
@@ -362,6 +364,18 @@ def test_a_study_of_data_sets_is_described_with_what_is_done(
     assert is_trained(trained.model("DeSAMTrainer") / "fold_0")
 
 
+def test_what_studies_share_is_locked_beside_it(
+    trained: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folders that the environment names from where the command is typed, too."""
+    monkeypatch.chdir(trained.root)
+    monkeypatch.setenv("nnUNet_preprocessed", "nnUNet_preprocessed")
+    study = opened_study(trained, tmp_path)
+    assert study.locks("train") == trained.root / "nnUNet_preprocessed" / "desam_locks"
+    assert study.locks("score") == tmp_path / "locks"
+    assert replace(study, existing=False).locks("train") == tmp_path / "locks"
+
+
 def opened_study(trained: Workspace, out: Path) -> Study:
     """The preprocessed data set of all tests as a study's only site."""
     raw = trained.root / "nnUNet_raw" / "Dataset501_Phantom"
@@ -371,8 +385,13 @@ def opened_study(trained: Workspace, out: Path) -> Study:
 
 
 @pytest.mark.slow
-def test_data_sets_of_nnunets_own_folders(trained: Workspace, tmp_path: Path) -> None:
+def test_data_sets_of_nnunets_own_folders(
+    trained: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The fold that is there is used as it is: what is left to do is to segment the other site."""
+    monkeypatch.chdir(trained.root)
+    for name in FOLDERS:  # as some have them; jobs run in another folder
+        monkeypatch.setenv(name, name)
     raw = trained.root / "nnUNet_raw" / "Dataset777_SiteB"
     shutil.copytree(trained.unseen / "images", raw / "imagesTr")
     shutil.copytree(trained.unseen / "labels", raw / "labelsTr")

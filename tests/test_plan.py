@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -238,6 +239,22 @@ def test_presets_are_valid_sections_and_go_before_the_planner(name: str) -> None
 
 def test_there_are_five_presets() -> None:
     assert preset_names() == ["cpu", "laptop", "paper", "quick", "vit_h_24gb"]
+
+
+@pytest.mark.parametrize(("target", "disk", "more"), [(None, 2, 3), (5.0, 4, 1)])
+def test_a_store_is_free_disk_for_its_own_encoder_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: float | None, disk: float, more: float
+) -> None:
+    """In GB: 4 are free, and a store takes 6, with which only a cache of the same encoder can go on."""
+    store = SimpleNamespace(recipe=SimpleNamespace(encoder="vit_tiny"), size=lambda: 6 * 10**9)
+    monkeypatch.setattr(plan, "open_stores", lambda folder: [store])
+    monkeypatch.setattr(plan, "usable_bytes", lambda folder: 4 * 10**9)
+    found = plan._machine(tmp_path, Request(disk_target=target), torch.device("cpu"))
+    assert found.disk == disk * 1e9
+    assert found.stored == {"vit_tiny": more * 1e9}
+    full = replace(machine(disk=0), stored={"vit_tiny": 1e12})
+    assert choose(CARDIAC, Request(encoder="vit_tiny"), full)[0]["sam"]["features"] == "cached"
+    assert choose(CARDIAC, Request(encoder="vit_tiny_random"), full)[0]["sam"]["features"] == "online"
 
 
 def test_a_trial_is_named_as_one(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:

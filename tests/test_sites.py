@@ -22,6 +22,7 @@ from desam_nnunet.evaluation.tables import no_formula
 from desam_nnunet.nnunet.labels import labels_of
 from desam_nnunet.nnunet.sites import check_sites, read_sites
 from desam_nnunet.planning.facts import check_patch
+from desam_nnunet.settings.shared import read_settings
 
 SHAPE = (4, 10, 12)
 
@@ -270,6 +271,15 @@ def test_settings_are_checked(data: Path, tmp_path: Path) -> None:
         settings.write_text(text)
         with pytest.raises(ValueError, match=message):
             opened(data, tmp_path / "out", settings=settings)
+
+
+def test_a_weights_file_is_found_by_jobs_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.pth").touch()
+    Path("settings.json").write_text('{"batch_size": 2, "sam": {"encoder": "mine.pth"}}')
+    assert read_settings(Path("settings.json"), [])["sam"]["encoder"] == str(tmp_path / "mine.pth")
+    Path("settings.json").write_text('{"batch_size": 2, "sam": {"encoder": "vit_b"}}')
+    assert read_settings(Path("settings.json"), [])["sam"]["encoder"] == "vit_b"
 
 
 def test_weights_that_are_not_here_are_missed_at_once(

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import Workspace, make_trainer
 
-from desam_nnunet.system.durations import duration
+from desam_nnunet.system.durations import duration, seconds_of
 from desam_nnunet.system.files import read_object
 from desam_nnunet.system.gpus import one_gpu, visible_gpus
 from desam_nnunet.system.machine import limit_threads, usable_cores
@@ -31,6 +31,16 @@ def test_nobody_is_warned_of_what_timm_calls(module: str) -> None:
     (0, "less than a minute"), (29, "less than a minute"), (47, "1 min"), (3570, "1 h 0 min"), (90000, "25 h 0 min")])
 def test_durations_are_hours_and_minutes(seconds: float, words: str) -> None:
     assert duration(seconds) == words
+
+
+def test_benchmarks_that_a_kill_has_left_empty_say_nothing(tmp_path: Path) -> None:
+    (tmp_path / "fold").mkdir()
+    (tmp_path / "fold" / "0.tsv").write_text("s\th:m:s\n12.5\t0:00:12\n")
+    (tmp_path / "1.tsv").write_text("s\th:m:s\n-\t-\n")
+    (tmp_path / "2.tsv").write_text("other\n1\n")
+    (tmp_path / "3.tsv").touch()
+    assert seconds_of(tmp_path) == [12.5]
+    assert seconds_of(tmp_path / "none") == []
 
 
 def test_jobs_of_one_machine_get_a_gpu_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

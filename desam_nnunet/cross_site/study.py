@@ -58,7 +58,7 @@ class Study:
     def locks(self, rule: str) -> Path:
         """Where a job's lock lies: beside what it changes, which other studies may change too."""
         shared = self.existing and rule in ("prepare", "plan", "encode", "train")
-        return (self.folder("nnUNet_preprocessed") if shared else self.out) / "locks"
+        return self.folder("nnUNet_preprocessed") / "desam_locks" if shared else self.out / "locks"
 
     @property
     def environment(self) -> dict[str, str]:
