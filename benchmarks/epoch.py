@@ -8,16 +8,15 @@ bench`` calls it for each trainer.
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from desam_nnunet.nnunet.names import STOCK_PLANS
+from watch import watch
 from whole import call
 
 PLAIN = "nnUNetTrainer"
@@ -72,23 +71,10 @@ def timed(trainer: str, device: str) -> dict[str, float]:
     spent: dict[str, float] = {}
     kind: Any = TRAINERS.get(trainer, nnUNetTrainer)
 
-    def time_it(owner: Any, name: str, part: str) -> None:
-        work: Callable[..., Any] = getattr(owner, name)
-
-        @functools.wraps(work)
-        def watched(*args: Any, **options: Any) -> Any:
-            begin = time.perf_counter()
-            try:
-                return work(*args, **options)
-            finally:
-                spent[part] = spent.get(part, 0.0) + time.perf_counter() - begin
-
-        setattr(owner, name, watched)
-
     for loader in (CachedLoader, NonDetMultiThreadedAugmenter, SingleThreadedAugmenter):
-        time_it(loader, "__next__", "waiting")
-    time_it(kind, "train_step", "training")
-    time_it(kind, "validation_step", "validation")
+        watch(loader, "__next__", spent, "waiting")
+    watch(kind, "train_step", spent, "training")
+    watch(kind, "validation_step", spent, "validation")
     begun, ended = kind.on_epoch_start, kind.on_epoch_end
     epoch: dict[str, float] = {}
 

@@ -16,11 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from desam_nnunet.nnunet.names import FOLDERS
+from watch import watch, watched
 
 BEGIN = time.perf_counter()
 PLAIN = "nnUNetTrainer"
@@ -151,19 +151,6 @@ def timed(work: Path, trainer: str, device: str) -> dict[str, float]:
 
     spent: dict[str, float] = dict.fromkeys(("start", "predict", *STEPS), 0.0)
 
-    def time_it(owner: Any, name: str, step: str) -> None:
-        setattr(owner, name, watched(getattr(owner, name), step))
-
-    def watched(work: Callable[..., Any], step: str) -> Callable[..., Any]:
-        @functools.wraps(work)
-        def run(*args: Any, **options: Any) -> Any:
-            begin = time.perf_counter()
-            try:
-                return work(*args, **options)
-            finally:
-                spent[step] += time.perf_counter() - begin
-        return run
-
     predictor: Any = predict_from_raw_data.nnUNetPredictor
     sequential = predictor.predict_from_files_sequential
 
@@ -173,11 +160,12 @@ def timed(work: Path, trainer: str, device: str) -> dict[str, float]:
         return sequential(*args, **options)
 
     predictor.predict_from_files_sequential = begun
-    time_it(DefaultPreprocessor, "run_case", "preprocessing")
-    time_it(predictor, "predict_logits_from_preprocessed_data", "predict")
-    time_it(FrozenSamNetwork, "encode", "encoder")
+    watch(DefaultPreprocessor, "run_case", spent, "preprocessing")
+    watch(predictor, "predict_logits_from_preprocessed_data", spent, "predict")
+    watch(FrozenSamNetwork, "encode", spent, "encoder")
     resampling: Any = ConfigurationManager.resampling_fn_probabilities.fget
-    ConfigurationManager.resampling_fn_probabilities = property(lambda self: watched(resampling(self), "resampling"))
+    ConfigurationManager.resampling_fn_probabilities = property(
+        lambda self: watched(resampling(self), spent, "resampling"))
     sys.argv = command(work, trainer, device)
     sys.argv[-3], sys.argv[-1] = "0", "0"
     predict_from_raw_data.predict_entry_point()
