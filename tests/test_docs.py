@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 from conftest import FOLDERS, environment
+from test_importing import publish
 
 import phantom
+from desam_nnunet.encoders.registry import ENCODERS
+from desam_nnunet.encoders.sam_vit import SamViT
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
@@ -151,3 +154,28 @@ def test_an_encoder_and_a_method_of_ones_own(shell: Shell) -> None:
     results = shell.root / "nnUNet_results" / "Dataset501_Phantom"
     assert (results / "DeSAMTrainer__ResNetPlans__2d" / "fold_0" / "checkpoint_final.pth").is_file()
     assert (results / "LinearProbeTrainer__LinearProbePlans__2d" / "fold_0" / "checkpoint_final.pth").is_file()
+
+
+def test_checkpoints_come_in_and_go_out(shell: Shell) -> None:
+    """A published DeSAM and a SAMed, in small and of random numbers: the encoder is a file's, not ViT-H."""
+    tiny = ENCODERS["vit_tiny"].architecture
+    assert isinstance(tiny, SamViT)
+    made = publish(tiny, shell.root / "weights")
+    made.checkpoint.rename(shell.root / "desam_vit_h.pth")
+    small = {"encoder": str(made.sam_file), "features": "online"}
+    plan, bring, predict, train, plan_samed, bring_samed, give = commands("docs/howto/published_checkpoints.md")
+    (shell.root / "nnUNet_preprocessed" / "Dataset501_Phantom" / "DeSAMPlans.json").unlink()  # of the pages before
+    shell.run(plan)
+    shell.shorten("DeSAMPlans", **small)
+    said = shell.run(bring)
+    shutil.rmtree(shell.root / "out", ignore_errors=True)
+    shell.run(predict)
+    assert len(list((shell.root / "out").glob("*.nii.gz"))) == 2
+    (weights,) = re.findall(r"\S+/pretrained_weights\.pth", said)
+    shell.run(train.replace("…/pretrained_weights.pth", weights))
+    shell.run(plan_samed)
+    shell.shorten("SAMedPlans", **small)
+    shell.run("nnUNetv2_train 501 2d 0 -tr SAMedTrainer -p SAMedPlans")
+    shell.run(give.replace("nnUNet_results/DatasetXXX", "$nnUNet_results/Dataset501_Phantom"))
+    (shell.root / "samed.pth").rename(shell.root / "epoch_159.pth")
+    assert "pretrained_weights.pth" in shell.run(bring_samed)

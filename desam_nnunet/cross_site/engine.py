@@ -127,7 +127,7 @@ class Progress(logging.Handler):
                 self.left[self._rules[event["job_id"]]] -= 1
             case LogEvent.JOB_ERROR:
                 self._failed[_title(event)] = self._folder / event["log"][0]
-            case _ if record.levelno >= logging.ERROR:
+            case _ if record.levelno >= logging.WARNING:
                 print(record.getMessage(), flush=True)
 
     def _begin(self, job: dict[str, Any]) -> None:
