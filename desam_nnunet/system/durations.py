@@ -8,9 +8,11 @@ from pathlib import Path
 
 
 def duration(seconds: float) -> str:
-    """In hours and minutes; less than a minute is said as that."""
+    """In hours and minutes; in seconds where it is less than a minute."""
+    if seconds < 59.5:
+        return f"{max(1, round(seconds))} s"
     hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes else "less than a minute"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def seconds_of(benchmarks: Path) -> list[float]:
