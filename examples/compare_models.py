@@ -173,6 +173,8 @@ def parse() -> Comparison:
             raise ValueError(f"{several[0]} has several channels, but only one is compared here.")
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    if options.shifts < 1:
+        parser.error(f"--shifts {options.shifts}: at least one draw, because choices are made by it.")
     others = [site for site in sites if site != options.source]
     targets = others if options.targets is None else options.targets
     if unknown := [site for site in targets if site not in others]:

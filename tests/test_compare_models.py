@@ -81,6 +81,7 @@ def test_models_are_compared_and_a_second_call_does_nothing_again(
     ({"a, b": PROBE, "a b": PROBE}, ["--source", "SiteA"], "names must differ in more than signs"),
     ({"a": PROBE}, ["--source", "SiteA", "-f", "all"], "invalid choice: 'all'"),
     ({"a": PROBE}, ["--source", "SiteA", "--targets", "SiteA"], "--targets SiteA: choose from SiteB"),
+    ({"a": PROBE}, ["--source", "SiteA", "--shifts", "0"], "--shifts 0: at least one draw"),
 ])
 def test_what_cannot_be_compared_is_refused_at_once(
     data: Path, capsys: pytest.CaptureFixture[str], models: dict[str, Any], words: list[str], message: str
