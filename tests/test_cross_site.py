@@ -26,7 +26,7 @@ from matplotlib.colors import to_rgb
 
 import phantom
 from desam_nnunet.commands.__main__ import main
-from desam_nnunet.cross_site.engine import Progress
+from desam_nnunet.cross_site.engine import Progress, is_local
 from desam_nnunet.cross_site.jobs import is_to_be_cached
 from desam_nnunet.cross_site.report import write_report
 from desam_nnunet.cross_site.study import FILE, LOCK, Study, Trainer, read_study
@@ -170,8 +170,8 @@ def test_the_report_is_made_from_what_is_on_disk(ran: Ran) -> None:
 def test_the_report_has_what_it_must(ran: Ran) -> None:
     page = ran.page()
     for words in ("RANDOM weights", "SiteA", "SiteB", "SiteC", *TRAINERS, "held-out cases", "boundary voxels",
-                  "protocol “volume”", "protocol “published”", "p, corrected", "peak memory, MB", "nnunetv2 2.",
-                  "Best, median and worst", "Where DeSAM looks", "In plain words", "Where it fails", "Volumes in ml",
+                  "protocol “volume”", "protocol “published”", "p, corrected", "peak memory in training, MB",
+                  "nnunetv2 2.", "Best, median and worst", "Where DeSAM looks", "In plain words", "Where it fails", "Volumes in ml",
                   "upper third (base)", "At home and elsewhere", "SiteA alone", "all sources",
                   "What the encoders have seen"):
         assert words in page, words
@@ -213,12 +213,15 @@ def test_pictures_show_reference_and_prediction(ran: Ran, tmp_path: Path) -> Non
 def test_names_of_others_are_text(ran: Ran, tmp_path: Path) -> None:
     out, _ = copy_of(ran, tmp_path)
     for path in (*(out / "scores").rglob("*.json"), *(out / "errors").rglob("*.json")):
-        path.write_text(path.read_text().replace('"organ"', '"<script>alert(1)</script>"'))
+        path.write_text(path.read_text().replace('"organ"', '"<script>alert(1)</script>"')
+                        .replace('"SiteB_000"', '"<b>B & \'</b>"'))
     study = read_study(out / FILE, out)
     study.dataset_json["labels"] = {"background": 0, "<script>alert(1)</script>": 1}
     write_report(study)
     page = (out / "report.html").read_text()
     assert "<script" not in page
+    assert "<b>B" not in page
+    assert "&lt;b&gt;B &amp; &#39;&lt;/b&gt;" in page
     assert page.count("alert(1)") == 1  # in the data's labels
 
 
@@ -332,7 +335,20 @@ def test_the_time_that_is_left_is_unknown_until_each_rule_has_run(tmp_path: Path
     assert progress.time_left() == "unknown time"
     (tmp_path / "benchmarks" / "predict").mkdir()
     (tmp_path / "benchmarks" / "predict" / "A.tsv").write_text("s\tmax_rss\n60\t1\n")
-    assert progress.time_left() == "about 31 min"
+    assert progress.time_left() == "about 31 min of work"
+    (tmp_path / "records" / "train" / "A").mkdir(parents=True)
+    (tmp_path / "records" / "train" / "A" / "0.json").write_text('{"skipped": true}')
+    assert progress.time_left() == "about 41 min of work"  # it found the training done, and took no time
+    (tmp_path / "records" / "train" / "A" / "1.json").write_text('{"skipped": true}')
+    assert progress.time_left() == "unknown time"
+
+
+def test_a_gpu_has_one_job_unless_a_cluster_says_otherwise() -> None:
+    assert is_local([])
+    assert is_local(["--executor", "local", "--jobs", "3"])
+    assert is_local(["--executor=local"])
+    for words in (["--executor", "slurm"], ["--executor=slurm"], ["-e", "slurm"], ["--profile", "x"], ["--profile=x"]):
+        assert not is_local(words)
 
 
 def test_a_study_of_data_sets_is_described_with_what_is_done(

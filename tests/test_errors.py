@@ -74,22 +74,38 @@ def scores(**dices: list[float]) -> pd.DataFrame:
 
 
 def test_sentences_say_what_the_interval_allows() -> None:
-    (clear,) = sentences(scores(one=[0.8, 0.7, 0.9], two=[0.5, 0.4, 0.6]))
-    assert clear == ("On 3 volume(s) of sites that neither had seen, one had a Dice that was 0.300 higher than that of "
+    (clear,) = sentences(scores(one=[0.8, 0.7, 0.9] * 2, two=[0.5, 0.4, 0.6] * 2))
+    assert clear == ("On 6 volumes of sites that neither had seen, one had a Dice that was 0.300 higher than that of "
                      "two on average (95 % interval 0.300 to 0.300): a difference is likely.")
-    (open_,) = sentences(scores(one=[0.8, 0.2], two=[0.5, 0.7]))
-    assert "two had a Dice that was 0.100 higher than that of one on average (95 % interval -0.300 to 0.500)" in open_
-    assert "does not show which is better" in open_
-    assert "too few" in sentences(scores(one=[0.8], two=[0.5]))[0]
-    assert sentences(scores(one=[0.5], two=[0.5]))[0].endswith("one and two had the same Dice.")
+    (open_,) = sentences(scores(one=[0.8, 0.2] * 3, two=[0.5, 0.7] * 3))
+    assert "two had a Dice that was 0.100 higher than that of one on average (95 % interval -0." in open_
+    assert open_.endswith("as the interval holds zero, this study does not show which is better.")
+    assert sentences(scores(one=[0.8], two=[0.5])) == [
+        "On 1 volume of sites that neither had seen, one had a Dice that was 0.300 higher than that of two on average: "
+        "too few volumes to say more."]
+    assert sentences(scores(one=[0.5], two=[0.5]))[0].endswith("one and two had the same Dice on average.")
     assert sentences(scores(one=[0.5])) == []
+
+
+def test_volumes_that_agree_by_chance_are_no_finding() -> None:
+    """All five on one side: the bootstrap's interval excludes zero in every sixteenth of such studies."""
+    said = sentences(scores(one=[0.8, 0.7, 0.9, 0.8, 0.8], two=[0.5, 0.4, 0.6, 0.5, 0.7]))
+    assert said[0].endswith("too few volumes to say more.")
+    found = sentences(scores(one=[0.8, 0.8, 0.8, 0.8, 0.8, 0.8, 0.49], two=[0.5, 0.6, 0.7, 0.55, 0.65, 0.75, 0.99]))[0]
+    assert "does not show which is better" in found
+
+
+def test_an_interval_without_zero_is_not_enough() -> None:
+    more = [0.3, 0.3, 0.3, 0.3, 0.3, -0.01, -0.02]
+    (said,) = sentences(scores(one=[0.5 + value for value in more], two=[0.5] * 7))
+    assert said.endswith("but a paired test finds no difference, this study does not show which is better.")
 
 
 def test_at_home_and_elsewhere() -> None:
     found = shift(scores(one=[0.8, 0.6], two=[0.4, 0.2]))
     assert [round(row["drop"], 6) for row in found["trainers"]] == [0.3, 0.1]
     (pair,) = found["pairs"]
-    assert (pair["inside"].mean, pair["outside"].mean) == pytest.approx((0.2, 0.4))
+    assert (pair["inside"]["mean"], pair["outside"]["mean"]) == pytest.approx((0.2, 0.4))
     without = scores(one=[0.8, 0.6], two=[0.4, 0.2]).query("source != target")
     assert shift(without)["pairs"][0]["inside"] is None
     assert np.isnan(shift(without)["trainers"][0]["drop"])

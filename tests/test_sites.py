@@ -459,6 +459,12 @@ def test_what_snakemake_does_not_know_is_said(
     words = ["cross-site", str(data), "-o", str(tmp_path / "out"), "-device", "cpu", "--sources", "A", "--dry-run"]
     assert main([*words, "--snakemake", "--jbos", "3"]) == 1
     assert "unrecognized arguments: --jbos" in capsys.readouterr().err
+    assert main([*words, "--executor", "slrum"]) == 1
+    assert "slrum" in capsys.readouterr().err
+    assert main([*words, "--profile", str(tmp_path / "slrum")]) == 1
+    assert "slrum" in capsys.readouterr().err
+    assert main([*words, "--cores", "0"]) == 1
+    assert "--cores is 0, but must be at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("cell", "written"), [

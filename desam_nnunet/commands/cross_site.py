@@ -44,8 +44,10 @@ def add(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    if not (options.executor or options.profile):  # which may send jobs to where the device is
+    if options.executor in (None, "local") and not options.profile:  # others may send jobs to where the device is
         device_named(options.device)
+    if options.cores is not None and options.cores < 1:
+        raise ValueError(f"--cores is {options.cores}, but must be at least 1.")
     if missing := [name for name, least in EXTRA.items() if not _is_installed(name, least)]:
         raise ValueError(f"desam cross-site needs {' and '.join(missing)}, perhaps newer than installed: pip install "
                          "'desam-nnunet[cross-site]'.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import os
 import shutil
@@ -11,6 +12,7 @@ import signal
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +75,18 @@ def describe_study(study: Study, device: str, cores: int | None = None, more: Se
     return [*(f"{name}={path}" for name, path in study.environment.items()), *progress.described]
 
 
+def is_local(more: Sequence[str]) -> bool:
+    """Whether jobs run on this machine, as far as Snakemake's arguments say it: profiles may say anything."""
+    words = [part for word in more for part in word.split("=", 1)]
+    given = dict(pairwise(words))
+    return "--profile" not in given and {"--executor", "-e"} & given.keys() <= {
+        key for key, value in given.items() if value == "local"}
+
+
 def _call(progress: Progress, folder: Path, device: str, cores: int | None, more: Sequence[str], *config: str) -> bool:
     """Whether all of it is done."""
     threads, here = cores or _THREADS, []
-    if not {"--executor", "--profile"} & {word.partition("=")[0] for word in more}:  # here: a job for each GPU
+    if is_local(more):  # a job for each GPU
         gpus = max(1, len(visible_gpus())) if device == "cuda" else 1
         cores = cores or usable_cores()
         threads, here = max(1, cores // gpus), ["--cores", str(cores), "--resources", f"gpu={gpus}"]
@@ -139,19 +149,23 @@ class Progress(logging.Handler):
                   f"    {self._folder / job['log'][0]}", flush=True)
 
     def time_left(self) -> str:
-        """From what jobs of the same rules took; unknown where one has not run yet. The report takes seconds."""
-        seconds = 0.0
+        """From what jobs of the same rules took; unknown where none has run yet, but for those that found all done. The
+        report takes seconds."""
+        seconds, benchmarks, records = 0.0, self._folder / "benchmarks", self._folder / "records"
+        skipped = {benchmarks / path.relative_to(records).with_suffix(".tsv") for path in records.rglob("*.json")
+                   if "skipped" in json.loads(path.read_text())}
         for rule, count in self.left.items():
-            known = seconds_of(self._folder / "benchmarks" / rule)
+            known = seconds_of(benchmarks / rule, but=skipped)
             if count and not known and rule != "report":
                 return "unknown time"
             seconds += count * sum(known) / max(1, len(known))
-        return f"about {duration(seconds)}"
+        return f"about {duration(seconds)} of work"
 
     def failures(self) -> str:
         """The ends of the logs of failed jobs, and how to go on."""
         if not self._failed:
-            return "Snakemake could not run the study: what it said is above."
+            return ("The study was interrupted, or Snakemake could not run it, and said why above. Start it again: what "
+                    "is done stays done.")
         jobs, logs = [f"'{title}'" for title in self._failed], list(self._failed.values())[:_SHOWN]
         ends = [f"The end of {log}:\n" + "\n".join(log.read_text(errors="replace").splitlines()[-_TAIL:])
                 for log in logs if log.is_file()]

@@ -18,7 +18,7 @@ from desam_nnunet import __version__
 from desam_nnunet.cross_site.study import Study, plain
 from desam_nnunet.encoders.registry import row_by_name
 from desam_nnunet.evaluation.errors import THIRDS
-from desam_nnunet.evaluation.findings import position_means, sentences, shift, worst_cases
+from desam_nnunet.evaluation.findings import FEWEST, position_means, sentences, shift, worst_cases
 from desam_nnunet.evaluation.metrics import METRICS, NONE, Metric
 from desam_nnunet.evaluation.pictures import agreement_plot, box_plot
 from desam_nnunet.evaluation.scores import COLUMNS, PROTOCOLS, read_rows, without_nan
@@ -48,6 +48,7 @@ def write_report(study: Study) -> None:
         "encoding_minutes": {source: minutes for source in study.sources
                              if (minutes := encoding_minutes(study, source)) > 0},
         "sentences": sentences(volume), "positions": position_means(errors),
+        "home_and_elsewhere": {of: without_nan(rows) for of, rows in shift(volume).items()},
         "worst": without_nan(worst_cases(volume, errors)),
         "summaries": without_nan(summary.to_dict("records")), "comparisons": without_nan(pairs.to_dict("records"))}
     _write(study.out / "report.json", json.dumps(content, indent=1, default=str))
@@ -76,7 +77,7 @@ def _page(
     return template.render(content | {
         "study": study, "metrics": METRICS, "by_key": {metric.key: metric for metric in METRICS},
         "protocols": PROTOCOLS, "classes": classes, "overall_class": overall_class,
-        "look": _look_up(summary, overall_class), "pairs": pairs, "shift": shift(volume), "thirds": THIRDS,
+        "look": _look_up(summary, overall_class), "pairs": pairs, "thirds": THIRDS, "fewest": FEWEST,
         "agreement": agreement_plot(errors),
         "plots": [box_plot(volume, target, metric) for target in dict.fromkeys(volume["target"])
                   for metric in METRICS if metric.key in _PLOTTED],
@@ -123,7 +124,7 @@ def cost_of(study: Study, source: str, trainer: str) -> Cost:
 def encoding_minutes(study: Study, source: str) -> float:
     """What it took to store the features of one source, for all trainers that read them."""
     methods = {trainer.method for trainer in study.trainers.values() if trainer.frozen_features}
-    return sum(study.read_record("encode", source, method).get("seconds", 0) for method in methods) / 60
+    return sum(study.read_record("encode", source, method).get("seconds", 0) for method in sorted(methods)) / 60
 
 
 def machines_of(study: Study) -> list[str]:
@@ -154,12 +155,12 @@ def _settings(study: Study, source: str, trainer: str) -> dict[str, Any]:
 
 
 def _encoders(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Those that the models use: whether their weights are RANDOM, and what is known of what they were trained on."""
+    """Those that the models use: whether their weights are RANDOM, and what they were trained on, if it is known."""
     sections = [row.get("sam", {}) for of_source in settings.values() for row in of_source.values()]
     names = {section["encoder"]: section.get("identity", "") for section in sections if "encoder" in section}
     rows = {name: row_by_name(name) for name in names}
     return [{"name": name, "random": identity.startswith("random:"),
-             "trained_on": row.trained_on if (row := rows[name]) else "what nobody has told"}
+             "trained_on": row.trained_on if (row := rows[name]) else ""}
             for name, identity in sorted(names.items())]
 
 

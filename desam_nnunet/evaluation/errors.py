@@ -23,8 +23,9 @@ def error_rows(
 ) -> list[Row]:
     """Rows of every case that has a reference, one for each class; all slices count.
 
-    An error is of the `boundary` where it lies within `tolerance` mm of the reference's surface, else `missed` or
-    `extra`. Thirds are those of the reference's extent along the body, as far as the slices' axis is the body's.
+    An error is of the `boundary` where its voxel's centre lies within `tolerance` mm of that of a voxel on the other
+    side of the reference's surface, else `missed` or `extra`. Thirds are those of the reference's extent
+    along the body, as far as the slices' axis is the body's.
 
     Args:
         predictions: A case without one, or whose file does not exist, has everything missed.

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 from desam_nnunet.evaluation.errors import BOUNDARY, EXTRA, MISSED, THIRDS
-from desam_nnunet.evaluation.statistics import Summary, per_case, summarise
+from desam_nnunet.evaluation.statistics import Summary, compare, per_case, summarise
 
 METRIC = "dice"
+FEWEST = 6  # volumes: with fewer no paired rank test finds anything, and bootstrap intervals are too short
+_LIKELY = 0.05  # of the paired test, which the interval alone does not replace: it is too short for few volumes
 _WORDS = {MISSED: "parts of the organ were missed", EXTRA: "something else was taken for the organ",
           BOUNDARY: "the border is off by little", "": "nothing is wrong"}
 
@@ -22,33 +23,45 @@ def sentences(scores: pd.DataFrame) -> list[str]:
         scores: Of one protocol, all classes.
     """
     unseen = scores[scores["source"] != scores["target"]]
-    return [_sentence(first, second, gain) for first, second, gain in _gains(unseen)]
+    return [_sentence(gain) for gain in _gains(unseen)]
 
 
-def _sentence(first: str, second: str, gain: Summary) -> str:
-    better, worse = (first, second) if gain.mean > 0 else (second, first)
-    begin = f"On {gain.cases} volume(s) of sites that neither had seen, "
-    if gain.mean == 0:
-        return f"{begin}{first} and {second} had the same Dice."
-    said = f"{begin}{better} had a Dice that was {abs(gain.mean):.3f} higher than that of {worse} on average"
-    if gain.cases == 1:
-        return f"{said}; one volume is too few to say more."
-    low, high = (gain.low, gain.high) if gain.mean > 0 else (-gain.high, -gain.low)
+class _Gain(NamedTuple):
+    """What the first of two trainers has more than the second, case by case; `p` of the paired test."""
+
+    first: str
+    second: str
+    more: Summary
+    p: float
+
+
+def _sentence(gain: _Gain) -> str:
+    more = gain.more
+    better, worse = (gain.first, gain.second) if more.mean > 0 else (gain.second, gain.first)
+    begin = f"On {more.cases} volume{'s' if more.cases > 1 else ''} of sites that neither had seen, "
+    if more.mean == 0:
+        return f"{begin}{gain.first} and {gain.second} had the same Dice on average."
+    said = f"{begin}{better} had a Dice that was {abs(more.mean):.3f} higher than that of {worse} on average"
+    if more.cases < FEWEST:
+        return f"{said}: too few volumes to say more."
+    low, high = (more.low, more.high) if more.mean > 0 else (-more.high, -more.low)
     said = f"{said} (95 % interval {low:.3f} to {high:.3f}): "
-    if low > 0:
+    if low > 0 and gain.p < _LIKELY:
         return f"{said}a difference is likely."
-    return f"{said}as the interval holds zero, this study does not show which is better."
+    why = "as the interval holds zero" if low <= 0 else "but a paired test finds no difference"
+    return f"{said}{why}, this study does not show which is better."
 
 
-def _gains(scores: pd.DataFrame) -> list[tuple[str, str, Summary]]:
-    """Every pair of trainers, and what the first has more than the second, case by case."""
+def _gains(scores: pd.DataFrame) -> list[_Gain]:
+    """Of every pair of trainers."""
     table = per_case(scores, METRIC)
-    trainers = [name for name in dict.fromkeys(scores["trainer"]) if name in table]
-    return [(first, second, summarise(table[first] - table[second])) for first, second in combinations(trainers, 2)]
+    return [_Gain(pair.first, pair.second, summarise(table[pair.first] - table[pair.second]), pair.p)
+            for pair in compare(table)]
 
 
 def shift(scores: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
-    """Side by side in and out of the domain: every trainer's mean with its drop, every pair's difference.
+    """Side by side in and out of the domain: every trainer's mean with its drop, every pair's difference, and their
+    summaries, as plain data.
 
     Args:
         scores: Of one protocol, all classes.
@@ -59,10 +72,11 @@ def shift(scores: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
     for trainer in dict.fromkeys(scores["trainer"]):
         here, there = (summarise(per_case(part[part["trainer"] == trainer], METRIC).to_numpy().ravel())
                        for part in (inside, outside))
-        rows.append({"trainer": trainer, "inside": here, "outside": there, "drop": there.mean - here.mean})
-    within = {(first, second): gain for first, second, gain in _gains(inside)} if own.any() else {}
-    pairs = [{"pair": f"{first} \N{MINUS SIGN} {second}", "inside": within.get((first, second)), "outside": gain}
-             for first, second, gain in _gains(outside)]
+        rows.append({"trainer": trainer, "inside": here._asdict(), "outside": there._asdict(),
+                     "drop": there.mean - here.mean})
+    within = {gain[:2]: gain.more._asdict() for gain in _gains(inside)} if own.any() else {}
+    pairs = [{"pair": f"{gain.first} \N{MINUS SIGN} {gain.second}", "inside": within.get(gain[:2]),
+              "outside": gain.more._asdict()} for gain in _gains(outside)]
     return {"trainers": rows, "pairs": pairs}
 
 

@@ -69,7 +69,8 @@ def box_plot(scores: pd.DataFrame, target: str, metric: Metric) -> str:
 
 def agreement_plot(errors: pd.DataFrame) -> str:
     """Volumes as SVG, after Bland and Altman (Lancet 327:307-310, 1986): for each trainer, at unseen sites, the
-    difference of both volumes over their mean, every volume a dot, with the mean difference and 1.96 deviations.
+    difference of both volumes over their mean, every segmentation a dot, with the mean difference and the limits of
+    agreement, 1.96 standard deviations on either side.
 
     Args:
         errors: Rows of :func:`~desam_nnunet.evaluation.errors.error_rows`, with their trainer, source and target.
@@ -90,7 +91,7 @@ def agreement_plot(errors: pd.DataFrame) -> str:
             axis.axhline(difference.mean(), color="black", linewidth=1)
             for limit in (difference.mean() - spread, difference.mean() + spread):
                 axis.axhline(limit, color="black", linewidth=1, linestyle="dashed")
-            axis.set_title(f"{trainer}\n{difference.mean():+.1f} \N{PLUS-MINUS SIGN} {spread:.1f} ml", fontsize=9)
+            axis.set_title(f"{trainer}\n{difference.mean():+.1f} ml, 1.96 SD {spread:.1f}, n = {len(rows)}", fontsize=9)
             axis.set_xlabel("mean of both volumes, ml")
             axis.spines[["top", "right"]].set_visible(False)
         axes[0].set_ylabel("predicted \N{MINUS SIGN} reference, ml")

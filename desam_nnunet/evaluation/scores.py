@@ -98,8 +98,9 @@ def write_rows(path: Path, rows: list[Row]) -> None:
 
 
 def without_nan(rows: list[Row]) -> list[Row]:
-    """Rows with None where a value is not a number."""
-    return [{key: None if value != value else value for key, value in row.items()} for row in rows]
+    """Rows, and rows in them, with None where a value is not a number."""
+    return [{key: without_nan([value])[0] if isinstance(value, dict) else None if value != value else value
+             for key, value in row.items()} for row in rows]
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -56,13 +56,14 @@ def summarise(values: Sequence[float] | np.ndarray) -> Summary:
 
 
 def per_case(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """One value per case (rows) and trainer (columns), so that every case counts once.
+    """One value per case (rows) and trainer (columns, in the order of `rows`), so that every case counts once.
 
     Args:
         rows: With the columns ``trainer``, ``target``, ``case`` and `metric`. A case that was segmented by models of
             several sources, or has several classes, counts with its mean over them.
     """
-    return rows.pivot_table(index=["target", "case"], columns="trainer", values=metric, aggfunc="mean", sort=True)
+    table = rows.pivot_table(index=["target", "case"], columns="trainer", values=metric, aggfunc="mean", sort=True)
+    return table[[name for name in rows["trainer"].unique() if name in table]]
 
 
 def compare(table: pd.DataFrame) -> Iterator[Comparison]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Container
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,10 +16,13 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
-def seconds_of(benchmarks: Path) -> list[float]:
-    """What jobs took, by the benchmark files in a folder; one that a kill has left empty says nothing."""
+def seconds_of(benchmarks: Path, but: Container[Path] = ()) -> list[float]:
+    """What jobs took, by the benchmark files in a folder, but for some of them; one that a kill has left empty says
+    nothing."""
     known: list[float] = []
     for path in benchmarks.rglob("*.tsv"):
+        if path in but:
+            continue
         with open(path, newline="") as stream, suppress(KeyError, ValueError, TypeError):
             known += [float(row["s"]) for row in csv.DictReader(stream, delimiter="\t")]
     return known
