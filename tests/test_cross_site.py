@@ -171,7 +171,8 @@ def test_the_report_has_what_it_must(ran: Ran) -> None:
     page = ran.page()
     for words in ("RANDOM weights", "SiteA", "SiteB", "SiteC", *TRAINERS, "held-out cases", "boundary voxels",
                   "protocol “volume”", "protocol “published”", "p, corrected", "peak memory in training, MB",
-                  "nnunetv2 2.", "Best, median and worst", "Where DeSAM looks", "In plain words", "Where it fails", "Volumes in ml",
+                  "nnunetv2 2.", "Best, median and worst", "Where DeSAM looks",
+                  "In plain words", "Where it fails", "Volumes in ml",
                   "upper third (base)", "At home and elsewhere", "SiteA alone", "all sources",
                   "What the encoders have seen"):
         assert words in page, words

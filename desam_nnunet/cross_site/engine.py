@@ -164,8 +164,8 @@ class Progress(logging.Handler):
     def failures(self) -> str:
         """The ends of the logs of failed jobs, and how to go on."""
         if not self._failed:
-            return ("The study was interrupted, or Snakemake could not run it, and said why above. Start it again: what "
-                    "is done stays done.")
+            return ("The study was interrupted, or Snakemake could not run it, and said why above. Start it again: "
+                    "what is done stays done.")
         jobs, logs = [f"'{title}'" for title in self._failed], list(self._failed.values())[:_SHOWN]
         ends = [f"The end of {log}:\n" + "\n".join(log.read_text(errors="replace").splitlines()[-_TAIL:])
                 for log in logs if log.is_file()]
