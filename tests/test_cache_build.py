@@ -369,6 +369,8 @@ def test_a_folder_in_the_place_of_a_file_is_named(store: Store, name: str) -> No
     path.mkdir()
     if name.endswith("tile"):
         assert any(f"{path} can't be read (Is a directory): remove it" in line for line in verify_stores("501"))
+    else:
+        assert any(f"{path} is no file: remove it" in line for line in verify_stores("501"))
     with pytest.raises(OSError, match="can't be written: Is a directory"):
         build_dataset("501", PLANS, "2d", "DeSAMTrainer", CPU, 1, 0)
 

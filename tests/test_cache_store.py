@@ -268,3 +268,54 @@ def test_a_flipped_byte_in_a_cases_record_costs_the_record_alone(store: Store, l
     assert list(store.missing("case", "content", TILES)) == []
     store.finish("case", "content", TILES)
     assert record.read_text() == text
+
+
+@pytest.mark.parametrize("changes", [
+    {"place": 7}, {"place": None}, {"place": ["case", 0]}, {"place": ["case", 1, 0]}, {"content": None}, {"content": 3},
+    {"levels": 99}, {"levels": -1}, {"levels": 10**9}, {"levels": True}, {"levels": 4}, {"labels": []},
+])
+def test_a_tile_with_right_sums_and_other_fields_is_refused(store: Store, changes: dict[str, Any]) -> None:
+    """Nobody writes such, but by hand."""
+    path = store.path("case", 0, 0)
+    arrays, meta = read_entry(path)
+    write_entry(path, arrays, meta | changes)
+    with pytest.raises(DamagedEntryError, match="is no tile: its fields are others|is in the wrong place"):
+        store.read("case", 0, 0, "content")
+    if changes != {"levels": 4}:  # the arrays are not looked at
+        assert not store.has("case", 0, 0, "content")
+
+
+@pytest.mark.parametrize("header", [
+    [], {"meta": 1, "arrays": []}, {"meta": {}}, {"meta": {}, "arrays": {}}, {"meta": {}, "arrays": [1]},
+    {"meta": {}, "arrays": [{"name": "a", "dtype": "int8", "shape": ["x"], "bytes": 1, "crc": 0}]},
+    {"meta": {}, "arrays": [{"name": "a", "dtype": "int8", "shape": [1], "bytes": -1, "crc": 0}]},
+])
+def test_a_header_with_a_right_sum_and_other_fields_is_refused(tmp_path: Path, header: Any) -> None:
+    text = json.dumps(header).encode()
+    (tmp_path / "entry").write_bytes(struct.pack("<8sII", b"DESAM\x00\x01\n", len(text), zlib.crc32(text)) + text)
+    for read in (read_entry, read_meta):
+        with pytest.raises(DamagedEntryError, match="is no cache entry: its header has other fields"):
+            read(tmp_path / "entry")
+
+
+@pytest.mark.parametrize("changes", [
+    {"sizes": []}, {"tiles": 3}, {"tiles": [[0, 0]]}, {"tiles": [["a", 0, 0]]}, {"labels": [3, 3]}, {"labels": []},
+    {"labels": [[[1]], [[1]]]}, {"labels": [[{"a": 1}], [{"a": 1}]]}, {"labels": [[{}, {}], [{}, {}]]},
+])
+def test_a_record_with_a_right_sum_and_other_fields_is_none(store: Store, changes: dict[str, Any]) -> None:
+    path = store.record_path("case")
+    record = json.loads(path.read_text())["record"] | changes
+    path.write_text(json.dumps({"crc": zlib.crc32(json.dumps(record).encode()), "record": record}))
+    assert store.complete("case", "content") is None
+
+
+def test_pipes_in_the_place_of_files_hold_nobody_up(store: Store) -> None:
+    tile, record, recipe = store.path("case", 0, 0), store.record_path("case"), store.folder / "store.json"
+    for path in (tile, record, recipe):
+        path.unlink()
+        os.mkfifo(path)
+    assert not store.has("case", 0, 0, "content")
+    with pytest.raises(OSError, match="not a regular file"):
+        store.read("case", 0, 0, "content")
+    assert store.complete("case", "content") is None
+    assert open_stores(store.folder.parents[1]) == []

@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from desam_nnunet.cross_site.study import FILE, Study, read_study
 from desam_nnunet.evaluation.tables import no_formula
 from desam_nnunet.nnunet.labels import labels_of
 from desam_nnunet.nnunet.sites import check_sites, read_sites
+from desam_nnunet.nnunet.volumes import check_volumes
 from desam_nnunet.planning.facts import check_patch
 from desam_nnunet.settings.shared import read_settings
 
@@ -169,6 +171,15 @@ def its_own_label(data: Path) -> None:
     path.symlink_to(data / "B" / "case0_segmentation.nii.gz")
 
 
+def a_copy_of_the_label(data: Path) -> None:
+    (data / "B" / "case0.nii.gz").write_bytes((data / "B" / "case0_segmentation.nii.gz").read_bytes())
+
+
+def a_pipe(data: Path) -> None:
+    (data / "B" / "case0.nii.gz").unlink()
+    os.mkfifo(data / "B" / "case0.nii.gz")
+
+
 def colours(data: Path) -> None:
     image = sitk.GetImageFromArray(np.zeros((4, 10, 12, 3), np.uint8), isVector=True)
     sitk.WriteImage(image, data / "B" / "case0.nii.gz")
@@ -183,6 +194,8 @@ def complex_numbers(data: Path) -> None:
     (an_image_cut_off, r"case0.nii.gz can't be read to its end: it is damaged or cut off"),
     (an_image_with_too_few_voxels, r"case0.nii.gz is cut off: it ends before its last voxel"),
     (its_own_label, r"Case case0 of site B: .* is the image and its own reference"),
+    (a_copy_of_the_label, r"Case case0 of site B: .* is the image and its own reference"),
+    (a_pipe, r"Case case0 of site B: .*case0.nii.gz does not exist, or is no file"),
     (colours, r"case0.nii.gz has voxels of the type 'vector of 8-bit unsigned integer', but must have one number"),
     (complex_numbers, r"case0.nii.gz has voxels of the type 'complex of 32-bit float', but must have one number"),
     (other_values, r"references of A have the values \{1\}, those of B \{2\}: say which class has which .*--labels"),
@@ -203,6 +216,23 @@ def test_bad_data_is_one_sentence(
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         opened(data, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_an_image_of_whole_numbers_with_a_slope_is_whole(tmp_path: Path, ending: str) -> None:
+    """ITK says that its voxels are float, as they are once they are read; a scanner's CT is int16 with a slope."""
+    image, label = tmp_path / f"ct{ending}", tmp_path / "label.nii.gz"
+    write(tmp_path / "plain.nii", np.zeros((4, 10, 12), np.int16))
+    write(label, labelled(1))
+    content = bytearray((tmp_path / "plain.nii").read_bytes())
+    content[112:120] = struct.pack("<2f", 0.5, -1024)  # scl_slope and scl_inter
+    for cut in (0, 1):
+        whole = bytes(content[: len(content) - cut])
+        image.write_bytes(gzip.compress(whole) if ending.endswith(".gz") else whole)
+        if not cut:
+            assert check_volumes("x", [image], label) == {0, 1}
+    with pytest.raises(ValueError, match="is cut off: it ends before its last voxel"):
+        check_volumes("x", [image], label)
 
 
 def test_what_is_left_out_is_said(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

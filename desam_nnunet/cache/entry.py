@@ -7,12 +7,15 @@ is ever unpickled. Files are written under a temporary name and renamed.
 
 from __future__ import annotations
 
+import errno
 import json
+import stat
 import struct
 import threading
 import zlib
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 import blosc2
 import numpy as np
@@ -54,7 +57,7 @@ def packed(arrays: Arrays, meta: dict[str, Any]) -> list[bytes]:
 
 def read_meta(path: Path) -> dict[str, Any]:
     """Only the header's `meta`; the file's length is checked, its arrays are not. Errors as :func:`read_entry`."""
-    with open(path, "rb") as stream:
+    with _open(path) as stream:
         header = _read_header(path, stream)
         expected = stream.tell() + sum(row["bytes"] for row in header["arrays"])
     if path.stat().st_size != expected:
@@ -72,7 +75,7 @@ def read_entry(path: Path, into: Arrays | None = None) -> tuple[Arrays, dict[str
         ValueError: An array of `into` has another type or shape.
         DamagedEntryError, OSError.
     """
-    with open(path, "rb") as stream:
+    with _open(path) as stream:
         header = _read_header(path, stream)
         arrays = {}
         for row in header["arrays"]:
@@ -95,6 +98,14 @@ def read_entry(path: Path, into: Arrays | None = None) -> tuple[Arrays, dict[str
     return arrays, header["meta"]
 
 
+def _open(path: Path) -> BufferedReader:
+    """For reading; a pipe in the place of a file would never end, and a folder is refused by the system."""
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return open(path, "rb")
+
+
 def _scratch_of(size: int) -> memoryview:
     """Memory of this thread's own, used again and again: new memory costs more than the reading."""
     if len(getattr(_scratch, "buffer", b"")) < size:
@@ -113,6 +124,24 @@ def _read_header(path: Path, stream: BinaryIO) -> dict[str, Any]:
     if len(header) != length or zlib.crc32(header) != crc:
         raise DamagedEntryError(f"{path} is damaged: its header is not what was written.")
     try:
-        return json.loads(header)
+        content = json.loads(header)
     except (ValueError, RecursionError) as error:  # the sum is right: it was made so
         raise DamagedEntryError(f"{path} is no cache entry: its header is not JSON.") from error
+    if not _is_header(content):
+        raise DamagedEntryError(f"{path} is no cache entry: its header has other fields.")
+    return content
+
+
+def _is_header(content: Any) -> bool:
+    if not isinstance(content, dict) or not isinstance(content.get("meta"), dict):
+        return False
+    rows = content.get("arrays")
+    return isinstance(rows, list) and all(
+        isinstance(row, dict) and isinstance(row.get("name"), str) and isinstance(row.get("dtype"), str)
+        and isinstance(row.get("shape"), list) and all(map(is_count, [*row["shape"], row.get("bytes"), row.get("crc")]))
+        for row in rows)
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether it is a whole number from 0 on."""
+    return type(value) is int and value >= 0

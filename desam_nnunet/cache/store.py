@@ -23,14 +23,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from desam_nnunet.cache.entry import Arrays, DamagedEntryError, packed, read_entry, read_meta
+from desam_nnunet.cache.entry import Arrays, DamagedEntryError, is_count, packed, read_entry, read_meta
 from desam_nnunet.encoders.base import Features, FeatureSpec
-from desam_nnunet.system.files import TEMPORARY, replace_file
+from desam_nnunet.system.files import TEMPORARY, replace_file, told
 
 FOLDER = "desam_cache"
 FORMAT = 1
 _RECIPE = "store.json"
 _CASE = "case.json"
+_MOST = 100  # levels, more than any encoder has
 _ABANDONED = 3600  # seconds after which a temporary file belongs to no running build
 
 
@@ -130,17 +131,22 @@ class Store:
 
     def complete(self, case: str, content: str) -> CaseRecord | None:
         """The record of `case`, if it was made from `content` and every file is there in its full length."""
-        try:
-            given = json.loads((self.folder / case / _CASE).read_text())
-            record = given["record"]
-            is_current = given["crc"] == _crc_of(record) and record["content"] == content
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        path = self.record_path(case)
+        if not path.is_file():  # a pipe in its place would never end
             return None
         sizes = {path.name: path.stat().st_size for path in self.entries(case)}
-        if not is_current or not record["sizes"].items() <= sizes.items():
+        try:
+            given = json.loads(path.read_text())
+            record = given["record"]
+            is_current = given["crc"] == _crc_of(record) and record["content"] == content
+            is_whole = record["sizes"].items() <= sizes.items()
+            tiles = tuple(Tile(*map(int, tile)) for tile in record["tiles"])
+            labels = tuple(tuple({int(k): int(n) for k, n in view.items()} for view in views)
+                           for views in record["labels"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
-        tiles = tuple(Tile(*tile) for tile in record["tiles"])
-        labels = tuple(tuple({int(k): n for k, n in view.items()} for view in views) for views in record["labels"])
+        if not is_current or not is_whole or [len(views) for views in labels] != [self.recipe.views] * len(tiles):
+            return None
         return CaseRecord(content, tiles, labels, record["sizes"])
 
     def missing(self, case: str, content: str, tiles: Sequence[Tile]) -> list[tuple[int, int]]:
@@ -153,7 +159,7 @@ class Store:
         path = self.path(case, number, view)
         try:
             meta = read_meta(path)
-            check_place(path, meta, case, number, view)
+            check_meta(path, meta, case, number, view)
         except (OSError, DamagedEntryError):
             return False
         return meta["content"] == content
@@ -193,7 +199,7 @@ class Store:
         for path in self.entries(case):
             if path.name not in sizes:
                 path.unlink(missing_ok=True)
-        replace_file(self.folder / case / _CASE, [json.dumps({"crc": _crc_of(record), "record": record}).encode()])
+        replace_file(self.record_path(case), [json.dumps({"crc": _crc_of(record), "record": record}).encode()])
 
     def read(
         self, case: str, number: int, view: int, content: str, into: Features | None = None
@@ -213,7 +219,7 @@ class Store:
         outputs = {} if into is None else dict(zip(_names(len(into.levels)), into.tensors, strict=True))
         places = {name: x.numpy() for name, x in outputs.items() if self.recipe.dtype == "float16"}
         arrays, meta = read_entry(path, places)
-        check_place(path, meta, case, number, view)
+        check_meta(path, meta, case, number, view, arrays)
         if meta["content"] != content:
             raise ChangedCaseError(f"{path} was made from another version of the case.")
         *levels, neck = (unpack(name, arrays, outputs.get(name)) for name in _names(meta["levels"]))
@@ -236,19 +242,34 @@ class Store:
         """Bytes of all tiles on disk."""
         return sum(path.stat().st_size for case in self.cases() for path in self.entries(case))
 
+    def record_path(self, case: str) -> Path:
+        """The file that says that a case is complete, whether it is there or not."""
+        return self.folder / case / _CASE
+
     def path(self, case: str, number: int, view: int) -> Path:
         """The file of one tile, whether it is there or not."""
         return self.folder / case / f"{number:05d}_{view}.tile"
 
 
-def check_place(path: Path, meta: dict[str, Any], case: str, number: int, view: int) -> None:
-    """Refuses an entry that is another tile's; one from before entries knew their place is taken at its name.
+def check_meta(
+    path: Path, meta: dict[str, Any], case: str, number: int, view: int, arrays: Arrays | None = None
+) -> None:
+    """Refuses an entry that is another tile's or none; one from before entries knew their place is taken at its name.
+
+    Args:
+        arrays: What it holds, if it has been read.
 
     Raises:
         DamagedEntryError: Naming the tile that it is.
     """
-    if (place := meta.get("place")) not in (None, [case, number, view]):
-        raise DamagedEntryError(f"{path} is in the wrong place: it is tile {place[1]}, view {place[2]}, of {place[0]}.")
+    place, levels = meta.get("place", [case, number, view]), meta.get("levels")
+    sound = (isinstance(meta.get("content"), str) and isinstance(meta.get("labels"), dict)
+             and isinstance(place, list) and len(place) == 3 and is_count(levels) and levels < _MOST)
+    if not sound or (arrays is not None and not {"target", *_names(levels or 0)} <= arrays.keys()):
+        raise DamagedEntryError(f"{path} is no tile: its fields are others.")
+    if place != [case, number, view]:
+        raise DamagedEntryError(f"{path} is in the wrong place: it is tile {told(place[1])}, view {told(place[2])}, of "
+                                f"{told(place[0])}.")
 
 
 def store_folders(root: Path) -> list[Path]:
@@ -261,6 +282,8 @@ def open_stores(root: Path) -> list[Store]:
     stores = []
     for folder in store_folders(root):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            if not (folder / _RECIPE).is_file():  # a pipe in its place would never end
+                continue
             given: dict[str, Any] = json.loads((folder / _RECIPE).read_text())
             given |= {"window": tuple(map(tuple, given["window"])), "patch_size": tuple(given["patch_size"])}
             store = Store(root, Recipe(**given))

@@ -8,8 +8,9 @@ from pathlib import Path
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetBaseDataset
 
 from desam_nnunet.cache.entry import DamagedEntryError, read_entry
-from desam_nnunet.cache.store import Store, check_place
+from desam_nnunet.cache.store import Store, check_meta
 from desam_nnunet.cache.tiles import content_of, tiles_of
+from desam_nnunet.system.files import told
 
 _TILE = re.compile(r"(\d{5})_(\d+)\.tile")
 
@@ -46,9 +47,9 @@ def _look_at(store: Store, case: str, path: Path) -> tuple[list[str], bool]:
     try:
         name = _TILE.fullmatch(path.name)
         if name is None:
-            raise DamagedEntryError(f"{path} is no name of a tile.")
-        _, meta = read_entry(path)
-        check_place(path, meta, case, int(name[1]), int(name[2]))
+            raise DamagedEntryError(f"{told(path)} is no name of a tile.")
+        arrays, meta = read_entry(path)
+        check_meta(path, meta, case, int(name[1]), int(name[2]), arrays)
     except DamagedEntryError as error:
         store.discard(path)
         return [f"{error} Removed: the next build makes what is missing."], False
@@ -62,6 +63,9 @@ def _lacking(store: Store, dataset: nnUNetBaseDataset, case: str) -> list[str]:
     content = content_of(Path(dataset.source_folder), case)
     if store.complete(case, content) is not None:
         return []
+    record = store.record_path(case)
+    if record.exists() and not record.is_file():
+        return [f"{record} is no file: remove it."]
     tiles = tiles_of(dataset.load_case(case)[0].shape[1:], store.recipe.patch_size)
     missing, total = len(store.missing(case, content, tiles)), len(tiles) * store.recipe.views
     what = f"{missing} of {total} tiles are missing or of another version" if missing else (

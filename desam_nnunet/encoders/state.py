@@ -11,6 +11,7 @@ from torch import Tensor
 from desam_nnunet.encoders.base import State
 from desam_nnunet.system.files import damage_told
 
+_REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _COUNTERS = ".num_batches_tracked"  # of batch norms: the only whole numbers that weights files hold
 
 
@@ -50,10 +51,10 @@ def check_state(state: State, expected: dict[str, torch.Size], what: str) -> Non
 
 def _wrong_values(key: str, value: Tensor) -> str:
     """What keeps a tensor from being a weight; empty where nothing does."""
-    if value.layout != torch.strided or value.is_quantized:
-        return "is sparse or quantised, but must hold every number"
+    if value.layout != torch.strided or value.is_quantized or value.is_meta:
+        return "is sparse, quantised or without values, but must hold every number"
     if key.endswith(_COUNTERS) and value.dtype == torch.int64:
         return ""
-    if not value.is_floating_point():
+    if value.dtype not in _REAL:
         return f"is of type {str(value.dtype).removeprefix('torch.')}, but must hold real numbers"
-    return "" if torch.isfinite(value).all() else "holds NaN or infinite values"
+    return "" if torch.isfinite(value.float()).all() else "holds NaN or infinite values, or such beyond float32"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import gzip
 import math
 import zlib
@@ -30,8 +31,8 @@ def check_volumes(where: str, images: Iterable[Path], label: Path) -> set[int]:
     images = list(images)
     for path in (*images, label):
         if not path.is_file():
-            raise FileNotFoundError(f"{where}: {path} does not exist.")
-    if label.resolve() in [path.resolve() for path in images]:
+            raise FileNotFoundError(f"{where}: {path} does not exist, or is no file.")
+    if any(filecmp.cmp(label, path, shallow=False) for path in images):
         raise ValueError(f"{where}: {label} is the image and its own reference: give another file for one of them.")
     headers = {path: _header(path) for path in (label, *images)}
     for path in images:
@@ -90,8 +91,8 @@ def _bytes_in(path: Path) -> int:
 
 
 def _bytes_of(nifti: sitk.ImageFileReader) -> int:
-    """Of header and voxels."""
-    voxel = sitk.Image([1] * nifti.GetDimension(), nifti.GetPixelID()).GetSizeOfPixelComponent()
+    """Of header and voxels, whose type on disk is another than ITK's where the header has a slope."""
+    voxel = int(nifti.GetMetaData("bitpix")) // 8
     return int(float(nifti.GetMetaData("vox_offset"))) + math.prod(nifti.GetSize()) * voxel
 
 

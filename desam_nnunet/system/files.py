@@ -32,6 +32,12 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def told(name: object) -> str:
+    """A name as it can be printed: escaped where it has control characters."""
+    text = str(name)
+    return text if text.isprintable() else repr(text)
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """What a JSON file holds.
 
