@@ -281,7 +281,7 @@ def test_a_tile_with_right_sums_and_other_fields_is_refused(store: Store, change
     write_entry(path, arrays, meta | changes)
     with pytest.raises(DamagedEntryError, match="is no tile: its fields are others|is in the wrong place"):
         store.read("case", 0, 0, "content")
-    if changes != {"levels": 4}:  # the arrays are not looked at
+    if changes.get("levels") not in (4, 99):  # which only the arrays show
         assert not store.has("case", 0, 0, "content")
 
 

@@ -144,7 +144,6 @@ BAD_VALUES = {
     "bool": (lambda x: x > 0, "is of type bool, but must hold real numbers"),
     "complex": (lambda x: x.to(torch.complex64), "is of type complex64, but must hold real numbers"),
     "sparse": (lambda x: x.to_sparse(), "is sparse, quantised or without values"),
-    "quantised": (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "is sparse, quantised or without"),
     "beyond float32": (lambda x: x.double() * 1e300, "holds NaN or infinite values, or such beyond float32"),
     "float8": (lambda x: x.to(torch.float8_e4m3fn), "is of type float8_e4m3fn, but must hold real numbers"),
     "without values": (lambda x: x.to("meta"), "is sparse, quantised or without values"),
