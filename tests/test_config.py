@@ -408,6 +408,32 @@ def test_a_section_at_the_wrong_level_is_refused_with_its_place(name: str) -> No
         resolved(plans)
 
 
+def test_a_section_inside_one_of_nnunets_keys_is_refused() -> None:
+    plans = make_plans(sam={"encoder": "vit_tiny"})
+    plans["configurations"]["2d"]["architecture"] = {"sam": {"epochs": 3}}
+    with pytest.raises(ValueError, match="key 'sam' stands in 'architecture' of the configuration '2d', where nothing"):
+        resolved(plans)
+
+
+@pytest.mark.parametrize("change", [
+    {"configurations": None}, {"configurations": []}, {"configurations": {}}, {"configurations": {"2d": None}},
+    {"configurations": make_plans()["configurations"] | {"3d_fullres": None}},
+    {"label_manager": None}, {"label_manager": 3},
+])
+def test_plans_of_another_structure_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"The plans' key {next(iter(change))} is .*, but must be"):
+        resolved(make_plans(sam={"encoder": "vit_tiny"}) | change)
+
+
+@pytest.mark.parametrize("name", ["2d", "3d_fullres"])
+@pytest.mark.parametrize("row", [{"patch_size": [96, 96]}, {"architecture": 3}, {"inherits_from": 3}])
+def test_a_configuration_that_nnunet_makes_nothing_of_is_refused(name: str, row: dict[str, Any]) -> None:
+    plans = make_plans(sam={"encoder": "vit_tiny"})
+    plans["configurations"][name] = row
+    with pytest.raises(ValueError, match=f"The plans' configuration '{name}' is .*, but must be an object with an"):
+        resolved(plans)
+
+
 def test_nnunets_own_keys_and_other_methods_sections_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A section that looks misspelt is another method's, where a trainer in the folders of others mentions it."""
     own = resolved(make_plans(sam={"encoder": "vit_tiny"}, samed={"rank": 8}, dbsam={"lr": 1.0}))
@@ -421,7 +447,8 @@ def test_nnunets_own_keys_and_other_methods_sections_stay(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize(("key", "values"), [
-    ("batch_size", [None, 0, -1, "8", 2.5, True]), ("patch_size", [None, [], [96], [0, 96], [96.0, 96], "96"]),
+    ("batch_size", [None, 0, -1, "8", 2.5, True, 10**12]),
+    ("patch_size", [None, [], [96], [0, 96], [96.0, 96], "96", [96, 10**12]]),
     ("normalization_schemes", [None, [], "ZScoreNormalization", [1]]),
 ])
 def test_what_nnunets_planner_never_writes_is_refused(key: str, values: list[Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -223,9 +224,60 @@ def test_transposed_and_resampled_shapes() -> None:
 
 
 PLANS_OF_AN_UNET: dict[str, Any] = {
-    "configurations": {"2d": {"spacing": [1.0, 1.0], "normalization_schemes": ["CTNormalization"], "architecture": {
-        "arch_kwargs": {"strides": [[1, 1], [2, 2], [2, 2], [2, 1]]}}}},
+    "configurations": {"2d": {
+        "batch_size": 8, "patch_size": [64, 64], "spacing": [1.0, 1.0], "normalization_schemes": ["CTNormalization"],
+        "architecture": {"arch_kwargs": {"strides": [[1, 1], [2, 2], [2, 2], [2, 1]]}}, "data_identifier": "plans_2d",
+        "resampling_fn_probabilities": "resample_data_or_seg_to_shape", "resampling_fn_probabilities_kwargs": {}}},
+    "transpose_forward": [0, 1, 2],
 }
+FINGERPRINT = {"shapes_after_crop": [[7, 60, 40]], "spacings": [[5.0, 1.0, 1.0]]}
+CT = {"labels": {"background": 0, "organ": 1}, "channel_names": {"0": "CT"}}
+NO_VALUES: list[Any] = [None, 3, "x", [], {}, [None], {"a": None}]
+
+
+@pytest.mark.parametrize("key", sorted(PLANS_OF_AN_UNET["configurations"]["2d"]))
+def test_plans_that_nnunet_never_writes_are_refused_by_the_planner(key: str) -> None:
+    kept = {"batch_size": [3], "data_identifier": ["x"], "resampling_fn_probabilities": ["x"],
+            "resampling_fn_probabilities_kwargs": [{}, {"a": None}]}
+    for value in NO_VALUES:
+        plans = copy.deepcopy(PLANS_OF_AN_UNET)
+        plans["configurations"]["2d"][key] = value
+        if value in kept.get(key, []):
+            assert read_facts(plans, CT, FINGERPRINT).channels == 1
+            continue
+        if key == "architecture" and not isinstance(value, dict):
+            continue  # test_config has it
+        with pytest.raises(ValueError, match=f"key {key} of the configuration '2d' is .*, but must be"):
+            read_facts(plans, CT, FINGERPRINT)
+
+
+@pytest.mark.parametrize(("which", "key"), [
+    ("plans", "transpose_forward"), ("fingerprint", "shapes_after_crop"), ("fingerprint", "spacings"),
+    ("dataset", "labels"), ("dataset", "channel_names")])
+def test_fingerprint_and_data_set_that_nnunet_never_writes_are_refused(which: str, key: str) -> None:
+    for value in NO_VALUES[:-1]:
+        plans, dataset, fingerprint = ({**row} for row in (PLANS_OF_AN_UNET, CT, FINGERPRINT))
+        {"plans": plans, "dataset": dataset, "fingerprint": fingerprint}[which][key] = value
+        with pytest.raises(ValueError, match=rf"key {key}( of dataset.json)? is .*, but must be"):
+            read_facts(plans, dataset, fingerprint)
+    with pytest.raises(ValueError, match="The fingerprint has 1 shapes and 2 spacings"):
+        read_facts(PLANS_OF_AN_UNET, CT, FINGERPRINT | {"spacings": [[5.0, 1.0, 1.0]] * 2})
+
+
+def test_a_misspelt_section_of_nnunets_plans_is_refused_by_the_planner(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plans = workspace.plans("nnUNetPlans")
+    plans["configurations"]["2d"]["desam_settings"] = {"lr": 1.0}
+    path = workspace.preprocessed / "nnUNetPlans.json"
+    before = path.read_bytes()
+    path.write_text(json.dumps(plans))
+    try:
+        assert main(["plan", "-d", "501", "--encoder", "vit_tiny", "-overwrite_plans_name", "Misspelt"]) == 1
+    finally:
+        path.write_bytes(before)
+    assert "has a key 'desam_settings', which nothing reads" in capsys.readouterr().err
+    assert not (workspace.preprocessed / "Misspelt.json").exists()
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -12,6 +12,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from desam_nnunet.cache.tiles import tiles_of
 from desam_nnunet.nnunet.names import CONFIGURATION
+from desam_nnunet.settings.stock import check_planned
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,14 @@ class Facts:
 
 
 def read_facts(plans: dict[str, Any], dataset_json: dict[str, Any], fingerprint: dict[str, Any]) -> Facts:
-    """What the choices rest on, from nnU-Net's plans and fingerprint."""
+    """What the choices rest on, from nnU-Net's plans and fingerprint.
+
+    Raises:
+        ValueError: They are not as nnU-Net writes them.
+    """
     manager = PlansManager(plans)
     configuration = manager.get_configuration(CONFIGURATION)
+    check_planned(plans, configuration.configuration, CONFIGURATION, fingerprint, dataset_json)
     order = plans["transpose_forward"]
     shapes = []
     for shape, spacing in zip(fingerprint["shapes_after_crop"], fingerprint["spacings"], strict=True):

@@ -30,6 +30,8 @@ from desam_nnunet.sam.slabs import SLABS
 from desam_nnunet.sam.tiles import intensity_rule
 from desam_nnunet.settings.resolve import SAM, check_keys
 from desam_nnunet.settings.sections import AS_BEFORE, DTYPES, Method, SamSection
+from desam_nnunet.settings.stock import check_stock_plans
+from desam_nnunet.settings.unread import refuse_unread_sections
 from desam_nnunet.system.files import read_object, replace_file
 from desam_nnunet.system.machine import device_is_here, free_memory, memory_limit
 
@@ -64,6 +66,7 @@ def plan_dataset(dataset: str, name: str, request: Request, device: torch.device
     before = _plans_to_replace(path)
     plans, dataset_json = _stock_plans(folder)
     facts = read_facts(plans, dataset_json, read_object(folder / "dataset_fingerprint.json"))
+    refuse_unread_sections(plans, plans["configurations"][CONFIGURATION], CONFIGURATION, request.method)
     machine = _machine(folder, request, device)
     configuration, slab, lines = choose(facts, request, machine)
     plans["plans_name"] = name
@@ -175,6 +178,7 @@ def _stock_plans(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                              "nnUNet_n_proc_DA is 0: set it to 1 for this command.")
         plan_experiment_dataset(number)
     plans, dataset_json = read_description(folder, STOCK_PLANS)
+    check_stock_plans(plans, CONFIGURATION)
     if CONFIGURATION not in plans["configurations"]:
         raise ValueError(f"{folder / STOCK_PLANS}.json has no configuration '{CONFIGURATION}': plan again with "
                          "nnU-Net.")

@@ -18,8 +18,9 @@ from desam_nnunet.encoders.weights import check_identity, find_row, identify
 from desam_nnunet.sam.slabs import depth_of
 from desam_nnunet.sam.tiles import intensity_rule
 from desam_nnunet.settings.sections import AS_BEFORE, AUGMENTATIONS, DEFAULT_ENCODER, Method, SamSection
-from desam_nnunet.settings.stock import check_stock_keys
+from desam_nnunet.settings.stock import check_stock_keys, check_stock_plans
 from desam_nnunet.settings.unread import refuse_unread_sections
+from desam_nnunet.system.files import told
 
 SAM = Method("sam", SamSection, "")
 _TYPES = (int, float, str, bool)
@@ -106,9 +107,11 @@ def resolve_plans(
             method can't work on.
         FileNotFoundError: The encoder's weights are not on this machine.
     """
+    check_stock_plans(plans, configuration_name)
     manager = PlansManager(plans)
     configuration = manager.get_configuration(configuration_name).configuration
     refuse_unread_sections(plans, configuration, configuration_name, method)
+    check_stock_plans(plans, *plans["configurations"])
     check_stock_keys(configuration, configuration_name)
     _refuse_3d(manager, configuration_name, method)
     own = plans["configurations"][configuration_name]
@@ -201,7 +204,7 @@ def _lacking(architecture: Architecture, method: Method) -> str:
 
 def _refuse_3d(manager: PlansManager, name: str, method: Method) -> None:
     """Refuses what is resampled between slices; slabs too, where the method sees one slice at a time."""
-    known = {other: manager.get_configuration(other).configuration for other in manager.available_configurations}
+    known = {told(other): manager.get_configuration(other).configuration for other in manager.available_configurations}
     flat = [other for other, row in known.items() if len(row["patch_size"]) == 2]
     slabs = [other for other, row in known.items() if len(row["patch_size"]) == 3 and len(row.get("spacing", ())) == 2]
     usable = flat + slabs if method.slabs else flat

@@ -1,37 +1,148 @@
-"""nnU-Net's own keys of a configuration, as far as this package reads them."""
+"""nnU-Net's own keys of plans, fingerprint and data set, as far as this package reads them."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
+_Keys = dict[str, tuple[Callable[[Any], bool], str]]
+MOST_TILES, LONGEST = 10_000, 65_536
+_AGAIN = "restore it, or plan again with nnUNetv2_plan_experiment"
+_AXES = 3
 
-def check_stock_keys(configuration: dict[str, Any], name: str) -> None:
-    """Refuses what nnU-Net's planner never writes, and would end in a traceback late.
+
+def check_stock_plans(plans: Mapping[str, Any], *names: str) -> None:
+    """Refuses plans of another structure than nnU-Net's, on which its own classes end in a traceback.
+
+    Args:
+        names: Configurations that nnU-Net is to make something of.
 
     Raises:
         ValueError: Naming the key, its value and what it must be.
     """
-    for key, (fits, expected) in _KEYS.items():
-        if not fits(value := configuration.get(key)):
-            raise ValueError(f"The plans' key {key} of the configuration '{name}' is {value!r}, but must be "
-                             f"{expected}: restore it, or plan again with nnUNetv2_plan_experiment.")
+    _refuse("The plans' key {}", plans, {
+        "configurations": (_are_objects, "an object with an object for each configuration")})
+    configurations = plans["configurations"]
+    parents = (row.get("inherits_from") for row in configurations.values())
+    for name in {*names, *(name for name in parents if isinstance(name, str))} & configurations.keys():
+        _refuse("The plans' configuration '{}'", configurations, {
+            name: (_is_configuration, "an object with an architecture or the name that it inherits_from")})
+    if "label_manager" in plans:
+        _refuse("The plans' key {}", plans, {"label_manager": (_is_name, "a name")})
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def check_stock_keys(configuration: Mapping[str, Any], name: str) -> None:
+    """Refuses what nnU-Net's planner never writes in a configuration, and would end in a traceback late.
+
+    Raises:
+        ValueError: Naming the key, its value and what it must be.
+    """
+    _refuse(f"The plans' key {{}} of the configuration '{name}'", configuration, _TRAINED)
+
+
+def check_planned(
+    plans: Mapping[str, Any], configuration: Mapping[str, Any], name: str, fingerprint: Mapping[str, Any],
+    dataset_json: Mapping[str, Any],
+) -> None:
+    """Refuses what our planner can't read of nnU-Net's files, beside what training can't.
+
+    Raises:
+        ValueError: Naming the key, its value and what it must be.
+    """
+    _refuse("The plans' key {}", plans, {"transpose_forward": (_is_order, "a list of the axes 0, 1 and 2")})
+    _refuse(f"The plans' key {{}} of the configuration '{name}'", configuration, _TRAINED | _PLANNED)
+    triples = (_are_triples, "a list of three numbers for each case")
+    _refuse("The fingerprint's key {}", fingerprint, {"shapes_after_crop": triples, "spacings": triples})
+    if len(fingerprint["spacings"]) != len(fingerprint["shapes_after_crop"]):
+        raise ValueError(f"The fingerprint has {len(fingerprint['shapes_after_crop'])} shapes and "
+                         f"{len(fingerprint['spacings'])} spacings: {_AGAIN}.")
+    _refuse("The key {} of dataset.json", dataset_json, {
+        "labels": (_is_filled, "an object with the labels' names"),
+        "channel_names": (_is_filled, "an object with a name for each channel")})
+
+
+def _refuse(what: str, content: Mapping[str, Any], keys: _Keys) -> None:
+    for key, (fits, expected) in keys.items():
+        if not fits(value := content.get(key)):
+            raise ValueError(f"{what.format(key)} is {_short(value)}, but must be {expected}: {_AGAIN}.")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 100 else f"{text[:100]}..."
+
+
+def is_count(value: Any, most: int = LONGEST) -> bool:
+    """Whether it is a whole number from 1 to `most`."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
+
+
+def _is_length(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) > 0
+
+
+def _is_filled(value: Any) -> bool:
+    return isinstance(value, dict) and len(value) > 0
 
 
 def _is_patch(value: Any) -> bool:
-    is_list = isinstance(value, list | tuple) and len(value) in (2, 3) and all(map(_is_count, value))
+    is_list = isinstance(value, list | tuple) and len(value) in (2, _AXES) and all(map(is_count, value))
     return is_list and (len(value) == 2 or value[0] > 1)
 
 
 def _are_names(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(name, str) for name in value)
+    return _is_list(value) and all(isinstance(name, str) for name in value)
 
 
-_KEYS = {
-    "batch_size": (_is_count, "a whole number from 1 on"),
-    "patch_size": (_is_patch, "a list of two whole numbers from 1 on, or of three, the first from 2 on"),
+def _are_triples(value: Any) -> bool:
+    return _is_list(value) and all(_is_list(row) and len(row) == _AXES and all(map(_is_length, row)) for row in value)
+
+
+def _is_order(value: Any) -> bool:
+    return _is_list(value) and all(type(axis) is int for axis in value) and sorted(value) == list(range(_AXES))
+
+
+def _are_objects(value: Any) -> bool:
+    return _is_filled(value) and all(isinstance(row, dict) for row in value.values())
+
+
+def _is_configuration(value: dict[str, Any]) -> bool:
+    if value.keys().isdisjoint({"architecture", "inherits_from", "UNet_class_name"}):
+        return False
+    return _is_name(value.get("inherits_from", "2d")) and isinstance(value.get("architecture", {}), dict)
+
+
+def _has_strides(value: Any) -> bool:
+    """An architecture whose strides, of rows and columns, say what its network divides them by."""
+    given = value.get("arch_kwargs") if isinstance(value, dict) else None
+    strides = given.get("strides") if isinstance(given, dict) else None
+    return isinstance(strides, list | tuple) and len(strides) > 0 and all(map(_is_stride, strides))
+
+
+def _is_stride(value: Any) -> bool:
+    return is_count(value) or (_is_list(value) and len(value) == 2 and all(map(is_count, value)))
+
+
+_TRAINED: _Keys = {
+    "batch_size": (lambda value: is_count(value, MOST_TILES),
+                   f"a whole number from 1 to {MOST_TILES} (more tiles than any memory holds)"),
+    "patch_size": (_is_patch, f"a list of two whole numbers from 1 to {LONGEST} (longer than any slice), or of three, "
+                              "the first from 2 on"),
     "normalization_schemes": (_are_names, "a list with a name for each channel"),
+}
+_PLANNED: _Keys = {
+    "spacing": (lambda value: _is_list(value) and len(value) == 2 and all(map(_is_length, value)), "two numbers of mm"),
+    "architecture": (_has_strides, "an object whose arch_kwargs give the strides of rows and columns"),
+    "data_identifier": (_is_name, "a name"),
+    "resampling_fn_probabilities": (_is_name, "a name"),
+    "resampling_fn_probabilities_kwargs": (lambda value: isinstance(value, dict), "an object"),
 }

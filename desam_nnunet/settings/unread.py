@@ -30,6 +30,10 @@ def refuse_unread_sections(plans: dict[str, Any], configuration: dict[str, Any],
     for key in _like((key for key in configuration if key not in ours), ours):
         raise ValueError(f"The plans' configuration '{name}' has a key {key!r}, which nothing reads. If "
                          f"'{_closest(key, ours)}' is meant, call it so; else remove it.")
+    for outer, inner in configuration.items():
+        if outer not in ours and isinstance(inner, dict) and (found := next((key for key in inner if key in ours), "")):
+            raise ValueError(f"The plans' key {found!r} stands in {outer!r} of the configuration '{name}', where "
+                             "nothing reads it: it belongs beside that, in the configuration itself.")
 
 
 def _like(keys: Iterable[str], ours: Iterable[str]) -> list[str]:
@@ -38,4 +42,6 @@ def _like(keys: Iterable[str], ours: Iterable[str]) -> list[str]:
 
 
 def _closest(key: str, ours: Iterable[str]) -> str:
-    return next(iter(get_close_matches(key.strip().lower(), ours, 1, _CLOSE)), "")
+    name = key.strip().lower()
+    with_more = (own for own in ours if name.startswith(f"{own}_") or name.endswith(f"_{own}"))
+    return next(iter(get_close_matches(name, ours, 1, _CLOSE)), "") or next(with_more, "")
