@@ -498,5 +498,7 @@ def test_the_plans_of_desam_plan_are_found(
     folder.mkdir()
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
     assert planned_for("SAMedTrainer", "501") == "nnUNetPlans"
+    (folder / "SAMedPlansQuick.json").write_text("{}")
+    assert planned_for("SAMedTrainer", "501") == "SAMedPlansQuick"
     (folder / "SAMedPlans.json").write_text("{}")
     assert planned_for("SAMedTrainer", "501") == "SAMedPlans"

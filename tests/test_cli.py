@@ -10,6 +10,7 @@ import torch
 from conftest import nnunet
 
 from desam_nnunet import __version__
+from desam_nnunet.commands import findings
 from desam_nnunet.commands.__main__ import main
 from desam_nnunet.commands.words import columns
 from desam_nnunet.encoders.registry import ENCODERS
@@ -41,6 +42,21 @@ def test_doctor_of_a_sound_machine(capsys: pytest.CaptureFixture[str], tmp_path:
     assert f"ok  weights vit_tiny        {find_weights('vit_tiny')}, verified" in report
     assert "weights vit_tiny_random RANDOM, not pretrained" in report
     assert "Nothing is wrong." in report
+
+
+def test_doctor_says_what_threads_to_set(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(findings, "usable_cores", lambda: 3)
+    main(["doctor"])
+    report = capsys.readouterr().out
+    assert "nnU-Net would take 64, but 3 cores are to be used" in report
+    assert "-> export OMP_NUM_THREADS=3" in report
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    main(["doctor"])
+    assert "OMP_NUM_THREADS is 3" in capsys.readouterr().out
 
 
 def test_doctor_names_the_remedy(

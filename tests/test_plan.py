@@ -186,6 +186,8 @@ def test_an_unplanned_data_set_is_planned_by_nnunet_first(
     (("--preset", "nothing"), "There is no preset 'nothing'; there are: cpu, laptop, paper"),
     (("--encoder", "vit_x"), "Unknown encoder 'vit_x'"),
     (("--trainer", "PDMMTrainer", "-gpu_memory_target", "0.02"), r"takes 0.1 GB, but 0.0 GB are there"),
+    (("-gpu_memory_target", "nan"), "-gpu_memory_target is nan, but must be above 0 and at most 1000000 GB"),
+    (("-disk_target", "-1"), "-disk_target is -1.0, but must be above 0"),
     (("-overwrite_plans_name", "nnUNetPlans"), "nnUNetPlans.json is not desam plan's to write: choose another name"),
     (("--trainer", "PDMMTrainer", "-device", "mps", "-gpu_memory_target", "0.02"), "takes 0.1 GB, but 0.0 GB are"),
     (("-device", "cuda"), "no cuda device here: say what it will have with -gpu_memory_target, or add -device cpu"),

@@ -283,7 +283,11 @@ def test_a_folder_holds_one_run(finished, capsys):
 
 @pytest.mark.parametrize(("words", "message"), [
     (["--images", "3"], "The number of images is 3, but must be at least the batch size"),
-    (["--lr", "0"], "The learning rate is 0.0, but must be a positive number"),
+    (["--lr", "0"], "The learning rate is 0.0, but must be above 0 and at most 1"),
+    (["--lr", "inf"], "The learning rate is inf, but must be above 0 and at most 1"),
+    (["--regions", "inf"], "The weight of the regions is inf, but must be between 0 and 1000"),
+    (["--prompts", "1000000000"], "The number of prompts is 1000000000, but must be between 1 and 256"),
+    (["--batch-size", "1000000000"], "The batch size is 1000000000, but must be between 1 and 10000"),
     (["--seed", "1000"], "The seed is 1000, but must be between 0 and 999"),
     (["--encoder", "vit_x"], "The encoder is 'vit_x', but must be one of vit_b"),
     (["--minutes", "0"], "--minutes is 0.0, but must be a positive number"),

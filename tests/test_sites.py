@@ -268,6 +268,7 @@ def test_names_that_end_in_four_digits(tmp_path: Path) -> None:
     ({"folds": ["7"]}, "-f 7 is no fold: give some of 0 to 4, or all"),
     ({"folds": ["0", "all"]}, "-f all trains on all cases and can't be mixed"),
     ({"tolerance": 0}, "--tolerance is 0, but must be a distance"),
+    ({"tolerance": float("nan")}, "--tolerance is nan, but must be a distance"),
     ({"labels": ["organ=2"]}, "The labels are organ=2, but nnU-Net needs consecutive values from 1 to 1"),
     ({"labels": ["organ"]}, "--labels organ is not NAME=VALUE"),
     ({"labels": ["organ=1", "tumour=3"]}, "nnU-Net needs consecutive values from 1 to 2"),

@@ -39,6 +39,7 @@ def examine() -> Iterator[Finding]:
     yield from _others_trainers()
     yield from examine_weights()
     yield _device()
+    yield _threads()
     yield Finding("memory", f"{memory_limit() / 2**30:.0f} GiB")
     yield from map(_nnunet_folder, FOLDERS)
 
@@ -127,6 +128,17 @@ def _device() -> Finding:
     precision = dtype_name(encoder_dtype(device))
     remedy = "" if device.type == "cuda" else f"add -device {device.type} to nnU-Net's commands"
     return Finding("device", f"{state}; the encoder runs in {precision}", remedy)
+
+
+def _threads() -> Finding:
+    """nnU-Net computes with as many threads as the machine has cores, whatever this process may use."""
+    given, here, usable = os.environ.get("OMP_NUM_THREADS"), os.cpu_count() or 1, usable_cores()
+    if given:
+        return Finding("threads", f"OMP_NUM_THREADS is {given}")
+    if usable < here:
+        return Finding("threads", f"nnU-Net would take {here}, but {usable} cores are to be used",
+                       f"export OMP_NUM_THREADS={usable}")
+    return Finding("threads", f"{here}, one for each core; set OMP_NUM_THREADS where others need some of them")
 
 
 def _nnunet_folder(variable: str) -> Finding:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from desam_nnunet.commands.words import Commands, add_command, columns
+from desam_nnunet.nnunet.names import TRIAL
 
 _QUICK = "quick"
 
@@ -48,7 +49,7 @@ def _run(options: argparse.Namespace) -> None:
     trainer = find_trainer(options.trainer)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     preset = _QUICK if options.quick else options.preset
-    name = trainer.method.plans_name + (_QUICK.capitalize() if options.quick else "")
+    name = trainer.method.plans_name + (TRIAL if options.quick else "")
     request = Request(options.gpu_memory_target, options.disk_target, options.encoder, preset, trainer)
     planned = plan_dataset(options.d, options.overwrite_plans_name or name, request, device)
     print(*columns([(line.key, line.value, line.reason) for line in planned.lines]), sep="\n")

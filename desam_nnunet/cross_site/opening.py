@@ -21,6 +21,7 @@ from desam_nnunet.training.registry import TRAINERS, check_trainers, method_of, 
 
 _GROWING = ("trainers", "sources", "targets")  # what a later call may add to
 _STUDY_PLANS = "CrossSitePlans"
+_WIDEST = 10_000  # mm
 DEFAULT_TRAINERS = ("DeSAMTrainer", "nnUNetTrainer")
 
 
@@ -104,8 +105,9 @@ def _description(
 
 
 def _check(study: Study) -> None:
-    if study.tolerance <= 0:
-        raise ValueError(f"--tolerance is {study.tolerance}, but must be a distance in mm above 0.")
+    if not 0 < study.tolerance <= _WIDEST:
+        raise ValueError(f"--tolerance is {study.tolerance}, but must be a distance above 0 and at most {_WIDEST} mm "
+                         "(longer than any volume).")
     if bad := [fold for fold in study.folds if fold != "all" and fold not in map(str, range(FOLDS))]:
         raise ValueError(f"-f {bad[0]} is no fold: give some of 0 to {FOLDS - 1}, or all.")
     if "all" in study.folds and len(study.folds) > 1:

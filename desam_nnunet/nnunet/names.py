@@ -2,6 +2,7 @@
 
 CONFIGURATION = "2d"
 STOCK_PLANS = "nnUNetPlans"
+TRIAL = "Quick"  # what our plans of a trial have at the end of their name
 FOLDS = 5  # of nnU-Net's split
 SPLITS = "splits_final.json"
 CHECKPOINT = "checkpoint_final.pth"  # what predicts

@@ -59,6 +59,7 @@ def plan_dataset(dataset: str, name: str, request: Request, device: torch.device
         ValueError: A preset or wish that is not valid, or a machine on which nothing fits.
         FileNotFoundError: There is no such data set, or no such weights file.
     """
+    request.check()
     if "encoder" in request.sam:  # preset and encoder are looked up before any long work
         find_row(request.sam["encoder"])
     folder = dataset_folder(dataset)

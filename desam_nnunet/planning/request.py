@@ -12,6 +12,8 @@ from desam_nnunet.settings.sections import Method
 from desam_nnunet.training.base import SamTrainer
 from desam_nnunet.training.desam import DeSAMTrainer
 
+_MOST = 1_000_000  # GB
+
 
 @dataclass(frozen=True)
 class Request:
@@ -30,6 +32,17 @@ class Request:
     encoder: str | None = None
     preset: str | None = None
     trainer: type[SamTrainer] = DeSAMTrainer
+
+    def check(self) -> None:
+        """Refuses sizes that no machine has.
+
+        Raises:
+            ValueError: Naming the flag.
+        """
+        for flag, size in (("-gpu_memory_target", self.memory_target), ("-disk_target", self.disk_target)):
+            if size is not None and not 0 < size <= _MOST:
+                raise ValueError(f"{flag} is {size}, but must be above 0 and at most {_MOST} GB (a million, more than "
+                                 "any machine has).")
 
     @property
     def method(self) -> Method:

@@ -12,6 +12,9 @@ SIZES = {row.name: row.architecture for row in ENCODERS.values() if isinstance(r
 MAX_SEED = 999  # each has a second stream, for prompts; above lie the images that no run is trained on
 
 
+_LARGEST_BATCH, _MOST_PROMPTS, _LARGEST_WEIGHT = 10_000, 256, 1000
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The settings of a run. The learning rate rises over the first hundredth of the steps and falls as a cosine."""
@@ -26,12 +29,15 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _require(self.encoder in SIZES, "encoder", self.encoder, f"one of {', '.join(SIZES)}")
-        _require(self.batch_size > 0, "batch size", self.batch_size, "a positive number")
+        _require(0 < self.batch_size <= _LARGEST_BATCH, "batch size", self.batch_size,
+                 f"between 1 and {_LARGEST_BATCH} (more images than any memory holds)")
         _require(self.batch_size <= self.images < self.batch_size * BATCHES, "number of images", self.images,
                  "at least the batch size, and at most a million batches")
-        _require(self.prompts > 0, "number of prompts", self.prompts, "a positive number")
-        _require(self.lr > 0, "learning rate", self.lr, "a positive number")
-        _require(self.regions >= 0, "weight of the regions", self.regions, "0 or a positive number")
+        _require(0 < self.prompts <= _MOST_PROMPTS, "number of prompts", self.prompts,
+                 f"between 1 and {_MOST_PROMPTS} (each is a pass through the decoder)")
+        _require(0 < self.lr <= 1, "learning rate", self.lr, "above 0 and at most 1 (Adam's step is about as large)")
+        _require(0 <= self.regions <= _LARGEST_WEIGHT, "weight of the regions", self.regions,
+                 f"between 0 and {_LARGEST_WEIGHT} (beside which the promptable objective is nothing)")
         _require(0 <= self.seed <= MAX_SEED, "seed", self.seed, f"between 0 and {MAX_SEED}")
 
     @property

@@ -166,6 +166,8 @@ def export_samed(model: Path, fold: str, checkpoint_name: str, file: Path) -> No
     if file.exists():
         raise FileExistsError(f"{file} exists: remove it or choose another name.")
     checkpoint = read_checkpoint(model, fold, checkpoint_name)
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("network_weights"), dict):
+        raise ValueError(f"{model} has a checkpoint without network_weights: it is none of nnU-Net's.")
     trainer = checkpoint.get("trainer_name")
     if trainer not in _SAMED:
         raise ValueError(f"{model} is of {trainer}: only {' and '.join(_SAMED)} have a published format.")

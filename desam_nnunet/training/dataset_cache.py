@@ -14,7 +14,7 @@ from desam_nnunet.cache.views import not_started
 from desam_nnunet.networks.frame import FrozenSamNetwork
 from desam_nnunet.nnunet.datasets import dataset_folder, read_preprocessed
 from desam_nnunet.nnunet.model_folder import build_network, trained_plans
-from desam_nnunet.nnunet.names import STOCK_PLANS
+from desam_nnunet.nnunet.names import STOCK_PLANS, TRIAL
 from desam_nnunet.settings.resolve import read_sam, resolve_plans
 from desam_nnunet.system.machine import limit_threads
 from desam_nnunet.training.frozen import FrozenSamTrainer, build_missing, builder_of
@@ -22,9 +22,9 @@ from desam_nnunet.training.registry import find_trainer
 
 
 def planned_for(trainer_name: str, dataset: str) -> str:
-    """The name of the plans that ``desam plan`` wrote for a trainer, or nnU-Net's own."""
-    name = find_trainer(trainer_name).method.plans_name
-    return name if (dataset_folder(dataset) / f"{name}.json").is_file() else STOCK_PLANS
+    """The name of the plans that ``desam plan`` wrote for a trainer, those of a trial last, or nnU-Net's own."""
+    name, folder = find_trainer(trainer_name).method.plans_name, dataset_folder(dataset)
+    return next((given for given in (name, name + TRIAL) if (folder / f"{given}.json").is_file()), STOCK_PLANS)
 
 
 def build_dataset(

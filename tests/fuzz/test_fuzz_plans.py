@@ -20,7 +20,7 @@ METHODS = sorted({trainer.method.name: trainer.method for trainer in TRAINERS.va
 OWN = {method.name: list(method.section.__dataclass_fields__) for method in METHODS}
 SAM = ["encoder", "identity", "image_size", "intensity", "regions", "features", "views", "augmentation",
        "view_geometry", "cache_dtype", "epochs", "iterations_per_epoch", "val_iterations_per_epoch"]
-STOCK = ["batch_size", "patch_size", "normalization_schemes"]
+STOCK = ["batch_size", "patch_size", "normalization_schemes", "architecture", "inherits_from"]
 
 
 def spelt(name: str) -> st.SearchStrategy[str]:
@@ -39,13 +39,18 @@ def plans(draw: st.DrawFn) -> tuple[dict[str, Any], Any]:
     made = make_plans(sam={"encoder": "vit_tiny"})
     configuration = made["configurations"]["2d"]
     for _ in range(draw(st.integers(1, 3))):
-        kind = draw(st.sampled_from(["sam", "own", "stock", "section", "level", "anything"]))
+        kind = draw(st.sampled_from(["sam", "own", "stock", "lost", "top", "section", "level", "anything"]))
         if kind == "sam":
             configuration.setdefault("sam", {})[draw(st.sampled_from(SAM))] = draw(JSON)
         elif kind == "own":
             configuration.setdefault(method.name, {})[draw(st.sampled_from(OWN[method.name]))] = draw(JSON)
         elif kind == "stock":
             configuration[draw(st.sampled_from(STOCK))] = draw(JSON)
+        elif kind == "lost":
+            configuration.pop(draw(st.sampled_from(STOCK)), None)
+        elif kind == "top":
+            place = draw(st.sampled_from([made, made["configurations"]]))
+            place[draw(st.sampled_from([key for key in place if key not in ("2d", "configurations")]))] = draw(JSON)
         elif kind == "section":
             name = draw(st.sampled_from(SECTIONS).flatmap(spelt))
             configuration[name] = draw(st.one_of(JSON, st.just({"encoder": "vit_tiny"}), st.just({"lr": 1e-3})))

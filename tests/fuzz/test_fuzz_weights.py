@@ -22,6 +22,8 @@ KEYS = sorted(STATE)
 CHANGES: dict[str, Any] = {
     "dtype": lambda x: x.to(torch.int32), "bool": lambda x: x > 0, "complex": lambda x: x.to(torch.complex64),
     "half": lambda x: x.half(), "double": lambda x: x.double(), "sparse": lambda x: x.to_sparse(),
+    "huge": lambda x: x.double() * 0 + 1e300, "float8": lambda x: x.to(torch.float8_e4m3fn),
+    "without values": lambda x: x.to("meta"),
     "nan": lambda x: torch.full_like(x, float("nan")), "infinite": lambda x: torch.full_like(x, float("inf")),
     "scalar": lambda x: x.flatten()[:1].sum(), "empty": lambda x: x[:0], "longer": lambda x: torch.cat([x, x]),
     "turned": lambda x: x.T if x.dim() == 2 else x[None], "none": lambda _: None, "text": lambda _: "weights",

@@ -34,7 +34,8 @@ class PdmmSection:
     mask_stride: int = 4
 
     def __post_init__(self) -> None:
-        require(16 <= self.width <= 1024, "pdmm.width", self.width, "between 16 and 1024")
+        require(16 <= self.width <= 1024, "pdmm.width", self.width,
+                "between 16 and 1024 (groups of 16 channels; wider than any encoder's maps)")
         require_rate("pdmm.lr", self.lr)
         require(self.mask_stride in (1, 2, 4), "pdmm.mask_stride", self.mask_stride, "1, 2 or 4")
 

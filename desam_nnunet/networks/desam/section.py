@@ -30,11 +30,12 @@ class DesamSection:
     through_input: bool = field(default=False, metadata={AS_BEFORE: False})
 
     def __post_init__(self) -> None:
-        require(1 <= self.grid <= 64, "desam.grid", self.grid, "between 1 and 64")
+        require(1 <= self.grid <= 64, "desam.grid", self.grid, "between 1 and 64 (4096 points, each a prompt)")
         require(0 <= self.iou_threshold <= 1, "desam.iou_threshold", self.iou_threshold, "between 0 and 1")
         require_rate("desam.lr", self.lr)
         require(self.mask_stride in (1, 2, 4), "desam.mask_stride", self.mask_stride, "1, 2 or 4")
-        require(-8 <= self.grid_offset <= 8, "desam.grid_offset", self.grid_offset, "between -8 and 8")
+        require(-8 <= self.grid_offset <= 8, "desam.grid_offset", self.grid_offset,
+                "between -8 and 8 (half a pixel of the encoder's map)")
 
 
 DESAM = Method("desam", DesamSection, "DeSAMPlans", frozen_features=True, slabs=True)

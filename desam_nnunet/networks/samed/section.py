@@ -36,7 +36,7 @@ class SamedSection:
     def __post_init__(self) -> None:
         require(0 <= self.warmup <= _LONGEST_WARMUP, "samed.warmup", self.warmup,
                 f"between 0 and {_LONGEST_WARMUP} (a whole training has no more iterations)")
-        require(1 <= self.rank <= 64, "samed.rank", self.rank, "between 1 and 64")
+        require(1 <= self.rank <= 64, "samed.rank", self.rank, "between 1 and 64 (the rank of a head's own matrices)")
         letters = set(self.targets)
         require(bool(letters) and letters <= set(LORA_TARGETS) and len(letters) == len(self.targets),
                 "samed.targets", self.targets, "some of the letters q, k and v, each once")
