@@ -233,7 +233,7 @@ PLANS_OF_AN_UNET: dict[str, Any] = {
     "transpose_forward": [0, 1, 2],
 }
 FINGERPRINT = {"shapes_after_crop": [[7, 60, 40]], "spacings": [[5.0, 1.0, 1.0]]}
-CT = {"labels": {"background": 0, "organ": 1}, "channel_names": {"0": "CT"}}
+ORGAN = {"labels": {"background": 0, "organ": 1}, "channel_names": {"0": "CT"}}
 NO_VALUES: list[Any] = [None, 3, "x", [], {}, [None], {"a": None}]
 
 
@@ -245,12 +245,12 @@ def test_plans_that_nnunet_never_writes_are_refused_by_the_planner(key: str) -> 
         plans = copy.deepcopy(PLANS_OF_AN_UNET)
         plans["configurations"]["2d"][key] = value
         if value in kept.get(key, []):
-            assert read_facts(plans, CT, FINGERPRINT).channels == 1
+            assert read_facts(plans, ORGAN, FINGERPRINT).channels == 1
             continue
         if key == "architecture" and not isinstance(value, dict):
             continue  # test_config has it
         with pytest.raises(ValueError, match=f"key {key} of the configuration '2d' is .*, but must be"):
-            read_facts(plans, CT, FINGERPRINT)
+            read_facts(plans, ORGAN, FINGERPRINT)
 
 
 @pytest.mark.parametrize(("which", "key"), [
@@ -258,12 +258,12 @@ def test_plans_that_nnunet_never_writes_are_refused_by_the_planner(key: str) -> 
     ("dataset", "labels"), ("dataset", "channel_names")])
 def test_fingerprint_and_data_set_that_nnunet_never_writes_are_refused(which: str, key: str) -> None:
     for value in NO_VALUES[:-1]:
-        plans, dataset, fingerprint = ({**row} for row in (PLANS_OF_AN_UNET, CT, FINGERPRINT))
+        plans, dataset, fingerprint = ({**row} for row in (PLANS_OF_AN_UNET, ORGAN, FINGERPRINT))
         {"plans": plans, "dataset": dataset, "fingerprint": fingerprint}[which][key] = value
         with pytest.raises(ValueError, match=rf"key {key}( of dataset.json)? is .*, but must be"):
             read_facts(plans, dataset, fingerprint)
     with pytest.raises(ValueError, match="The fingerprint has 1 shapes and 2 spacings"):
-        read_facts(PLANS_OF_AN_UNET, CT, FINGERPRINT | {"spacings": [[5.0, 1.0, 1.0]] * 2})
+        read_facts(PLANS_OF_AN_UNET, ORGAN, FINGERPRINT | {"spacings": [[5.0, 1.0, 1.0]] * 2})
 
 
 def test_a_misspelt_section_of_nnunets_plans_is_refused_by_the_planner(
@@ -419,7 +419,7 @@ def test_on_a_cpu_the_first_of_a_few_that_is_here(
     assert configuration["sam"]["encoder"] == encoder
     assert reason in next(line.reason for line in lines if line.key == "sam.encoder")
     trained_through, _, lines = choose(CARDIAC, Request(trainer=SAMedTrainer), machine(40, 100))
-    assert trained_through["sam"]["encoder"] == "vit_b"
+    assert trained_through["sam"]["encoder"] == ("vit_b" if "vit_b" in here else here[0])
     missing = "desam weights get vit_b" in next(line.reason for line in lines if line.key == "sam.encoder")
     assert missing == ("vit_b" not in here)
 

@@ -19,7 +19,7 @@ from desam_nnunet.planning.facts import Facts
 from desam_nnunet.planning.footprint import Footprint, footprint
 from desam_nnunet.planning.request import Request
 from desam_nnunet.sam.tiles import images_per_tile
-from desam_nnunet.settings.resolve import check_offers
+from desam_nnunet.settings.resolve import check_offers, offers
 from desam_nnunet.settings.sections import DTYPES
 from desam_nnunet.system.machine import device_is_here
 
@@ -102,13 +102,17 @@ def fit_encoder(encoder: str, facts: Facts, request: Request, machine: Machine) 
 def choose_encoder(facts: Facts, request: Request, machine: Machine) -> tuple[Fit, str]:
     """The largest of SAM's whose weights are here, with a good batch and a cache.
 
-    On a CPU the first of a few that is here; for methods that train through the encoder ViT-B, as published.
+    On a CPU the first of a few that is here; for methods that train through the encoder ViT-B, as published, if it is
+    here.
     """
     name = request.sam.get("encoder")
     if name is not None:
         reason = "as asked" if request.encoder else f"preset {request.preset}"
     elif not request.method.frozen_features:
         name, reason = "vit_b", "the published one"
+        if not is_here(name):
+            name = next(other for other in _ON_A_CPU if is_here(other) and offers(other, request.method))
+            reason = f"which is here; published is ViT-B: {find_row('vit_b').remedy}"
     elif machine.device.type == "cpu":
         name, reason = next((name, reason) for name, reason in _ON_A_CPU.items() if is_here(name))
     else:

@@ -194,6 +194,11 @@ def check_offers(encoder: str, architecture: Architecture, method: Method) -> No
                          f"'{encoder}' does not have: set sam.encoder to one of {able}.")
 
 
+def offers(encoder: str, method: Method) -> bool:
+    """Whether an encoder with a row has what the method asks of it."""
+    return not _lacking(ENCODERS[encoder].architecture, method)
+
+
 def _lacking(architecture: Architecture, method: Method) -> str:
     if method.needs not in ("", *architecture.offers):
         return method.needs
