@@ -169,7 +169,7 @@ def choose_storage(
         for count in counts:
             if count * tiles * size <= disk:
                 gigabytes = count * tiles * size / 1e9
-                views_of = f", {count} views of {tiles}" if count > 1 else ""
+                views_of = f", their {count} views counted" if count > 1 else ""
                 reason = (f"{gigabytes:.1f} GB, about {duration(count * seconds_per_view)} to encode {count * tiles} "
                           f"tiles{views_of}")
                 return Choice(Storage("cached", count, dtype, gigabytes), reason)
@@ -204,5 +204,5 @@ def choose_schedule(training_tiles: int, batch_size: int) -> Choice[Schedule]:
     once = math.ceil(training_tiles / batch_size)
     iterations = min(MAX_ITERATIONS, max(MIN_ITERATIONS, once))
     seen = iterations * batch_size / max(1, training_tiles)
-    reason = f"{training_tiles} training tiles, drawn {seen * EPOCHS:.1f} times each on average"
+    reason = f"{training_tiles} tiles train in each fold, drawn {seen * EPOCHS:.1f} times each on average"
     return Choice(Schedule(EPOCHS, iterations, max(5, iterations // 5)), reason)

@@ -131,7 +131,7 @@ def build_missing(builder: Builder, share: Share) -> None:
             if same == store.recipe and other.recipe.precision != store.recipe.precision:
                 print(f"{other.folder.name} has these tiles in {other.recipe.precision}, but the encoder computes in "
                       f"{store.recipe.precision} on this device: they are encoded again.")
-        views = f", {store.recipe.views} views of each" if store.recipe.views > 1 else ""
+        views = f", their {store.recipe.views} views counted" if store.recipe.views > 1 else ""
         print(f"Embedding cache {store.folder}: {plan.tiles} tiles of {len(plan.todo)} case(s) to encode{views}, about "
               f"{plan.needed / 1e9:.2f} GB ({usable_bytes(store.folder) / 1e9:.1f} GB free) and "
               f"{duration(builder.seconds(plan))}.", flush=True)
