@@ -54,7 +54,8 @@ class Shell:
 
     def environment(self) -> dict[str, str]:
         programs = Path(sys.executable).parent
-        return environment(self.root) | {"PATH": f"{programs}:/usr/bin:/bin", "HOME": str(self.root)}
+        nowhere = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")  # whoever asks the network fails
+        return environment(self.root) | nowhere | {"PATH": f"{programs}:/usr/bin:/bin", "HOME": str(self.root)}
 
     def shorten(self, plans: str, **sam: object) -> None:
         """A few seconds of training, where it would be hours: what the user types stays the same."""
