@@ -418,7 +418,7 @@ def test_a_section_inside_one_of_nnunets_keys_is_refused() -> None:
 @pytest.mark.parametrize("change", [
     {"configurations": None}, {"configurations": []}, {"configurations": {}}, {"configurations": {"2d": None}},
     {"configurations": make_plans()["configurations"] | {"3d_fullres": None}},
-    {"label_manager": None}, {"label_manager": 3},
+    {"label_manager": None}, {"label_manager": 3}, {"label_manager": "Nobody"},
 ])
 def test_plans_of_another_structure_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"The plans' key {next(iter(change))} is .*, but must be"):
@@ -432,6 +432,15 @@ def test_a_configuration_that_nnunet_makes_nothing_of_is_refused(name: str, row:
     plans["configurations"][name] = row
     with pytest.raises(ValueError, match=f"The plans' configuration '{name}' is .*, but must be an object with an"):
         resolved(plans)
+
+
+@pytest.mark.parametrize(("child", "parent"), [("2d", "2d_slab"), ("2d", "nothing"), ("2d", "\x1b"), ("2d", "2d")])
+def test_configurations_that_inherit_from_nothing_are_refused(child: str, parent: str) -> None:
+    plans = make_plans(sam={"encoder": "vit_tiny"})
+    plans["configurations"][child]["inherits_from"] = parent
+    with pytest.raises(ValueError, match="has inherits_from .*, but must name another one") as refused:
+        resolved(plans)
+    assert str(refused.value).isprintable()
 
 
 def test_nnunets_own_keys_and_other_methods_sections_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

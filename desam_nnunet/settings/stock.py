@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from nnunetv2.utilities.label_handling.label_handling import get_labelmanager_class_from_plans
+
 _Keys = dict[str, tuple[Callable[[Any], bool], str]]
 MOST_TILES, LONGEST = 10_000, 65_536
 _AGAIN = "restore it, or plan again with nnUNetv2_plan_experiment"
@@ -24,12 +26,21 @@ def check_stock_plans(plans: Mapping[str, Any], *names: str) -> None:
     _refuse("The plans' key {}", plans, {
         "configurations": (_are_objects, "an object with an object for each configuration")})
     configurations = plans["configurations"]
-    parents = (row.get("inherits_from") for row in configurations.values())
-    for name in {*names, *(name for name in parents if isinstance(name, str))} & configurations.keys():
-        _refuse("The plans' configuration '{}'", configurations, {
-            name: (_is_configuration, "an object with an architecture or the name that it inherits_from")})
+    for name in names:
+        line: list[str] = []
+        while name in configurations and name not in line:
+            _refuse("The plans' configuration '{}'", configurations, {
+                name: (_is_configuration, "an object with an architecture or the name that it inherits_from")})
+            line.append(name)
+            name = configurations[name].get("inherits_from", "")
+        if name:
+            raise ValueError(f"The plans' configuration '{line[-1]}' has inherits_from {name!r}, but must name another "
+                             f"one of the plans that does not inherit from it: {_AGAIN}." if line else
+                             f"The plans have no configuration {name!r}, but {_short(list(configurations))}.")
     if "label_manager" in plans:
-        _refuse("The plans' key {}", plans, {"label_manager": (_is_name, "a name")})
+        _refuse("The plans' key {}", plans, {
+            "label_manager": (lambda value: _is_name(value) and isinstance(
+                get_labelmanager_class_from_plans(dict(plans)), type), "a class of nnU-Net's, such as LabelManager")})
 
 
 def check_stock_keys(configuration: Mapping[str, Any], name: str) -> None:
