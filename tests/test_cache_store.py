@@ -273,6 +273,7 @@ def test_a_flipped_byte_in_a_cases_record_costs_the_record_alone(store: Store, l
 @pytest.mark.parametrize("changes", [
     {"place": 7}, {"place": None}, {"place": ["case", 0]}, {"place": ["case", 1, 0]}, {"content": None}, {"content": 3},
     {"levels": 99}, {"levels": -1}, {"levels": 10**9}, {"levels": True}, {"levels": 4}, {"labels": []},
+    {"labels": {"a": 1}}, {"labels": {"1": -1}},
 ])
 def test_a_tile_with_right_sums_and_other_fields_is_refused(store: Store, changes: dict[str, Any]) -> None:
     """Nobody writes such, but by hand."""
@@ -283,6 +284,16 @@ def test_a_tile_with_right_sums_and_other_fields_is_refused(store: Store, change
         store.read("case", 0, 0, "content")
     if changes.get("levels") not in (4, 99):  # which only the arrays show
         assert not store.has("case", 0, 0, "content")
+
+
+def test_a_tile_of_int8_without_its_scales_is_refused(tmp_path: Path) -> None:
+    store = Store(tmp_path, replace(RECIPE, dtype="int8"))
+    fill(store)
+    path = store.path("case", 0, 0)
+    arrays, meta = read_entry(path)
+    write_entry(path, {name: array for name, array in arrays.items() if name != "neck_scale"}, meta)
+    with pytest.raises(DamagedEntryError, match="is no tile: its fields are others"):
+        store.read("case", 0, 0, "content")
 
 
 @pytest.mark.parametrize("header", [

@@ -47,16 +47,15 @@ def test_doctor_of_a_sound_machine(capsys: pytest.CaptureFixture[str], tmp_path:
 def test_doctor_says_what_threads_to_set(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(findings, "usable_cores", lambda: 3)
     main(["doctor"])
     report = capsys.readouterr().out
-    assert "nnU-Net would take 64, but 3 cores are to be used" in report
-    assert "-> export OMP_NUM_THREADS=3" in report
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert "our training takes 3, but nnU-Net's own and its prediction 64" in report
+    assert "-> export nnUNet_def_n_proc=3 OMP_WAIT_POLICY=passive" in report
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
     main(["doctor"])
-    assert "OMP_NUM_THREADS is 3" in capsys.readouterr().out
+    assert "ok  threads                 3, one for each core" in capsys.readouterr().out
 
 
 def test_doctor_names_the_remedy(

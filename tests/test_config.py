@@ -415,9 +415,31 @@ def test_a_section_inside_one_of_nnunets_keys_is_refused() -> None:
         resolved(plans)
 
 
+@pytest.mark.parametrize("name", ["2d_256_desam", "sam_2d_bs8", "2d_tiny_sam", "2d_samed"])
+def test_a_configuration_may_be_called_after_us(name: str) -> None:
+    plans = make_plans(sam={"encoder": "vit_tiny"})
+    plans["configurations"][name] = {"inherits_from": "2d", "batch_size": 3}
+    assert resolved(plans, name)["sam"]["encoder"] == "vit_tiny"
+
+
+@pytest.mark.parametrize("other", [
+    {"architecture": {}}, {"architecture": {}, "patch_size": 3}, {"inherits_from": "2d", "spacing": 4}])
+def test_what_other_configurations_hold_stops_nobody(other: dict[str, Any]) -> None:
+    plans = make_plans(sam={"encoder": "vit_tiny"})
+    plans["configurations"]["3d_fullres"] = other
+    assert resolved(plans)["sam"]["encoder"] == "vit_tiny"
+
+
+@pytest.mark.parametrize("row", [None, 3, []])
+def test_a_configuration_that_is_none_is_named(row: Any) -> None:
+    plans = make_plans(sam={"encoder": "vit_tiny"})
+    plans["configurations"]["zz"] = row
+    with pytest.raises(ValueError, match=f"configuration 'zz' is {re.escape(repr(row))}, but must be an object"):
+        resolved(plans)
+
+
 @pytest.mark.parametrize("change", [
-    {"configurations": None}, {"configurations": []}, {"configurations": {}}, {"configurations": {"2d": None}},
-    {"configurations": make_plans()["configurations"] | {"3d_fullres": None}},
+    {"configurations": None}, {"configurations": []}, {"configurations": {}},
     {"label_manager": None}, {"label_manager": 3}, {"label_manager": "Nobody"},
 ])
 def test_plans_of_another_structure_are_refused(change: dict[str, Any]) -> None:

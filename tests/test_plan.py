@@ -262,6 +262,8 @@ def test_fingerprint_and_data_set_that_nnunet_never_writes_are_refused(which: st
         {"plans": plans, "dataset": dataset, "fingerprint": fingerprint}[which][key] = value
         with pytest.raises(ValueError, match=rf"key {key}( of dataset.json)? is .*, but must be"):
             read_facts(plans, dataset, fingerprint)
+    older = {"labels": ORGAN["labels"], "modality": {"0": "CT"}}  # nnU-Net reads both
+    assert read_facts(PLANS_OF_AN_UNET, older, FINGERPRINT).channels == 1
     with pytest.raises(ValueError, match="The fingerprint has 1 shapes and 2 spacings"):
         read_facts(PLANS_OF_AN_UNET, ORGAN, FINGERPRINT | {"spacings": [[5.0, 1.0, 1.0]] * 2})
 

@@ -263,13 +263,24 @@ def check_meta(
         DamagedEntryError: Naming the tile that it is.
     """
     place, levels = meta.get("place", [case, number, view]), meta.get("levels")
-    sound = (isinstance(meta.get("content"), str) and isinstance(meta.get("labels"), dict)
+    sound = (isinstance(meta.get("content"), str) and _are_labels(meta.get("labels"))
              and isinstance(place, list) and len(place) == 3 and is_count(levels) and levels < _MOST)
-    if not sound or (arrays is not None and not {"target", *_names(levels or 0)} <= arrays.keys()):
+    if not sound or (arrays is not None and not _are_whole(arrays, ["target", *_names(levels or 0)])):
         raise DamagedEntryError(f"{path} is no tile: its fields are others.")
     if place != [case, number, view]:
         raise DamagedEntryError(f"{path} is in the wrong place: it is tile {told(place[1])}, view {told(place[2])}, of "
                                 f"{told(place[0])}.")
+
+
+def _are_whole(arrays: Arrays, names: Sequence[str]) -> bool:
+    """Whether all are there, and the scales of those that need them."""
+    return all(name in arrays and (arrays[name].dtype != np.int8 or f"{name}_scale" in arrays) for name in names)
+
+
+def _are_labels(value: object) -> bool:
+    """Whether it is how many pixels each label has, as JSON has it."""
+    return isinstance(value, dict) and all(
+        key.removeprefix("-").isdecimal() and is_count(count) for key, count in value.items())
 
 
 def store_folders(root: Path) -> list[Path]:

@@ -131,14 +131,13 @@ def _device() -> Finding:
 
 
 def _threads() -> Finding:
-    """nnU-Net computes with as many threads as the machine has cores, whatever this process may use."""
-    given, here, usable = os.environ.get("OMP_NUM_THREADS"), os.cpu_count() or 1, usable_cores()
-    if given:
-        return Finding("threads", f"OMP_NUM_THREADS is {given}")
-    if usable < here:
-        return Finding("threads", f"nnU-Net would take {here}, but {usable} cores are to be used",
-                       f"export OMP_NUM_THREADS={usable}")
-    return Finding("threads", f"{here}, one for each core; set OMP_NUM_THREADS where others need some of them")
+    """nnU-Net's own trainers and its prediction compute with a thread for each core of the machine, whatever this
+    process may use; this package's trainers and its cache do not."""
+    here, usable = os.cpu_count() or 1, usable_cores()
+    if usable == here:
+        return Finding("threads", f"{here}, one for each core")
+    return Finding("threads", f"our training takes {usable}, but nnU-Net's own and its prediction {here}",
+                   f"export nnUNet_def_n_proc={usable} OMP_WAIT_POLICY=passive (threads without a core then sleep)")
 
 
 def _nnunet_folder(variable: str) -> Finding:

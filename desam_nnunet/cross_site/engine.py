@@ -79,7 +79,7 @@ def is_local(more: Sequence[str]) -> bool:
     """Whether jobs run on this machine, as far as Snakemake's arguments say it: profiles may say anything."""
     words = [part for word in more for part in word.split("=", 1)]
     given = dict(pairwise(words))
-    return "--profile" not in given and {"--executor", "-e"} & given.keys() <= {
+    return given.keys().isdisjoint({"--profile", "--workflow-profile"}) and {"--executor", "-e"} & given.keys() <= {
         key for key, value in given.items() if value == "local"}
 
 

@@ -22,6 +22,7 @@ from desam_nnunet.evaluation.findings import FEWEST, position_means, sentences, 
 from desam_nnunet.evaluation.metrics import METRICS, NONE, Metric
 from desam_nnunet.evaluation.pictures import agreement_plot, box_plot
 from desam_nnunet.evaluation.scores import COLUMNS, PROTOCOLS, read_rows, without_nan
+from desam_nnunet.evaluation.statistics import SIGNIFICANT
 from desam_nnunet.evaluation.tables import comparisons, no_formula, summaries
 from desam_nnunet.nnunet.model_folder import count_parameters, epoch_seconds, read_checkpoint, read_description
 from desam_nnunet.nnunet.names import CHECKPOINT, CONFIGURATION
@@ -30,7 +31,6 @@ from desam_nnunet.system.files import replace_file
 
 _PACKAGES = ("nnunetv2", "torch", "monai", "scipy", "SimpleITK")
 _PLOTTED = ("dice", "hd95")
-_SIGNIFICANT = 0.05
 
 
 def write_report(study: Study) -> None:
@@ -85,7 +85,7 @@ def _page(
         "encoders": _encoders(content["settings"]),
         "columns": [site for site in study.sites if site in study.targets or (has_diagonal and site in study.sources)],
         "cases": {site: len(cases) for site, cases in study.sites.items()}, "all_sites": ALL,
-        "has_diagonal": has_diagonal, "significant": _SIGNIFICANT})
+        "has_diagonal": has_diagonal, "significant": SIGNIFICANT})
 
 
 def _rows(study: Study, of: str) -> list[dict[str, Any]]:

@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from desam_nnunet.evaluation.errors import BOUNDARY, EXTRA, MISSED, THIRDS
-from desam_nnunet.evaluation.statistics import Summary, compare, per_case, summarise
+from desam_nnunet.evaluation.statistics import SIGNIFICANT, Summary, compare, per_case, summarise
 
 METRIC = "dice"
 FEWEST = 6  # volumes: with fewer no paired rank test finds anything, and bootstrap intervals are too short
-_LIKELY = 0.05  # of the paired test, which the interval alone does not replace: it is too short for few volumes
 _WORDS = {MISSED: "parts of the organ were missed", EXTRA: "something else was taken for the organ",
           BOUNDARY: "the border is off by little", "": "nothing is wrong"}
 
@@ -46,7 +45,7 @@ def _sentence(gain: _Gain) -> str:
         return f"{said}: too few volumes to say more."
     low, high = (more.low, more.high) if more.mean > 0 else (-more.high, -more.low)
     said = f"{said} (95 % interval {low:.3f} to {high:.3f}): "
-    if low > 0 and gain.p < _LIKELY:
+    if low > 0 and gain.p < SIGNIFICANT:  # the interval alone is too short for few volumes
         return f"{said}a difference is likely."
     why = "as the interval holds zero" if low <= 0 else "but a paired test finds no difference"
     return f"{said}{why}, this study does not show which is better."

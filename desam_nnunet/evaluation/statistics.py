@@ -14,6 +14,7 @@ from scipy import stats
 _SEED = 0
 _RESAMPLES = 9999
 _CONFIDENCE = 0.95
+SIGNIFICANT = 0.05
 
 
 class Summary(NamedTuple):

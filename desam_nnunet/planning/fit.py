@@ -23,7 +23,7 @@ from desam_nnunet.settings.resolve import check_offers, offers
 from desam_nnunet.settings.sections import DTYPES
 from desam_nnunet.system.machine import device_is_here
 
-_ON_A_CPU = {
+_SMALL = {
     "lite_medsam": "on a CPU: a medical SAM, about a second a slice on 2 cores",
     "vit_b": "on a CPU, where LiteMedSAM is not installed: pip install 'desam-nnunet[lite-medsam]'",
     "vit_tiny": "comes with this package; better is a medical SAM: pip install 'desam-nnunet[lite-medsam]'",
@@ -111,10 +111,11 @@ def choose_encoder(facts: Facts, request: Request, machine: Machine) -> tuple[Fi
     elif not request.method.frozen_features:
         name, reason = "vit_b", "the published one"
         if not is_here(name):
-            name = next(other for other in _ON_A_CPU if is_here(other) and offers(other, request.method))
-            reason = f"which is here; published is ViT-B: {find_row('vit_b').remedy}"
+            able = (other for other in _SMALL if is_here(other) and offers(other, request.method))
+            if (other := next(able, name)) != name:
+                name, reason = other, f"which is here; published is ViT-B: {find_row(name).remedy}"
     elif machine.device.type == "cpu":
-        name, reason = next((name, reason) for name, reason in _ON_A_CPU.items() if is_here(name))
+        name, reason = next((name, reason) for name, reason in _SMALL.items() if is_here(name))
     else:
         return _choose_largest(facts, request, machine)
     return fit_encoder(name, facts, request, machine), reason + ("" if is_here(name) else f", {_missing(name)}")
@@ -124,7 +125,7 @@ def _choose_largest(facts: Facts, request: Request, machine: Machine) -> tuple[F
     """Of SAM's own encoders, or else of the small ones that is here."""
     here = [name for name in ("vit_h", "vit_l", "vit_b") if is_here(name)]
     if not here:
-        name = next(filter(is_here, _ON_A_CPU))
+        name = next(filter(is_here, _SMALL))
         return fit_encoder(name, facts, request, machine), f"which is here; SAM's own: {find_row('vit_b').remedy}"
     for name in here[:-1]:
         try:

@@ -14,6 +14,7 @@ import torch
 from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprint_dataset, plan_experiment_dataset
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from desam_nnunet.cache.build import usable_bytes
 from desam_nnunet.cache.store import open_stores
@@ -67,7 +68,8 @@ def plan_dataset(dataset: str, name: str, request: Request, device: torch.device
     before = _plans_to_replace(path)
     plans, dataset_json = _stock_plans(folder)
     facts = read_facts(plans, dataset_json, read_object(folder / "dataset_fingerprint.json"))
-    refuse_unread_sections(plans, plans["configurations"][CONFIGURATION], CONFIGURATION, request.method)
+    resolved = PlansManager(plans).get_configuration(CONFIGURATION).configuration
+    refuse_unread_sections(plans, resolved, CONFIGURATION, request.method)
     machine = _machine(folder, request, device)
     configuration, slab, lines = choose(facts, request, machine)
     plans["plans_name"] = name
@@ -180,9 +182,6 @@ def _stock_plans(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         plan_experiment_dataset(number)
     plans, dataset_json = read_description(folder, STOCK_PLANS)
     check_stock_plans(plans, CONFIGURATION)
-    if CONFIGURATION not in plans["configurations"]:
-        raise ValueError(f"{folder / STOCK_PLANS}.json has no configuration '{CONFIGURATION}': plan again with "
-                         "nnU-Net.")
     return plans, dataset_json
 
 

@@ -10,8 +10,6 @@ from desam_nnunet.encoders.sam_vit import SamViT
 
 SIZES = {row.name: row.architecture for row in ENCODERS.values() if isinstance(row.architecture, SamViT)}
 MAX_SEED = 999  # each has a second stream, for prompts; above lie the images that no run is trained on
-
-
 _LARGEST_BATCH, _MOST_PROMPTS, _LARGEST_WEIGHT = 10_000, 256, 1000
 
 

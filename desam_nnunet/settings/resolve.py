@@ -210,8 +210,9 @@ def _lacking(architecture: Architecture, method: Method) -> str:
 def _refuse_3d(manager: PlansManager, name: str, method: Method) -> None:
     """Refuses what is resampled between slices; slabs too, where the method sees one slice at a time."""
     known = {told(other): manager.get_configuration(other).configuration for other in manager.available_configurations}
-    flat = [other for other, row in known.items() if len(row["patch_size"]) == 2]
-    slabs = [other for other, row in known.items() if len(row["patch_size"]) == 3 and len(row.get("spacing", ())) == 2]
+    axes = {other: [_length(row.get(key)) for key in ("patch_size", "spacing")] for other, row in known.items()}
+    flat = [other for other, (patch, _) in axes.items() if patch == 2]
+    slabs = [other for other, lengths in axes.items() if lengths == [3, 2]]
     usable = flat + slabs if method.slabs else flat
     use = f"use {' or '.join(usable) or 'a 2D configuration (the plans have none)'}"
     if name not in flat + slabs:
@@ -219,6 +220,11 @@ def _refuse_3d(manager: PlansManager, name: str, method: Method) -> None:
     if name not in usable:
         raise ValueError(f"The configuration '{name}' shows slabs of neighbouring slices, but the method {method.name} "
                          f"sees one slice at a time: {use}.")
+
+
+def _length(value: Any) -> int:
+    """Of a list; 0 of anything else."""
+    return len(value) if isinstance(value, list | tuple) else 0
 
 
 def given_section(configuration: dict[str, Any], name: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from desam_nnunet.encoders.weights import absolute_encoder
 from desam_nnunet.nnunet.names import CONFIGURATION
 from desam_nnunet.settings.resolve import check_keys, given_section, resolve_plans
 from desam_nnunet.settings.sections import Method, SamSection
-from desam_nnunet.settings.stock import LONGEST, MOST_TILES, is_count
+from desam_nnunet.settings.stock import LONGEST, MOST_TILES, is_number
 from desam_nnunet.system.files import read_object
 
 _KEYS = ("batch_size", "patch_size")  # beside our sections
@@ -35,11 +35,11 @@ def read_settings(path: Path, methods: Iterable[Method]) -> dict[str, Any]:
     if unknown := [key for key in settings if key not in sections and key not in _KEYS]:
         raise ValueError(f"{path} has the key {unknown[0]!r}, which a study does not take: choose among "
                          f"{', '.join([*sections, *_KEYS])}.")
-    if not is_count(settings.get("batch_size"), MOST_TILES):
+    if not is_number(settings.get("batch_size"), MOST_TILES):
         raise ValueError(f"{path} must give batch_size, a number from 1 to {MOST_TILES}, so that all trainers have the "
                          "same.")
     patch = settings.get("patch_size", [1, 1])
-    if not isinstance(patch, list) or len(patch) != 2 or not all(map(is_count, patch)):
+    if not isinstance(patch, list) or len(patch) != 2 or not all(map(is_number, patch)):
         raise ValueError(f"{path} has the patch_size {patch}, but it must be two numbers from 1 to {LONGEST}, such as "
                          "[256, 256].")
     if "encoder" in settings.get("sam", {}):

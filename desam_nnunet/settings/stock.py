@@ -10,7 +10,8 @@ from nnunetv2.utilities.label_handling.label_handling import get_labelmanager_cl
 
 _Keys = dict[str, tuple[Callable[[Any], bool], str]]
 MOST_TILES, LONGEST = 10_000, 65_536
-_AGAIN = "restore it, or plan again with nnUNetv2_plan_experiment"
+_PLAN = "plan again with nnUNetv2_plan_experiment"
+_FINGERPRINT = "make it again with nnUNetv2_extract_fingerprint --clean"
 _AXES = 3
 
 
@@ -23,24 +24,31 @@ def check_stock_plans(plans: Mapping[str, Any], *names: str) -> None:
     Raises:
         ValueError: Naming the key, its value and what it must be.
     """
-    _refuse("The plans' key {}", plans, {
-        "configurations": (_are_objects, "an object with an object for each configuration")})
-    configurations = plans["configurations"]
+    _refuse("The plans' key {}", plans, {"configurations": (_is_filled, "an object with the configurations")})
+    for name, row in plans["configurations"].items():
+        if not isinstance(row, dict):
+            raise ValueError(f"The plans' configuration {name!r} is {_short(row)}, but must be an object: {_PLAN}.")
     for name in names:
-        line: list[str] = []
-        while name in configurations and name not in line:
-            _refuse("The plans' configuration '{}'", configurations, {
-                name: (_is_configuration, "an object with an architecture or the name that it inherits_from")})
-            line.append(name)
-            name = configurations[name].get("inherits_from", "")
-        if name:
-            raise ValueError(f"The plans' configuration '{line[-1]}' has inherits_from {name!r}, but must name another "
-                             f"one of the plans that does not inherit from it: {_AGAIN}." if line else
-                             f"The plans have no configuration {name!r}, but {_short(list(configurations))}.")
+        _check_line(plans["configurations"], name)
     if "label_manager" in plans:
         _refuse("The plans' key {}", plans, {
             "label_manager": (lambda value: _is_name(value) and isinstance(
                 get_labelmanager_class_from_plans(dict(plans)), type), "a class of nnU-Net's, such as LabelManager")})
+
+
+def _check_line(configurations: dict[str, dict[str, Any]], name: str) -> None:
+    """Refuses a configuration that, with all from which it inherits, nnU-Net makes nothing of."""
+    line: list[str] = []
+    while name in configurations and name not in line:
+        _refuse("The plans' configuration '{}'", configurations, {
+            name: (_is_configuration, "an object with an architecture or the name that it inherits_from")})
+        line.append(name)
+        name = configurations[name].get("inherits_from", "")
+    if name and line:
+        raise ValueError(f"The plans' configuration '{line[-1]}' has inherits_from {name!r}, but must name another one "
+                         f"of the plans that does not inherit from it: {_PLAN}.")
+    if name:
+        raise ValueError(f"The plans have no configuration {name!r}, but {_short(list(configurations))}: {_PLAN}.")
 
 
 def check_stock_keys(configuration: Mapping[str, Any], name: str) -> None:
@@ -64,19 +72,20 @@ def check_planned(
     _refuse("The plans' key {}", plans, {"transpose_forward": (_is_order, "a list of the axes 0, 1 and 2")})
     _refuse(f"The plans' key {{}} of the configuration '{name}'", configuration, _TRAINED | _PLANNED)
     triples = (_are_triples, "a list of three numbers for each case")
-    _refuse("The fingerprint's key {}", fingerprint, {"shapes_after_crop": triples, "spacings": triples})
+    _refuse("The fingerprint's key {}", fingerprint, {"shapes_after_crop": triples, "spacings": triples}, _FINGERPRINT)
     if len(fingerprint["spacings"]) != len(fingerprint["shapes_after_crop"]):
         raise ValueError(f"The fingerprint has {len(fingerprint['shapes_after_crop'])} shapes and "
-                         f"{len(fingerprint['spacings'])} spacings: {_AGAIN}.")
+                         f"{len(fingerprint['spacings'])} spacings: {_FINGERPRINT}.")
+    channels = "modality" if "modality" in dataset_json else "channel_names"  # nnU-Net reads both
     _refuse("The key {} of dataset.json", dataset_json, {
         "labels": (_is_filled, "an object with the labels' names"),
-        "channel_names": (_is_filled, "an object with a name for each channel")})
+        channels: (_is_filled, "an object with a name for each channel")}, "mend it in nnUNet_raw and preprocess again")
 
 
-def _refuse(what: str, content: Mapping[str, Any], keys: _Keys) -> None:
+def _refuse(what: str, content: Mapping[str, Any], keys: _Keys, remedy: str = f"restore it, or {_PLAN}") -> None:
     for key, (fits, expected) in keys.items():
         if not fits(value := content.get(key)):
-            raise ValueError(f"{what.format(key)} is {_short(value)}, but must be {expected}: {_AGAIN}.")
+            raise ValueError(f"{what.format(key)} is {_short(value)}, but must be {expected}: {remedy}.")
 
 
 def _short(value: Any) -> str:
@@ -84,7 +93,7 @@ def _short(value: Any) -> str:
     return text if len(text) < 100 else f"{text[:100]}..."
 
 
-def is_count(value: Any, most: int = LONGEST) -> bool:
+def is_number(value: Any, most: int = LONGEST) -> bool:
     """Whether it is a whole number from 1 to `most`."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
 
@@ -106,7 +115,7 @@ def _is_filled(value: Any) -> bool:
 
 
 def _is_patch(value: Any) -> bool:
-    is_list = isinstance(value, list | tuple) and len(value) in (2, _AXES) and all(map(is_count, value))
+    is_list = isinstance(value, list | tuple) and len(value) in (2, _AXES) and all(map(is_number, value))
     return is_list and (len(value) == 2 or value[0] > 1)
 
 
@@ -120,10 +129,6 @@ def _are_triples(value: Any) -> bool:
 
 def _is_order(value: Any) -> bool:
     return _is_list(value) and all(type(axis) is int for axis in value) and sorted(value) == list(range(_AXES))
-
-
-def _are_objects(value: Any) -> bool:
-    return _is_filled(value) and all(isinstance(row, dict) for row in value.values())
 
 
 def _is_configuration(value: dict[str, Any]) -> bool:
@@ -140,11 +145,11 @@ def _has_strides(value: Any) -> bool:
 
 
 def _is_stride(value: Any) -> bool:
-    return is_count(value) or (_is_list(value) and len(value) == 2 and all(map(is_count, value)))
+    return is_number(value) or (_is_list(value) and len(value) == 2 and all(map(is_number, value)))
 
 
 _TRAINED: _Keys = {
-    "batch_size": (lambda value: is_count(value, MOST_TILES),
+    "batch_size": (lambda value: is_number(value, MOST_TILES),
                    f"a whole number from 1 to {MOST_TILES} (more tiles than any memory holds)"),
     "patch_size": (_is_patch, f"a list of two whole numbers from 1 to {LONGEST} (longer than any slice), or of three, "
                               "the first from 2 on"),

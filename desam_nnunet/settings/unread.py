@@ -9,6 +9,7 @@ from typing import Any
 from desam_nnunet.nnunet.lookup import is_mentioned
 from desam_nnunet.settings.sections import SECTIONS, Method
 
+_CONFIGURES = {"architecture", "inherits_from", "UNet_class_name", "patch_size"}  # what only configurations have
 _CLOSE = 0.65  # difflib's measure, of 1: one letter wrong, missing or too many of three, or two in another order
 
 
@@ -23,7 +24,8 @@ def refuse_unread_sections(plans: dict[str, Any], configuration: dict[str, Any],
         ValueError: Naming the key, and what it is close to or where it belongs.
     """
     ours = (*SECTIONS, method.name)
-    for place, keys in (("at the top level", plans), ("among the configurations", plans["configurations"])):
+    rows = [key for key, row in plans["configurations"].items() if row.keys().isdisjoint(_CONFIGURES)]
+    for place, keys in (("at the top level", plans), ("among the configurations", rows)):
         for key in _like(keys, ours):
             raise ValueError(f"The plans' key {key!r} stands {place}, where nothing reads it: sections stand in a "
                              f"configuration, such as configurations → {name} → {_closest(key, ours)}.")
@@ -31,7 +33,9 @@ def refuse_unread_sections(plans: dict[str, Any], configuration: dict[str, Any],
         raise ValueError(f"The plans' configuration '{name}' has a key {key!r}, which nothing reads. If "
                          f"'{_closest(key, ours)}' is meant, call it so; else remove it.")
     for outer, inner in configuration.items():
-        if outer not in ours and isinstance(inner, dict) and (found := next((key for key in inner if key in ours), "")):
+        if outer in ours or not isinstance(inner, dict) or is_mentioned(outer):
+            continue
+        if found := next((key for key in inner if key in ours), ""):
             raise ValueError(f"The plans' key {found!r} stands in {outer!r} of the configuration '{name}', where "
                              "nothing reads it: it belongs beside that, in the configuration itself.")
 
