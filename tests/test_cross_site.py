@@ -25,6 +25,7 @@ from matplotlib import image as pictures
 from matplotlib.colors import to_rgb
 
 import phantom
+from desam_nnunet.cache.store import open_stores
 from desam_nnunet.commands.__main__ import main
 from desam_nnunet.cross_site.engine import Progress, is_local
 from desam_nnunet.cross_site.jobs import is_to_be_cached
@@ -454,6 +455,30 @@ def test_sigkill_at_every_output_gives_the_same_figures(
     for name in ("scores.csv", "summary.csv"):
         assert (out / name).read_bytes() == (ran.out / name).read_bytes()
     assert figures(out) == figures(ran.out)
+
+
+@pytest.mark.slow
+def test_a_kill_inside_a_job_is_made_good(ran: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From nothing, with features that are stored: in the middle of preprocessing, of the store, before the first
+    segmentation and between scores and errors. Every case has its tiles and its scores in the end."""
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")
+    monkeypatch.setenv("nnUNet_def_n_proc", "1")
+    settings = json.loads((ran.out.parent / "settings.json").read_text())
+    settings["sam"] |= {"features": "cached", "epochs": 1}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    out = tmp_path / "study"
+    words = ["cross-site", str(ran.data), "-o", str(out), "-tr", "DeSAMTrainer", "--sources", "SiteA", "--targets",
+             "SiteB", "--settings", str(tmp_path / "settings.json"), "--labels", "organ=1", "-device", "cpu"]
+    for number, pattern in ((3, r"^open .*/nnUNetPlans_2d/[^/]*\.pkl"), (5, r"^os.rename .*/desam_cache/.*\.tile$"),
+                            (1, r"^open .*/predictions/.*\.json"), (1, r"^os.rename .*/errors/.*\.json$")):
+        assert killed_at(number, pattern, words, tmp_path) == -signal.SIGKILL, pattern
+    assert main(words) == 0
+    (store,) = open_stores(out / "nnUNet_preprocessed" / "Dataset001_SiteA")
+    assert len(store.cases()) == 5
+    found = pd.read_csv(out / "scores.csv").query("protocol == 'volume'")
+    assert found["case"].nunique() == len(found) == 3  # one held out, two of the other site
+    assert "missing" not in set(found["outcome"])
+    assert {path.name for path in (out / "predictions").rglob("*.nii.gz")} == {"SiteB_000.nii.gz", "SiteB_001.nii.gz"}
 
 
 def figures(out: Path) -> dict[str, Any]:
