@@ -116,7 +116,7 @@ def test_a_model_is_shared(shell: Shell) -> None:
 
 def test_several_machines_share_a_cache_and_it_is_looked_after(shell: Shell) -> None:
     _, whole, part, torchrun = commands("docs/howto/several_gpus.md")
-    shell.shorten("DeSAMPlans", views=1)
+    shell.shorten("DeSAMPlans", views=1, augmentation="nnunet")
     for number in range(4):
         shell.run(part.replace("-part_id 0", f"-part_id {number}"))
     assert "to encode" not in shell.run(torchrun) + shell.run(whole)
