@@ -183,4 +183,5 @@ def test_checkpoints_come_in_and_go_out(shell: Shell) -> None:
     shell.run("nnUNetv2_train 501 2d 0 -tr SAMedTrainer -p SAMedPlans")
     shell.run(give.replace("nnUNet_results/DatasetXXX", "$nnUNet_results/Dataset501_Phantom"))
     (shell.root / "samed.pth").rename(shell.root / "epoch_159.pth")
+    shutil.rmtree(results / "SAMedTrainer__SAMedPlans__2d")
     assert "pretrained_weights.pth" in shell.run(bring_samed)
