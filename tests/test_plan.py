@@ -118,6 +118,7 @@ def test_what_was_planned_trains_beside_plain_nnunet(workspace: Workspace) -> No
     plans = planned(workspace, name="TrainedPlans")
     sam = plans["configurations"]["2d"]["sam"]
     sam |= {"epochs": 1, "iterations_per_epoch": 1, "val_iterations_per_epoch": 1, "views": 1, "image_size": 64}
+    sam["augmentation"] = "nnunet"  # of which one view is
     (workspace.preprocessed / "TrainedPlans.json").write_text(json.dumps(plans))
     nnunet("nnUNetv2_train", 501, "2d", 0, "-tr", "DeSAMTrainerWholeBox", "-p", "TrainedPlans", "-device", "cpu")
     given = plans | {"continue_training": False}
