@@ -50,8 +50,8 @@ def test_models_are_compared_and_a_second_call_does_nothing_again(
     monkeypatch.setenv("nnUNet_def_n_proc", "1")
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")
     sam = tiny_sections(encoder="vit_tiny", image_size=64)["sam"]
-    models = {"strong": PROBE | {"sam": sam | {"views": 2, "augmentation": "strong"}},
-              "slabs": PROBE | {"slices": 3, "sam": sam | {"views": 2, "augmentation": "strong"}},
+    views = sam | {"views": 2, "augmentation": "strong", "view_geometry": "case"}  # which slabs need
+    models = {"strong": PROBE | {"sam": views}, "slabs": PROBE | {"slices": 3, "sam": views},
               "nnU-Net": {"trainer": "nnUNetTrainer", "batch_size": 2, "sam": sam},
               "both": {"ensemble": ["strong", "slabs", "nnU-Net"]}}
     words = ["--source", "SiteA", "-f", 0, "--shifts", 2, "--disable_tta", "--label", "organ"]
