@@ -79,8 +79,8 @@ def is_local(more: Sequence[str]) -> bool:
     """Whether jobs run on this machine, as far as Snakemake's arguments say it: profiles may say anything."""
     words = [part for word in more for part in word.split("=", 1)]
     given = dict(pairwise(words))
-    return given.keys().isdisjoint({"--profile", "--workflow-profile"}) and {"--executor", "-e"} & given.keys() <= {
-        key for key, value in given.items() if value == "local"}
+    return given.keys().isdisjoint({"--profile", "--workflow-profile"}) and all(
+        given.get(flag, "local") == "local" for flag in ("--executor", "-e"))
 
 
 def _call(progress: Progress, folder: Path, device: str, cores: int | None, more: Sequence[str], *config: str) -> bool:

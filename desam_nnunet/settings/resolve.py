@@ -18,7 +18,7 @@ from desam_nnunet.encoders.weights import check_identity, find_row, identify
 from desam_nnunet.sam.slabs import depth_of
 from desam_nnunet.sam.tiles import intensity_rule
 from desam_nnunet.settings.sections import AS_BEFORE, AUGMENTATIONS, DEFAULT_ENCODER, Method, SamSection
-from desam_nnunet.settings.stock import check_stock_keys, check_stock_plans
+from desam_nnunet.settings.stock import check_lines, check_stock_keys, check_stock_plans
 from desam_nnunet.settings.unread import refuse_unread_sections
 from desam_nnunet.system.files import told
 
@@ -111,7 +111,7 @@ def resolve_plans(
     manager = PlansManager(plans)
     configuration = manager.get_configuration(configuration_name).configuration
     refuse_unread_sections(plans, configuration, configuration_name, method)
-    check_stock_plans(plans, *plans["configurations"])
+    check_lines(plans["configurations"], plans["configurations"])
     check_stock_keys(configuration, configuration_name)
     _refuse_3d(manager, configuration_name, method)
     own = plans["configurations"][configuration_name]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeGuard
 
 from nnunetv2.utilities.label_handling.label_handling import get_labelmanager_class_from_plans
 
@@ -28,16 +28,24 @@ def check_stock_plans(plans: Mapping[str, Any], *names: str) -> None:
     for name, row in plans["configurations"].items():
         if not isinstance(row, dict):
             raise ValueError(f"The plans' configuration {name!r} is {_short(row)}, but must be an object: {_PLAN}.")
-    for name in names:
-        _check_line(plans["configurations"], name)
+    check_lines(plans["configurations"], names)
     if "label_manager" in plans:
         _refuse("The plans' key {}", plans, {
             "label_manager": (lambda value: _is_name(value) and isinstance(
                 get_labelmanager_class_from_plans(dict(plans)), type), "a class of nnU-Net's, such as LabelManager")})
 
 
+def check_lines(configurations: dict[str, dict[str, Any]], names: Iterable[str]) -> None:
+    """Refuses configurations that, with all from which they inherit, nnU-Net makes nothing of.
+
+    Raises:
+        ValueError: Naming the first.
+    """
+    for name in names:
+        _check_line(configurations, name)
+
+
 def _check_line(configurations: dict[str, dict[str, Any]], name: str) -> None:
-    """Refuses a configuration that, with all from which it inherits, nnU-Net makes nothing of."""
     line: list[str] = []
     while name in configurations and name not in line:
         _refuse("The plans' configuration '{}'", configurations, {
@@ -106,7 +114,7 @@ def _is_name(value: Any) -> bool:
     return isinstance(value, str) and value != ""
 
 
-def _is_list(value: Any) -> bool:
+def _is_list(value: Any) -> TypeGuard[list[Any] | tuple[Any, ...]]:
     return isinstance(value, list | tuple) and len(value) > 0
 
 
@@ -115,7 +123,7 @@ def _is_filled(value: Any) -> bool:
 
 
 def _is_patch(value: Any) -> bool:
-    is_list = isinstance(value, list | tuple) and len(value) in (2, _AXES) and all(map(is_number, value))
+    is_list = _is_list(value) and len(value) in (2, _AXES) and all(map(is_number, value))
     return is_list and (len(value) == 2 or value[0] > 1)
 
 
@@ -141,7 +149,7 @@ def _has_strides(value: Any) -> bool:
     """An architecture whose strides, of rows and columns, say what its network divides them by."""
     given = value.get("arch_kwargs") if isinstance(value, dict) else None
     strides = given.get("strides") if isinstance(given, dict) else None
-    return isinstance(strides, list | tuple) and len(strides) > 0 and all(map(_is_stride, strides))
+    return _is_list(strides) and all(map(_is_stride, strides))
 
 
 def _is_stride(value: Any) -> bool:

@@ -33,9 +33,9 @@ def refuse_unread_sections(plans: dict[str, Any], configuration: dict[str, Any],
         raise ValueError(f"The plans' configuration '{name}' has a key {key!r}, which nothing reads. If "
                          f"'{_closest(key, ours)}' is meant, call it so; else remove it.")
     for outer, inner in configuration.items():
-        if outer in ours or not isinstance(inner, dict) or is_mentioned(outer):
-            continue
-        if found := next((key for key in inner if key in ours), ""):
+        nested = inner if isinstance(inner, dict) and outer not in ours else {}
+        found = next((key for key in nested if key in ours), "")
+        if found and not is_mentioned(outer):
             raise ValueError(f"The plans' key {found!r} stands in {outer!r} of the configuration '{name}', where "
                              "nothing reads it: it belongs beside that, in the configuration itself.")
 
