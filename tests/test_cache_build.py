@@ -24,7 +24,7 @@ from test_cache_store import RECIPE, unprivileged
 from desam_nnunet.cache import build as building
 from desam_nnunet.cache.build import Builder, Share
 from desam_nnunet.cache.entry import read_entry, write_entry
-from desam_nnunet.cache.manage import delete_stores, describe_stores, verify_stores
+from desam_nnunet.cache.manage import delete_stores, describe_stores, unreadable_stores, verify_stores
 from desam_nnunet.cache.store import Store, _crc_of, open_stores
 from desam_nnunet.cache.tiles import content_of, crop, tiles_of
 from desam_nnunet.commands.__main__ import main
@@ -454,13 +454,18 @@ def test_the_disk_must_hold_the_shares_of_all(
         builder.plan(Share(0, 2))
 
 
-def test_stores_are_listed_and_deleted_by_name(workspace: Workspace, store: Store) -> None:
-    line = next(line for line in describe_stores("501") if store.folder.name in line)
-    assert "5 case(s)" in line
-    assert f"vit_tiny at {SIZE}, float16, computed in {str(encoder_dtype(CPU))[6:]}" in line
+def test_stores_are_listed_and_deleted_by_name(
+    workspace: Workspace, store: Store, capsys: pytest.CaptureFixture[str],
+) -> None:
+    row = next(row for row in describe_stores("501") if row.store == store.folder.name)
+    assert (row.cases, row.encoder, row.stored_as) == (
+        "5", f"vit_tiny at {SIZE}", f"float16, computed in {str(encoder_dtype(CPU))[6:]}")
     foreign = store.folder.with_name("older")
     foreign.mkdir()
-    assert any("older: damaged, or made by another version" in line for line in describe_stores("501"))
+    assert any("older: damaged, or made by another version" in line for line in unreadable_stores("501"))
+    main(["cache", "-d", "501", "--list"])
+    heads, *rows = capsys.readouterr().out.splitlines()[1:]
+    assert {line.index("vit_tiny") for line in rows} == {heads.index("encoder")}
     with pytest.raises(ValueError, match="no store 'nothing'"):
         delete_stores("501", "nothing")
     assert delete_stores("501", "older") == [foreign]

@@ -117,7 +117,7 @@ def test_views_in_the_store_the_loaders_and_the_checkpoint(workspace: Workspace)
     """The command and training name the same store; validation draws tiles as they are; prediction may mirror."""
     workspace.write_plans(PLANS, **tiny_sections(views=3))
     store = build_dataset("501", PLANS, "2d", "DeSAMTrainer", torch.device("cpu"), 1, 0)
-    assert any("3 view(s)" in line for line in describe_stores("501") if store.folder.name in line)
+    assert [row.views for row in describe_stores("501") if row.store == store.folder.name] == ["3"]
     case = store.cases()[0]
     tiles = {path.name.split("_")[0] for path in store.entries(case)}
     assert len(store.entries(case)) == 3 * len(tiles)

@@ -97,7 +97,7 @@ def test_wheel_top_level_is_the_package_and_its_startup_files(wheel: Path) -> No
     }
     assert {f"{metadata}/licenses/LICENSE", f"{metadata}/licenses/NOTICE"} <= set(names)
     assert {"desam_nnunet/encoders/vit_tiny.safetensors", "desam_nnunet/cross_site/Snakefile",
-            "desam_nnunet/cross_site/report.html"} <= set(names)
+            "desam_nnunet/evaluation/page.html"} <= set(names)
     assert not [name for name in names if "__pycache__" in name]
 
 

@@ -4,27 +4,47 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
-from desam_nnunet.cache.store import Store, open_stores, store_folders
+from desam_nnunet.cache.store import open_stores, store_folders
 from desam_nnunet.cache.verify import verify_store
 from desam_nnunet.nnunet.datasets import dataset_folder
 
 
-def describe_stores(dataset: str) -> list[str]:
-    """One line per store, and one for each that this version can't read."""
-    stores, unreadable = _stores_of(dataset)
-    return unreadable + [
-        f"{store.folder.name}: {len(store.cases())} case(s), {store.size() / 1e9:.2f} GB, {store.recipe.encoder} at "
-        f"{store.recipe.image_size}, {store.recipe.dtype}, computed in {store.recipe.precision}, "
-        f"tiles {store.recipe.patch_size[0]} x {store.recipe.patch_size[1]}, {store.recipe.views} view(s)"
-        for store in stores
-    ]
+class Row(NamedTuple):
+    """What a list says of a store."""
+
+    store: str
+    cases: str
+    size: str
+    encoder: str
+    stored_as: str
+    tile: str
+    views: str
+
+
+def describe_stores(dataset: str) -> list[Row]:
+    """A row for each store that this version can read."""
+    return [
+        Row(store.folder.name, str(len(store.cases())), f"{store.size() / 1e9:.2f} GB",
+            f"{store.recipe.encoder} at {store.recipe.image_size}",
+            f"{store.recipe.dtype}, computed in {store.recipe.precision}",
+            " x ".join(map(str, store.recipe.patch_size)), str(store.recipe.views))
+        for store in open_stores(dataset_folder(dataset))]
+
+
+def unreadable_stores(dataset: str) -> list[str]:
+    """A line for each store that this version can't read."""
+    root = dataset_folder(dataset)
+    unknown = {path.name for path in store_folders(root)} - {store.folder.name for store in open_stores(root)}
+    return [f"{name}: damaged, or made by another version of desam_nnunet; --delete {name} removes it"
+            for name in sorted(unknown)]
 
 
 def verify_stores(dataset: str) -> list[str]:
     """Every store, as :func:`~desam_nnunet.cache.verify.verify_store`; a line for each that this version can't read."""
-    stores, findings = _stores_of(dataset)
-    return findings + [finding for store in stores for finding in verify_store(store)]
+    stores = open_stores(dataset_folder(dataset))
+    return unreadable_stores(dataset) + [finding for store in stores for finding in verify_store(store)]
 
 
 def delete_stores(dataset: str, name: str | None) -> list[Path]:
@@ -41,12 +61,3 @@ def delete_stores(dataset: str, name: str | None) -> list[Path]:
     for folder in chosen:
         shutil.rmtree(folder)
     return chosen
-
-
-def _stores_of(dataset: str) -> tuple[list[Store], list[str]]:
-    """Those that this version can read, and a line for each other."""
-    root = dataset_folder(dataset)
-    stores = open_stores(root)
-    unknown = {path.name for path in store_folders(root)} - {store.folder.name for store in stores}
-    return stores, [f"{name}: damaged, or made by another version of desam_nnunet; --delete {name} removes it"
-                    for name in sorted(unknown)]

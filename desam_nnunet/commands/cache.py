@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from desam_nnunet.commands.words import Commands, add_command, add_device, device_named
+from desam_nnunet.commands.words import Commands, add_command, add_device, columns, device_named
+
+_NO_STORE = "There is no store of this data set."
 
 
 def add(commands: Commands) -> None:
@@ -27,9 +29,11 @@ def _run(options: argparse.Namespace) -> None:
     from desam_nnunet.cache import manage
 
     if options.list:
-        print("\n".join(manage.describe_stores(options.d)) or "There is no store of this data set.")
+        rows, heads = manage.describe_stores(options.d), [name.replace("_", " ") for name in manage.Row._fields]
+        lines = [*manage.unreadable_stores(options.d), *(columns([heads, *rows]) if rows else [])]
+        print("\n".join(lines) or _NO_STORE)
     elif options.verify:
-        print("\n".join(manage.verify_stores(options.d)) or "There is no store of this data set.")
+        print("\n".join(manage.verify_stores(options.d)) or _NO_STORE)
     elif options.delete is not None:
         for folder in manage.delete_stores(options.d, options.delete or None):
             print(f"Removed {folder}")

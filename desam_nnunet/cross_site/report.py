@@ -3,38 +3,29 @@ that the same study gives the same report."""
 
 from __future__ import annotations
 
-import base64
 import json
-from collections.abc import Callable
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from jinja2 import Environment, StrictUndefined
 
 from desam_nnunet import __version__
 from desam_nnunet.cross_site.study import Study, plain
-from desam_nnunet.encoders.registry import row_by_name
-from desam_nnunet.evaluation.errors import THIRDS
-from desam_nnunet.evaluation.findings import FEWEST, position_means, sentences, shift, worst_cases
-from desam_nnunet.evaluation.metrics import METRICS, NONE, Metric
-from desam_nnunet.evaluation.pictures import agreement_plot, box_plot
-from desam_nnunet.evaluation.scores import COLUMNS, PROTOCOLS, read_rows, without_nan
-from desam_nnunet.evaluation.statistics import SIGNIFICANT
+from desam_nnunet.evaluation.findings import position_means, sentences, shift, worst_cases
+from desam_nnunet.evaluation.page import render_page
+from desam_nnunet.evaluation.scores import COLUMNS, read_rows, without_nan
 from desam_nnunet.evaluation.tables import comparisons, no_formula, summaries
 from desam_nnunet.nnunet.model_folder import count_parameters, epoch_seconds, read_checkpoint, read_description
 from desam_nnunet.nnunet.names import CHECKPOINT, CONFIGURATION
-from desam_nnunet.nnunet.sites import ALL
 from desam_nnunet.system.files import replace_file
 
 _PACKAGES = ("nnunetv2", "torch", "monai", "scipy", "SimpleITK")
-_PLOTTED = ("dice", "hd95")
 
 
 def write_report(study: Study) -> None:
     """Writes ``report.html``, ``report.json``, ``scores.csv`` and ``summary.csv``."""
+    cells = list(study.cells())
     scores = pd.DataFrame(_rows(study, "scores"), columns=["source", "trainer", "target", *COLUMNS])
     errors = pd.DataFrame(_rows(study, "errors"))
     summary, pairs = summaries(scores), comparisons(scores)
@@ -54,38 +45,14 @@ def write_report(study: Study) -> None:
     _write(study.out / "report.json", json.dumps(content, indent=1, default=str))
     for name, table in (("scores", scores), ("summary", summary)):
         _write(study.out / f"{name}.csv", table.map(no_formula).to_csv(index=False))
-    _write(study.out / "report.html", _page(study, scores, errors, summary, content))
+    pictures, maps = ({cell: path for cell in cells if (path := study.picture(*cell, of=of)).is_file()}
+                      for of in ("cases", "points"))
+    page = render_page(content, scores, errors, summary, cells=cells, pictures=pictures, maps=maps)
+    _write(study.out / "report.html", page)
 
 
 def _write(path: Path, text: str) -> None:
     replace_file(path, [text.encode()])
-
-
-def _page(
-    study: Study, scores: pd.DataFrame, errors: pd.DataFrame, summary: pd.DataFrame, content: dict[str, Any]
-) -> str:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.globals.update(shade=_shade, interval=_interval)
-    template = environment.from_string(files("desam_nnunet.cross_site").joinpath("report.html").read_text("utf-8"))
-    classes = list(dict.fromkeys(scores["class"]))
-    overall_class = ALL if len(classes) > 1 else classes[0]
-    volume = scores[scores["protocol"] == "volume"]
-    has_diagonal = "all" not in study.folds
-    # over all unseen sites, and at each of them
-    pairs = [pair for pair in content["comparisons"]
-             if (pair["class"], pair["source"]) == (overall_class, ALL) and pair["metric"] in _PLOTTED]
-    return template.render(content | {
-        "study": study, "metrics": METRICS, "by_key": {metric.key: metric for metric in METRICS},
-        "protocols": PROTOCOLS, "classes": classes, "overall_class": overall_class,
-        "look": _look_up(summary, overall_class), "pairs": pairs, "thirds": THIRDS, "fewest": FEWEST,
-        "agreement": agreement_plot(errors),
-        "plots": [box_plot(volume, target, metric) for target in dict.fromkeys(volume["target"])
-                  for metric in METRICS if metric.key in _PLOTTED],
-        "pictures": _embedded(study, "cases"), "maps": _embedded(study, "points"),
-        "encoders": _encoders(content["settings"]),
-        "columns": [site for site in study.sites if site in study.targets or (has_diagonal and site in study.sources)],
-        "cases": {site: len(cases) for site, cases in study.sites.items()}, "all_sites": ALL,
-        "has_diagonal": has_diagonal, "significant": SIGNIFICANT})
 
 
 def _rows(study: Study, of: str) -> list[dict[str, Any]]:
@@ -138,13 +105,6 @@ def _peak(notes: list[dict[str, Any]]) -> float | None:
     return max((note["peak_mb"] for note in notes if "peak_mb" in note), default=None)
 
 
-def _look_up(summary: pd.DataFrame, overall_class: str) -> Callable[..., dict[str, Any] | None]:
-    """Finds a row of the summary by what it is of; None where there is none."""
-    keys = ["protocol", "source", "target", "trainer", "metric", "class"]
-    rows = {tuple(row[key] for key in keys): row for row in summary.to_dict("records")}
-    return lambda *key: rows.get(key if len(key) == len(keys) else (*key, overall_class))
-
-
 def _settings(study: Study, source: str, trainer: str) -> dict[str, Any]:
     """What the model folder says of itself, without nnU-Net's network."""
     plans, _ = read_description(study.model(source, trainer))
@@ -152,33 +112,3 @@ def _settings(study: Study, source: str, trainer: str) -> dict[str, Any]:
     method = study.trainers[trainer].method
     keys = ("batch_size", "patch_size", "spacing", "normalization_schemes", *(("sam", method) if method else ()))
     return {"plans": plans["plans_name"]} | {key: configuration[key] for key in keys if key in configuration}
-
-
-def _encoders(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Those that the models use: whether their weights are RANDOM, and what they were trained on, if it is known."""
-    sections = [row.get("sam", {}) for of_source in settings.values() for row in of_source.values()]
-    names = {section["encoder"]: section.get("identity", "") for section in sections if "encoder" in section}
-    rows = {name: row_by_name(name) for name in names}
-    return [{"name": name, "random": identity.startswith("random:"),
-             "trained_on": row.trained_on if (row := rows[name]) else ""}
-            for name, identity in sorted(names.items())]
-
-
-def _embedded(study: Study, of: str) -> list[tuple[str, str, str, str]]:
-    """Every cell with its picture as a URL, where there is one."""
-    paths = [(cell, path) for cell in study.cells() if (path := study.picture(*cell, of=of)).is_file()]
-    return [(*cell, f"data:image/webp;base64,{base64.b64encode(path.read_bytes()).decode()}") for cell, path in paths]
-
-
-def _interval(row: Any, metric: Metric, low: str = "low", high: str = "high") -> str:
-    ends = [metric.text(row[key] if isinstance(row, dict) else getattr(row, key)) for key in (low, high)]
-    return "" if ends[0] == NONE else " to ".join(ends)
-
-
-def _shade(value: float | None, metric: Metric) -> str:
-    """A cell's colour: the deeper the better; without a scale of its own, distances fade out at 30 mm."""
-    if value is None or value != value:
-        return "#ffffff"
-    share = value if metric.better == "high" else 1 - min(abs(value) / 30, 1)
-    light = round(97 - 42 * max(0.0, min(1.0, share)))
-    return f"hsl(160, 45%, {light}%)"
