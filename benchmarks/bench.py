@@ -14,6 +14,7 @@ import building
 import cache
 import encoder
 import epoch
+import estimates
 import folds
 import grid
 import parts
@@ -30,7 +31,7 @@ from measure import compute_exactly
 SECTIONS = {"encoder": encoder.run, "grid": grid.run, "scores": scores.run, "training": training.run,
             "folds": folds.run, "cache": cache.run, "building": building.run, "trainers": trainers.run,
             "parts": parts.run, "precision": precision.run, "pretraining": pretraining.run, "slabs": slabs.run,
-            "whole": whole.run, "epoch": epoch.run}
+            "estimates": estimates.run, "whole": whole.run, "epoch": epoch.run}
 
 
 def main() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ class Row:
         reference, ours: Median seconds.
         ratio, low, high: Of the times, reference to ours: median, least and greatest over the repeats.
         required: What the ratio must reach; None where nothing is asked.
+        most: What it must not exceed.
         notes: More columns.
     """
 
@@ -38,10 +40,19 @@ class Row:
     high: float
     required: float | None = None
     notes: dict[str, str] = field(default_factory=dict)
+    most: float = math.inf
 
     @property
     def passed(self) -> bool:
-        return self.required is None or self.ratio >= self.required
+        return (self.required is None or self.ratio >= self.required) and self.ratio <= self.most
+
+    @property
+    def asked(self) -> str:
+        """What is asked, and whether that is so."""
+        if self.required is None:
+            return ""
+        limits = f"{self.required:.3g}" if self.most == math.inf else f"{self.required:.3g} to {self.most:.3g}"
+        return f"{limits}: {'PASS' if self.passed else 'FAIL'}"
 
 
 def compare(what: str, reference: Work, ours: Work, *, device: torch.device, repeats: int,
@@ -91,6 +102,7 @@ class Report:
     device: torch.device
     tables: dict[str, list[Row]] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)
+    heads: tuple[str, str, str] = ("reference (s)", "ours (s)", "times as fast (least to greatest)")
 
     @property
     def passed(self) -> bool:
@@ -108,7 +120,7 @@ class Report:
     def write(self) -> None:
         RESULTS.mkdir(parents=True, exist_ok=True)
         stem = self.name if self.device.type == "cpu" else f"{self.name}_{self.device.type}"
-        tables = {name: [asdict(row) | {"passed": row.passed} for row in rows] for name, rows in self.tables.items()}
+        tables = {name: [_plain(row) for row in rows] for name, rows in self.tables.items()}
         result = {"benchmark": self.name, "settings": self.settings, "machine": describe_machine(self.device),
                   "tables": tables, "facts": self.facts}
         replace_file(RESULTS / f"{stem}.json", [json.dumps(result, indent=2).encode(), b"\n"])
@@ -117,19 +129,25 @@ class Report:
     def _markdown(self) -> str:
         where = ", ".join(f"{key} {value}" for key, value in describe_machine(self.device).items())
         parts = [f"# {self.title}", self.settings, f"Machine: {where}."]
-        parts += [f"## {name}\n\n{_table(rows)}" for name, rows in self.tables.items()]
+        parts += [f"## {name}\n\n{_table(self.heads, rows)}" for name, rows in self.tables.items()]
         if self.facts:
             parts.append("## Facts\n\n" + "\n".join(f"- {what}: {value}" for what, value in self.facts.items()))
         return "\n\n".join(parts) + "\n"
 
 
-def _table(rows: list[Row]) -> str:
+def _plain(row: Row) -> dict[str, Any]:
+    content = asdict(row) | {"passed": row.passed}
+    if row.most == math.inf:  # which JSON has no word for
+        del content["most"]
+    return content
+
+
+def _table(heads: tuple[str, str, str], rows: list[Row]) -> str:
     extra = list(dict.fromkeys(key for row in rows for key in row.notes))
-    head = ["", "reference (s)", "ours (s)", "times as fast (least to greatest)", "required", *extra]
+    head = ["", *heads, "required", *extra]
     lines = [head, ["---"] * len(head)]
     for row in rows:
-        required = "" if row.required is None else f"{row.required:.3g}: {'PASS' if row.passed else 'FAIL'}"
         lines.append([row.what, f"{row.reference:.3g}", f"{row.ours:.3g}",
-                      f"{row.ratio:.2f} ({row.low:.2f} to {row.high:.2f})", required,
+                      f"{row.ratio:.2f} ({row.low:.2f} to {row.high:.2f})", row.asked,
                       *(row.notes.get(key, "") for key in extra)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

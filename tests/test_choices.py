@@ -127,12 +127,22 @@ def test_what_is_never_drawn_is_not_encoded() -> None:
     assert "100001 tiles, of which training draws 100000" in choice.reason
 
 
-@pytest.mark.parametrize(("tiles", "batch", "iterations", "validation"), [
-    (400, 8, 50, 10), (100_000, 8, 250, 50), (20, 8, 25, 5),
+@pytest.mark.parametrize(("tiles", "views", "batch", "draws", "schedule"), [
+    (400, 1, 8, None, (50, 50, 10)), (100, 4, 8, None, (50, 50, 10)), (100_000, 1, 8, None, (50, 250, 50)),
+    (20, 1, 8, None, (50, 25, 5)),
+    (200, 4, 8, 16, (10, 40, 8)), (200, 1, 8, 16, (10, 40, 8)),  # as measured on 13 cases
+    (20, 1, 8, 16, (10, 40, 8)), (2000, 4, 8, 16, (16, 250, 50)), (100_000, 4, 8, 16, (50, 250, 50)),
 ])
-def test_small_data_sets_train_shorter(tiles: int, batch: int, iterations: int, validation: int) -> None:
-    value = choose_schedule(tiles, batch).value
-    assert value == (50, iterations, validation)
+def test_small_data_sets_train_shorter(
+    tiles: int, views: int, batch: int, draws: int | None, schedule: tuple[int, int, int]
+) -> None:
+    assert choose_schedule(tiles, views, batch, draws).value == schedule
+
+
+def test_the_reason_counts_draws_by_view() -> None:
+    assert choose_schedule(200, 4, 8, 16).reason == (
+        "200 tiles train in each fold, drawn 4.0 times each in each of 4 views on average")
+    assert choose_schedule(400, 1, 8, None).reason == "400 tiles train in each fold, drawn 50.0 times each on average"
 
 
 @pytest.mark.parametrize(("kept", "recomputed", "batch", "again"), [

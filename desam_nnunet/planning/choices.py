@@ -22,6 +22,7 @@ GOOD_BATCH_SIZE = 4  # an encoder that leaves no room for it is too large
 EPOCHS = 50  # the published number
 MAX_ITERATIONS = 250  # of an epoch, nnU-Net's
 MIN_ITERATIONS = 25
+SHORT_EPOCHS, FEWEST_ITERATIONS = 10, 400  # of a training that is planned by draws; what the default was measured with
 _COARSEST = 2.5  # pixels of a tile per mask pixel
 _LARGEST_OF_MEDIAN = 1.5  # a few large slices do not decide the patch
 _FEWEST_SLICES = 3  # of the median volume, for slabs
@@ -199,10 +200,24 @@ class Schedule(NamedTuple):
     val_iterations_per_epoch: int
 
 
-def choose_schedule(training_tiles: int, batch_size: int) -> Choice[Schedule]:
-    """An epoch sees as many tiles as there are, within nnU-Net's 250 iterations."""
-    once = math.ceil(training_tiles / batch_size)
-    iterations = min(MAX_ITERATIONS, max(MIN_ITERATIONS, once))
-    seen = iterations * batch_size / max(1, training_tiles)
-    reason = f"{training_tiles} tiles train in each fold, drawn {seen * EPOCHS:.1f} times each on average"
-    return Choice(Schedule(EPOCHS, iterations, max(5, iterations // 5)), reason)
+def choose_schedule(tiles: int, views: int, batch_size: int, draws: int | None) -> Choice[Schedule]:
+    """Epochs within nnU-Net's 250 iterations.
+
+    Args:
+        tiles: Of a fold's training cases.
+        views: Of each, stored.
+        batch_size: Tiles in a batch.
+        draws: Of each tile, in whichever view; None for the published number of epochs, each about as many draws as
+            there are tiles, views counted.
+    """
+    if draws is None:
+        epochs, once = EPOCHS, math.ceil(views * tiles / batch_size)
+        iterations = min(MAX_ITERATIONS, max(MIN_ITERATIONS, once))
+    else:
+        total = min(EPOCHS * MAX_ITERATIONS, max(FEWEST_ITERATIONS, math.ceil(draws * tiles / batch_size)))
+        iterations = min(MAX_ITERATIONS, math.ceil(total / SHORT_EPOCHS))
+        epochs = math.ceil(total / iterations)
+    seen = epochs * iterations * batch_size / max(1, tiles * views)
+    views_of = f" in each of {views} views" if views > 1 else ""
+    reason = f"{tiles} tiles train in each fold, drawn {seen:.1f} times each{views_of} on average"
+    return Choice(Schedule(epochs, iterations, max(5, iterations // 5)), reason)

@@ -92,7 +92,7 @@ def choose(facts: Facts, request: Request, machine: Machine) -> tuple[dict[str, 
     fit, why = choose_encoder(facts, request, machine)
     storage, method = fit.storage.value, request.method
     augmentation = choose_augmentation(storage, frozen=method.frozen_features)
-    schedule = choose_schedule(storage.views * fit.tiles * (FOLDS - 1) // FOLDS, fit.batch.value)
+    schedule = choose_schedule(fit.tiles * (FOLDS - 1) // FOLDS, storage.views, fit.batch.value, method.draws)
     sam: dict[str, Any] = _published_procedure(SAM) | {
         "encoder": fit.encoder, "image_size": fit.image.value, "intensity": intensity_rule(list(facts.schemes)),
         "features": storage.features, "views": storage.views, "cache_dtype": storage.dtype,

@@ -101,6 +101,8 @@ class Method:
             :class:`~desam_nnunet.encoders.base.Architecture`; empty for features alone.
         stride: Of every map, in pixels, where it takes no other; 0 for any.
         defaults: What defaults of its section depend on the shared one.
+        draws: How often planned training draws each tile, in whichever of its views; None for the published 50 epochs
+            that see every view about once.
     """
 
     name: str
@@ -113,6 +115,7 @@ class Method:
     needs: str = ""
     stride: int = 0
     defaults: Callable[[SamSection], dict[str, Any]] = lambda _: {}
+    draws: int | None = None
 
 
 def require_rate(key: str, value: float) -> None:

@@ -40,7 +40,7 @@ class PdmmSection:
         require(self.mask_stride in (1, 2, 4), "pdmm.mask_stride", self.mask_stride, "1, 2 or 4")
 
 
-PDMM_ALONE = Method("pdmm", PdmmSection, "PDMMPlans", frozen_features=True, slabs=True)
+PDMM_ALONE = Method("pdmm", PdmmSection, "PDMMPlans", frozen_features=True, slabs=True, draws=16)
 
 
 class PDMMAlone(FrozenSamNetwork):
