@@ -30,7 +30,7 @@ _SMALL = {
 }
 _ONLINE = Choice(Storage(), "this method changes the encoder's features")
 _SHARE = 0.6  # of the rate of a large matrix product that the encoder reaches; 0.8 was measured on a CPU
-_BESIDE = 0.02  # seconds a tile for cutting, moving and compressing it
+_BESIDE = 0.05  # seconds a tile for cutting, moving and compressing it
 _SIDE = {"cpu": 1024, "cuda": 8192, "mps": 2048}
 _NOMINAL = {"cuda": 5e13, "mps": 5e12}  # a second, of a device that is planned for, but is not here
 
