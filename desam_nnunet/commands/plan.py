@@ -25,7 +25,7 @@ def add(commands: Commands) -> None:
     start = plan.add_mutually_exclusive_group()
     start.add_argument("--preset", metavar="NAME", help="settings to start from, see --list")
     start.add_argument("--quick", action="store_true",
-                       help="a trial of minutes: the preset quick, in plans of that name")
+                       help="a trial: the preset quick, in plans of that name")
     plan.add_argument("-overwrite_plans_name", metavar="NAME",
                       help="default: DeSAMPlans, PDMMPlans, SAMedPlans or DBSAMPlans, by the trainer")
     plan.add_argument("-device", choices=["cuda", "cpu", "mps"], help="to train on (default: cuda where there is one)")
