@@ -27,7 +27,8 @@ from matplotlib.colors import to_rgb
 import phantom
 from desam_nnunet.cache.store import open_stores
 from desam_nnunet.commands.__main__ import main
-from desam_nnunet.cross_site.engine import Progress, is_local
+from desam_nnunet.cross_site.engine import Progress
+from desam_nnunet.cross_site.executor import JOBS, THREADS, is_local, placed
 from desam_nnunet.cross_site.jobs import is_to_be_cached
 from desam_nnunet.cross_site.report import write_report
 from desam_nnunet.cross_site.study import FILE, LOCK, Study, Trainer, read_study
@@ -345,12 +346,29 @@ def test_the_time_that_is_left_is_unknown_until_each_rule_has_run(tmp_path: Path
     assert progress.time_left() == "unknown time"
 
 
-def test_a_gpu_has_one_job_unless_a_cluster_says_otherwise() -> None:
+def test_a_gpu_has_one_job_unless_a_cluster_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SNAKEMAKE_PROFILE", raising=False)
     assert is_local([])
     assert is_local(["--executor", "local", "--jobs", "3"])
     assert is_local(["--executor=local"])
-    for words in (["--executor", "slurm"], ["--executor=slurm"], ["-e", "slurm"], ["--profile", "x"], ["--profile=x"]):
+    assert is_local(["--profile", "none"])
+    for words in (["--executor", "slurm"], ["--executor=slurm"], ["-e", "slurm"], ["--profile", "x"], ["--profile=x"],
+                  ["--workflow-profile", "x"]):
         assert not is_local(words)
+    monkeypatch.setenv("SNAKEMAKE_PROFILE", "lab")
+    assert not is_local([])
+    assert is_local(["--profile", "none"])
+
+
+def test_a_cluster_is_told_how_many_jobs_may_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SNAKEMAKE_PROFILE", raising=False)
+    ours = ["--workflow-profile", "none"]
+    assert placed(["--executor", "slurm"], "cuda", None) == (THREADS, [*ours, "--jobs", str(JOBS)])
+    assert placed(["--executor", "slurm", "--jobs", "3"], "cuda", 2) == (2, ours)
+    assert placed(["--executor", "slurm", "-j=3"], "cuda", None) == (THREADS, ours)
+    assert placed(["--profile", "lab"], "cuda", None) == (THREADS, ours)  # which says it
+    assert placed(["--workflow-profile", "lab"], "cuda", None) == (THREADS, [])
+    assert placed([], "cpu", 3) == (3, [*ours, "--cores", "3", "--resources", "gpu=1"])
 
 
 def test_a_study_of_data_sets_is_described_with_what_is_done(
@@ -389,9 +407,18 @@ def test_what_studies_share_is_locked_beside_it(
     monkeypatch.chdir(trained.root)
     monkeypatch.setenv("nnUNet_preprocessed", "nnUNet_preprocessed")
     study = opened_study(trained, tmp_path)
-    assert study.locks("train") == trained.root / "nnUNet_preprocessed" / "desam_locks"
-    assert study.locks("score") == tmp_path / "locks"
-    assert replace(study, existing=False).locks("train") == tmp_path / "locks"
+    locks = trained.root / "nnUNet_preprocessed" / "desam_locks" / "Dataset501_Phantom"
+    training = ("train", "SiteA", "DeSAMTrainer", "0")
+    assert study.lock(*training) == locks / "train" / f"DeSAMTrainer__{PLANS}__2d" / "0.lock"
+    assert study.lock("encode", "SiteA", "desam") == locks / "encode" / f"{PLANS}.lock"
+    assert study.lock("prepare", "SiteA") == locks / "prepare" / "all.lock"
+    assert study.lock("score", "SiteA", "DeSAMTrainer", "SiteB") == (
+        tmp_path / "locks" / "score" / "SiteA" / "DeSAMTrainer" / "SiteB.lock")
+    assert replace(study, existing=False).lock(*training) == tmp_path / "locks" / "train/SiteA/DeSAMTrainer/0.lock"
+    alias = replace(study, sites={"Elsewhere": study.sites["SiteA"]}, datasets={"Elsewhere": "Dataset501_Phantom"})
+    assert alias.lock("train", "Elsewhere", "DeSAMTrainer", "0") == study.lock(*training)  # the same folder
+    other = replace(study, datasets={"SiteA": "Dataset502_Other"})
+    assert other.lock(*training) != study.lock(*training)
 
 
 def opened_study(trained: Workspace, out: Path) -> Study:

@@ -44,7 +44,11 @@ def add(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    if options.executor in (None, "local") and not options.profile:  # others may send jobs to where the device is
+    from desam_nnunet.cross_site.executor import is_local
+
+    given = {"--executor": options.executor, "--profile": options.profile}
+    more = [word for flag, value in given.items() if value for word in (flag, value)] + options.snakemake
+    if is_local(more):  # others may send jobs to where the device is
         device_named(options.device)
     if options.cores is not None and options.cores < 1:
         raise ValueError(f"--cores is {options.cores}, but must be at least 1.")
@@ -58,8 +62,6 @@ def _run(options: argparse.Namespace) -> None:
         options.data, options.d, options.o, trainers=options.tr, sources=options.sources, targets=options.targets,
         folds=options.f, plans=options.p, settings=options.settings, labels=options.labels,
         channels=options.channels, tolerance=options.tolerance)
-    given = {"--executor": options.executor, "--profile": options.profile}
-    more = [word for flag, value in given.items() if value for word in (flag, value)] + options.snakemake
     if options.dry_run:
         print("\n".join(describe_study(study, options.device, options.cores, more)))
     else:

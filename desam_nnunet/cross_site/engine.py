@@ -12,24 +12,21 @@ import signal
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from snakemake.cli import main as snakemake
 from snakemake_interface_logger_plugins.common import LogEvent
 
+from desam_nnunet.cross_site.executor import placed
 from desam_nnunet.cross_site.study import FILE, LOCK, Study
 from desam_nnunet.nnunet.sites import link_images
 from desam_nnunet.system.durations import duration, seconds_of
-from desam_nnunet.system.gpus import visible_gpus
-from desam_nnunet.system.machine import usable_cores
 from desam_nnunet.system.processes import alone
 
 SNAKEFILE = Path(__file__).with_name("Snakefile")
 _TAIL = 15  # lines of a log that are shown when a job fails
 _SHOWN = 3  # logs
-_THREADS = 8  # of a job that computes, on a cluster
 
 
 def run_study(study: Study, device: str, cores: int | None = None, more: Sequence[str] = ()) -> Path:
@@ -69,27 +66,16 @@ def describe_study(study: Study, device: str, cores: int | None = None, more: Se
                 shutil.copy2(path, folder)  # with its time
         progress, said = Progress(Path(folder), show=False), io.StringIO()
         with contextlib.redirect_stderr(said):
-            done = _call(progress, Path(folder), device, cores, ["--dry-run", *more], f"out={study.out}")
+            done = _call(progress, Path(folder), device, cores, ["--dry-run", *more],
+                         f"out={json.dumps(str(study.out))}")  # YAML
         if not done:
             raise RuntimeError(f"Snakemake can't run the study:\n{said.getvalue()}")
     return [*(f"{name}={path}" for name, path in study.environment.items()), *progress.described]
 
 
-def is_local(more: Sequence[str]) -> bool:
-    """Whether jobs run on this machine, as far as Snakemake's arguments say it: profiles may say anything."""
-    words = [part for word in more for part in word.split("=", 1)]
-    given = dict(pairwise(words))
-    return given.keys().isdisjoint({"--profile", "--workflow-profile"}) and all(
-        given.get(flag, "local") == "local" for flag in ("--executor", "-e"))
-
-
 def _call(progress: Progress, folder: Path, device: str, cores: int | None, more: Sequence[str], *config: str) -> bool:
     """Whether all of it is done."""
-    threads, here = cores or _THREADS, []
-    if is_local(more):  # a job for each GPU
-        gpus = max(1, len(visible_gpus())) if device == "cuda" else 1
-        cores = cores or usable_cores()
-        threads, here = max(1, cores // gpus), ["--cores", str(cores), "--resources", f"gpu={gpus}"]
+    threads, here = placed(more, device, cores)
     words = ["--snakefile", str(SNAKEFILE), "--directory", str(folder), *here, "--keep-going", "--nolock",
              "--rerun-incomplete", "--rerun-triggers", "mtime", *more]
     config = ("--config", f"device={device}", f"threads={threads}", *config)

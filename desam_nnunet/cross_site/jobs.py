@@ -48,7 +48,7 @@ def main() -> None:
     names = words[:words.index("--")] if "--" in words else words
     study = read_study(Path(FILE), Path.cwd())
     os.environ |= study.environment
-    with (alone(study.locks(rule) / rule / f"{'/'.join(names)}.lock", _PATIENCE, _TAKEN),
+    with (alone(study.lock(rule, *names), _PATIENCE, _TAKEN),
           one_gpu(study.out / "locks") if device == "cuda" and rule in _ON_GPU else nullcontext()):
         took = _RULES[rule](study, *names, command=words[len(names) + 1:], device=device)
         if took is not None:

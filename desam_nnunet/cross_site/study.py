@@ -55,10 +55,18 @@ class Study:
         """One of nnU-Net's three, :data:`~desam_nnunet.nnunet.names.FOLDERS`."""
         return Path(os.environ[name]).absolute() if self.existing else self.out / name
 
-    def locks(self, rule: str) -> Path:
-        """Where a job's lock lies: beside what it changes, which other studies may change too."""
-        shared = self.existing and rule in ("prepare", "plan", "encode", "train")
-        return self.folder("nnUNet_preprocessed") / "desam_locks" if shared else self.out / "locks"
+    def lock(self, rule: str, *names: str) -> Path:
+        """Of a job. Where other studies may change the same folders, it lies beside them and is called as they are,
+        whatever this study calls the site."""
+        if not self.existing or rule not in ("prepare", "plan", "encode", "train"):
+            return self.out / "locks" / rule / f"{'/'.join(names)}.lock"
+        source, *others = names
+        if rule == "encode":  # of a method
+            others = [next(kind.plans for kind in self.trainers.values() if kind.method == others[0])]
+        elif rule == "train":
+            others[0] = self.model(source, others[0]).name
+        folder = self.folder("nnUNet_preprocessed") / "desam_locks" / self.datasets[source] / rule
+        return folder / f"{'/'.join(others) or 'all'}.lock"
 
     @property
     def environment(self) -> dict[str, str]:

@@ -24,8 +24,8 @@ def error_rows(
     """Rows of every case that has a reference, one for each class; all slices count.
 
     An error is of the `boundary` where its voxel's centre lies within `tolerance` mm of that of a voxel on the other
-    side of the reference's surface, else `missed` or `extra`. Thirds are those of the reference's extent
-    along the body, as far as the slices' axis is the body's.
+    side of the reference's surface, and of one of the prediction; else it is `missed` or `extra`. Thirds are those of
+    the reference's extent along the body, as far as the slices' axis is the body's.
 
     Args:
         predictions: A case without one, or whose file does not exist, has everything missed.
@@ -53,9 +53,9 @@ def class_errors(pred: np.ndarray, ref: np.ndarray, spacing: tuple[float, ...], 
     ml = float(np.prod(spacing)) / 1000
     wrong = pred != ref
     near = np.zeros_like(ref)
-    if ref.any():
+    if ref.any() and pred.any():
         depth = distance_transform_edt(ref, spacing) + distance_transform_edt(~ref, spacing)
-        near = depth <= tolerance
+        near = (depth <= tolerance) & (distance_transform_edt(~pred, spacing) <= tolerance)
     kinds = {MISSED: wrong & ref & ~near, EXTRA: wrong & ~ref & ~near, BOUNDARY: wrong & near}
     volumes = {kind: ml * int(mask.sum()) for kind, mask in kinds.items()}
     most = max(volumes, key=lambda kind: volumes[kind]) if wrong.any() else ""

@@ -7,12 +7,15 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from desam_nnunet.evaluation.errors import BOUNDARY, EXTRA, MISSED, THIRDS
-from desam_nnunet.evaluation.statistics import SIGNIFICANT, Summary, compare, per_case, summarise
+from desam_nnunet.evaluation.scores import FALSE_ALARM, MISSING, NOT_FOUND
+from desam_nnunet.evaluation.statistics import SIGNIFICANT, Summary, compare, holm, per_case, summarise
 
 METRIC = "dice"
 FEWEST = 6  # volumes: with fewer no paired rank test finds anything, and bootstrap intervals are too short
 _WORDS = {MISSED: "parts of the organ were missed", EXTRA: "something else was taken for the organ",
           BOUNDARY: "the border is off by little", "": "nothing is wrong"}
+_OUTCOMES = {MISSING: "there is no segmentation", NOT_FOUND: "nothing was found",
+             FALSE_ALARM: "something was found where there is nothing"}
 
 
 def sentences(scores: pd.DataFrame) -> list[str]:
@@ -26,7 +29,8 @@ def sentences(scores: pd.DataFrame) -> list[str]:
 
 
 class _Gain(NamedTuple):
-    """What the first of two trainers has more than the second, case by case; `p` of the paired test."""
+    """What the first of two trainers has more than the second, case by case; `p` of the paired test, corrected by
+    Holm's method for the number of pairs."""
 
     first: str
     second: str
@@ -54,8 +58,9 @@ def _sentence(gain: _Gain) -> str:
 def _gains(scores: pd.DataFrame) -> list[_Gain]:
     """Of every pair of trainers."""
     table = per_case(scores, METRIC)
-    return [_Gain(pair.first, pair.second, summarise(table[pair.first] - table[pair.second]), pair.p)
-            for pair in compare(table)]
+    pairs = list(compare(table))
+    return [_Gain(pair.first, pair.second, summarise(table[pair.first] - table[pair.second]), p)
+            for pair, p in zip(pairs, holm([pair.p for pair in pairs]), strict=True)]
 
 
 def shift(scores: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
@@ -88,15 +93,14 @@ def worst_cases(scores: pd.DataFrame, errors: pd.DataFrame) -> list[dict[str, An
     keys = ["source", "trainer", "target", "case"]
     mean = scores[scores["source"] != scores["target"]].groupby(keys, as_index=False)[METRIC].mean()
     worst = mean.loc[mean.groupby(keys[:3])[METRIC].idxmin()].sort_values(METRIC)
-    largest = errors.assign(all=errors[[MISSED, EXTRA, BOUNDARY]].sum(axis=1)).sort_values("all").groupby(keys).last()
-    joined = worst.merge(largest.reset_index(), on=keys)
-    return [row | {"words": _WORDS[row["wrong"]]} for row in joined.to_dict("records")]
+    largest = errors.assign(all=errors[[MISSED, EXTRA, BOUNDARY]].sum(axis=1)).sort_values("all").groupby(keys).tail(1)
+    joined = worst.merge(largest, on=keys).merge(scores[[*keys, "class", "outcome"]], on=[*keys, "class"])
+    return [row | {"words": _OUTCOMES.get(row["outcome"], _WORDS[row["wrong"]])} for row in joined.to_dict("records")]
 
 
 def position_means(errors: pd.DataFrame) -> list[dict[str, Any]]:
-    """Every trainer's mean Dice in each third of the organ, over volumes of unseen sites that have them."""
+    """Every trainer's mean Dice in each third of each class, over volumes of unseen sites that have them."""
     unseen = errors[errors["source"] != errors["target"]]
     known = unseen.dropna(subset=list(THIRDS))
-    means = known.groupby("trainer", sort=False)[list(THIRDS)].agg(lambda part: part.astype(float).mean())
-    return [{"trainer": trainer, "volumes": int((known["trainer"] == trainer).sum())} | dict(row)
-            for trainer, row in means.iterrows()]
+    return [{"trainer": trainer, "class": name, "volumes": len(rows)} | dict(rows[list(THIRDS)].astype(float).mean())
+            for (trainer, name), rows in known.groupby(["trainer", "class"], sort=False)]

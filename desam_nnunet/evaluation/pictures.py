@@ -68,35 +68,44 @@ def box_plot(scores: pd.DataFrame, target: str, metric: Metric) -> str:
 
 
 def agreement_plot(errors: pd.DataFrame) -> str:
-    """Volumes as SVG, after Bland and Altman (Lancet 327:307-310, 1986): for each trainer, at unseen sites, the
-    difference of both volumes over their mean, every segmentation a dot, with the mean difference and the limits of
-    agreement, 1.96 standard deviations on either side.
+    """Volumes as SVG, after Bland and Altman (Lancet 327:307-310, 1986): for each class and trainer, at unseen sites,
+    the difference of both volumes over their mean, every segmentation a dot, or a cross where nothing was found, with
+    the mean difference and the limits of agreement, 1.96 standard deviations on either side.
 
     Args:
         errors: Rows of :func:`~desam_nnunet.evaluation.errors.error_rows`, with their trainer, source and target.
     """
     unseen = errors[errors["source"] != errors["target"]]
-    trainers, targets = (list(dict.fromkeys(unseen[key])) for key in ("trainer", "target"))
+    trainers, targets, classes = (list(dict.fromkeys(unseen[key])) for key in ("trainer", "target", "class"))
     with matplotlib.rc_context(_AS_TEXT):
-        figure = Figure(figsize=(3.1 * len(trainers) + 1.2, 2.9), layout="constrained")
-        axes = figure.subplots(1, len(trainers), squeeze=False, sharex=True, sharey=True)[0]
-        for axis, trainer in zip(axes, trainers, strict=True):
-            rows = unseen[unseen["trainer"] == trainer]
-            difference = rows["predicted_ml"] - rows["reference_ml"]
-            for number, target in enumerate(targets):
-                here = rows["target"] == target
-                mean = (rows["predicted_ml"] + rows["reference_ml"])[here] / 2
-                axis.scatter(mean, difference[here], s=12, color=_COLOURS[number % len(_COLOURS)], label=target)
-            spread = 1.96 * difference.std() if len(difference) > 1 else 0.0
-            axis.axhline(difference.mean(), color="black", linewidth=1)
-            for limit in (difference.mean() - spread, difference.mean() + spread):
-                axis.axhline(limit, color="black", linewidth=1, linestyle="dashed")
-            axis.set_title(f"{trainer}\n{difference.mean():+.1f} ml, 1.96 SD {spread:.1f}, n = {len(rows)}", fontsize=9)
+        figure = Figure(figsize=(3.1 * len(trainers) + 1.2, 2.9 * len(classes)), layout="constrained")
+        axes = figure.subplots(len(classes), len(trainers), squeeze=False, sharex="row", sharey="row")
+        for line, name in zip(axes, classes, strict=True):
+            for axis, trainer in zip(line, trainers, strict=True):
+                rows = unseen[(unseen["trainer"] == trainer) & (unseen["class"] == name)]
+                _draw_agreement(axis, rows, targets)
+                axis.set_title(f"{trainer}{f', {name}' if len(classes) > 1 else ''}\n{axis.get_title()}", fontsize=9)
+            line[0].set_ylabel("predicted \N{MINUS SIGN} reference, ml")
+        for axis in axes[-1]:
             axis.set_xlabel("mean of both volumes, ml")
-            axis.spines[["top", "right"]].set_visible(False)
-        axes[0].set_ylabel("predicted \N{MINUS SIGN} reference, ml")
-        axes[-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
+        axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
         return _svg(figure)
+
+
+def _draw_agreement(axis: Axes, rows: pd.DataFrame, targets: list[str]) -> None:
+    """One trainer's segmentations of one class; the title says mean and limits."""
+    difference = rows["predicted_ml"] - rows["reference_ml"]
+    mean, lost = (rows["predicted_ml"] + rows["reference_ml"]) / 2, (rows["predicted_ml"] == 0) & (difference < 0)
+    for number, target in enumerate(targets):
+        here, colour = rows["target"] == target, _COLOURS[number % len(_COLOURS)]
+        axis.scatter(mean[here & ~lost], difference[here & ~lost], s=12, color=colour, label=target)
+        axis.scatter(mean[here & lost], difference[here & lost], s=24, color=colour, marker="x")
+    spread = 1.96 * difference.std() if len(difference) > 1 else 0.0
+    axis.axhline(difference.mean(), color="black", linewidth=1)
+    for limit in (difference.mean() - spread, difference.mean() + spread):
+        axis.axhline(limit, color="black", linewidth=1, linestyle="dashed")
+    axis.set_title(f"{difference.mean():+.1f} ml, 1.96 SD {spread:.1f}, n = {len(rows)}")
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _svg(figure: Figure) -> str:
