@@ -507,3 +507,7 @@ def test_the_plans_of_desam_plan_are_found(
     assert planned_for("SAMedTrainer", "501") == "SAMedPlansQuick"
     (folder / "SAMedPlans.json").write_text("{}")
     assert planned_for("SAMedTrainer", "501") == "SAMedPlans"
+    (folder / "PDMMPlans.json").write_text("{}")
+    assert planned_for("PDMMTrainer", "501") == "PDMMPlans"
+    with pytest.raises(ValueError, match="is planned as PDMMPlans, but not for DeSAMTrainer: .* -p PDMMPlans"):
+        planned_for("DeSAMTrainer", "501")

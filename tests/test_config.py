@@ -392,7 +392,8 @@ def test_the_names_of_our_sections_are_those_of_our_methods() -> None:
     assert set(OUR_SECTIONS) == set(SECTIONS)
 
 
-@pytest.mark.parametrize("wrong", ["dsam", "Sam", "SAM", "sma", "sam ", "desma", "Desam", "DeSAM", "pdm", "smaed"])
+@pytest.mark.parametrize("wrong", ["dsam", "Sam", "SAM", "sma", "sam ", "desma", "Desam", "DeSAM", "pdm", "smaed",
+                                   "sam.epochs", "sam-settings", "samSettings", "DeSAMSection", "desam settings"])
 def test_a_misspelt_section_is_refused_with_the_name_that_is_meant(wrong: str) -> None:
     with pytest.raises(ValueError, match=rf"has a key '{re.escape(wrong)}', which nothing reads\. If '\w+' is meant"):
         resolved(make_plans(**{"sam": {"encoder": "vit_tiny"}, wrong: {"lr": 1.0}}))
@@ -408,11 +409,30 @@ def test_a_section_at_the_wrong_level_is_refused_with_its_place(name: str) -> No
         resolved(plans)
 
 
-def test_a_section_inside_one_of_nnunets_keys_is_refused() -> None:
+@pytest.mark.parametrize("architecture", [{"sam": {"epochs": 3}}, {"arch_kwargs": {"sam": {"epochs": 3}}}])
+def test_a_section_inside_one_of_nnunets_keys_is_refused(architecture: dict[str, Any]) -> None:
     plans = make_plans(sam={"encoder": "vit_tiny"})
-    plans["configurations"]["2d"]["architecture"] = {"sam": {"epochs": 3}}
+    plans["configurations"]["2d"]["architecture"] = architecture
     with pytest.raises(ValueError, match="key 'sam' stands in 'architecture' of the configuration '2d', where nothing"):
         resolved(plans)
+
+
+@pytest.mark.parametrize(("key", "section"), [("epochs", "sam"), ("encoder", "sam"), ("views", "sam"), ("lr", "desam"),
+                                              ("grid", "desam")])
+def test_a_sections_key_in_the_configuration_itself_is_refused(key: str, section: str) -> None:
+    with pytest.raises(ValueError, match=f"'{key}' stands in the configuration '2d', .* belongs in its section "
+                                         f"'{section}'"):
+        resolved(make_plans(**{"sam": {"encoder": "vit_tiny"}, key: 3}))
+
+
+@pytest.mark.parametrize("labels", [
+    None, {}, 3, {"organ": 1}, {"background": 1}, {"background": 0}, {"background": 0, "organ": None},
+    {"background": 0, "organ": [1, 2]}, {"background": 0, "organ": 1, "ignore": 1}, {"background": 0, "x": "\x1b"},
+    {"background": 0, "organ": float("inf")}])
+def test_labels_of_which_nnunet_makes_no_classes_are_refused(labels: Any) -> None:
+    with pytest.raises(ValueError, match=r"labels .*dataset\.json") as refused:
+        resolved(make_plans(sam={"encoder": "vit_tiny"}), dataset=DATASET | {"labels": labels})
+    assert str(refused.value).isprintable()
 
 
 @pytest.mark.parametrize("name", ["2d_256_desam", "sam_2d_bs8", "2d_tiny_sam", "2d_samed"])

@@ -261,12 +261,33 @@ def test_fingerprint_and_data_set_that_nnunet_never_writes_are_refused(which: st
     for value in NO_VALUES[:-1]:
         plans, dataset, fingerprint = ({**row} for row in (PLANS_OF_AN_UNET, ORGAN, FINGERPRINT))
         {"plans": plans, "dataset": dataset, "fingerprint": fingerprint}[which][key] = value
-        with pytest.raises(ValueError, match=rf"key {key}( of dataset.json)? is .*, but must be"):
+        with pytest.raises(ValueError, match=rf"key {key}( of dataset.json)? is .*, but must be|makes no classes"):
             read_facts(plans, dataset, fingerprint)
     older = {"labels": ORGAN["labels"], "modality": {"0": "CT"}}  # nnU-Net reads both
     assert read_facts(PLANS_OF_AN_UNET, older, FINGERPRINT).channels == 1
     with pytest.raises(ValueError, match="The fingerprint has 1 shapes and 2 spacings"):
         read_facts(PLANS_OF_AN_UNET, ORGAN, FINGERPRINT | {"spacings": [[5.0, 1.0, 1.0]] * 2})
+
+
+@pytest.mark.parametrize(("fingerprint", "message"), [
+    ({"shapes_after_crop": [[1e300, 60, 40]]}, "shapes_after_crop is .* from 1 to 65536"),
+    ({"shapes_after_crop": [[7, 60, 0.5]]}, "shapes_after_crop is .* from 1 to 65536"),
+    ({"spacings": [[1e-300, 1.0, 1.0]]}, "spacings is .* from 1e-6 to 1e6"),
+    ({"spacings": [[5.0, 1e6, 1.0]]}, "would be 60000000 x 40 at the planned spacing"),
+])
+def test_volumes_that_nobody_has_are_refused(fingerprint: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_facts(PLANS_OF_AN_UNET, ORGAN, FINGERPRINT | fingerprint)
+
+
+@pytest.mark.parametrize("name", ["../esc", "a/b", "", ".x", "\x1b[31m", "x" * 101, "a b"])
+def test_plans_have_a_name_that_is_one(workspace: Workspace, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    before = sorted(workspace.root.rglob("*.json"))
+    assert main(["plan", "-d", "501", "--encoder", "vit_tiny", f"-overwrite_plans_name={name or ' '}"]) == 1
+    said = capsys.readouterr().err
+    assert "is no name of plans" in said
+    assert said.strip().isprintable()
+    assert sorted(workspace.root.rglob("*.json")) == before
 
 
 def test_a_misspelt_section_of_nnunets_plans_is_refused_by_the_planner(

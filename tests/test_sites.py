@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -49,8 +50,9 @@ def labelled(*values: int) -> np.ndarray:
 
 
 def side_by_side(folder: Path, cases: int, *values: int) -> None:
+    random = np.random.default_rng(list(folder.name.encode()))  # no volume is a copy of another site's
     for number in range(cases):
-        write(folder / f"case{number}.nii.gz", np.random.RandomState(number).rand(*SHAPE).astype(np.float32))
+        write(folder / f"case{number}.nii.gz", random.random(SHAPE, np.float32))
         write(folder / f"case{number}_segmentation.nii.gz", labelled(*values))
 
 
@@ -80,7 +82,8 @@ def test_volumes_side_by_side(data: Path, tmp_path: Path) -> None:
 def test_nnunets_folders_with_two_channels(tmp_path: Path) -> None:
     for site in ("A", "B"):
         for channel in (0, 1):
-            write(tmp_path / site / "imagesTr" / f"x_{channel:04d}.nrrd", np.zeros(SHAPE, np.float32))
+            array = np.full(SHAPE, ord(site[-1]), np.float32)
+            write(tmp_path / site / "imagesTr" / f"x_{channel:04d}.nrrd", array)
         write(tmp_path / site / "labelsTr" / "x.nrrd", labelled(1))
     sites = read_sites(tmp_path)
     assert [path.name for path in sites["B"][0].images] == ["x_0000.nrrd", "x_0001.nrrd"]
@@ -147,6 +150,23 @@ def one_volume_twice(data: Path) -> None:
     (data / "B" / "case0.nii.gz").symlink_to(data / "A" / "case0.nii.gz")
 
 
+def one_reference_twice(data: Path) -> None:
+    (data / "B" / "case0_segmentation.nii.gz").unlink()
+    (data / "B" / "case0_segmentation.nii.gz").symlink_to(data / "A" / "case0_segmentation.nii.gz")
+
+
+def a_copy(data: Path) -> None:
+    for name in ("case0.nii.gz", "case0_segmentation.nii.gz"):
+        shutil.copy(data / "A" / name, data / "B" / name)
+
+
+def voxels_in_the_header(data: Path) -> None:
+    path = data / "B" / "case0.nii.gz"
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    content[108:112] = struct.pack("<f", 0.0)  # vox_offset
+    path.write_bytes(gzip.compress(bytes(content)))
+
+
 def a_label_cut_off(data: Path) -> None:
     """ITK fills what is missing with zeros."""
     path = data / "B" / "case0_segmentation.nii.gz"
@@ -208,7 +228,10 @@ def complex_numbers(data: Path) -> None:
     (a_damaged_file, r"case0.nii.gz can't be read as an image"),
     (fractions, r"Case case0 of site B: .* has values that are not whole numbers"),
     (a_strange_name, r"The site's name 'B C' is 'all' or has characters other than"),
-    (one_volume_twice, r"is an image of case case0 of site B and of case case0 of site A: .* only once"),
+    (one_volume_twice, r"is a file of case case0 of site B and of case case0 of site A: .* only once"),
+    (one_reference_twice, r"is a file of case case0 of site B and of case case0 of site A: .* only once"),
+    (a_copy, r"case0.nii.gz of case case0 of site B is a copy of .*case0.nii.gz of case case0 of site A: a volume"),
+    (voxels_in_the_header, r"case0.nii.gz can't be read to its end"),
 ])
 def test_bad_data_is_one_sentence(
     data: Path, tmp_path: Path, spoil: Callable[[Path], None], message: str
@@ -331,6 +354,16 @@ def test_a_case_can_not_lie_elsewhere(data: Path, tmp_path: Path, name: str) -> 
     manifest.write_text(f"case,site,image,label\n{name},B,data/B/case0.nii.gz,data/B/case0_segmentation.nii.gz\n")
     with pytest.raises(ValueError, match="which can't be a file's name"):
         check_sites(read_sites(manifest))
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("case,site,image,label,image\na,B,x,y,z\n", "has two columns called 'image': remove one"),
+    ("case,site,image,label\na,B,x,y,z\n", "has more fields in row 1 than columns"),
+])
+def test_a_table_that_means_two_things_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "manifest.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_sites(tmp_path / "manifest.csv")
 
 
 def test_a_manifest_as_excel_writes_it(data: Path, tmp_path: Path) -> None:

@@ -24,14 +24,23 @@ _SUFFIXES = (".b2nd", "_seg.b2nd", ".npz")  # of images and labels, in nnU-Net's
 
 def tiles_of(shape: Sequence[int], patch_size: Sequence[int]) -> tuple[Tile, ...]:
     """The tiles of a case of so many slices, rows and columns, slice by slice."""
-    slices, *plane = map(int, shape)
+    tops, lefts = _starts(shape, patch_size)
+    return tuple(Tile(index, top, left) for index in range(int(shape[0])) for top in tops for left in lefts)
+
+
+def count_tiles(shape: Sequence[int], patch_size: Sequence[int]) -> int:
+    """How many :func:`tiles_of` gives."""
+    tops, lefts = _starts(shape, patch_size)
+    return int(shape[0]) * len(tops) * len(lefts)
+
+
+def _starts(shape: Sequence[int], patch_size: Sequence[int]) -> list[list[int]]:
+    """First rows and first columns of the tiles of a slice; below zero where a tile is larger."""
+    plane = list(map(int, shape[1:]))
     missing = [max(0, patch - side) for patch, side in zip(patch_size, plane, strict=True)]
     padded = tuple(side + more for side, more in zip(plane, missing, strict=True))
-    tops, lefts = compute_steps_for_sliding_window(padded, tuple(patch_size), STEP)
-    return tuple(
-        Tile(index, top - missing[0] // 2, left - missing[1] // 2)
-        for index in range(slices) for top in tops for left in lefts
-    )
+    steps = compute_steps_for_sliding_window(padded, tuple(patch_size), STEP)
+    return [[begin - more // 2 for begin in begins] for begins, more in zip(steps, missing, strict=True)]
 
 
 def crop(volume: Any, tile: Tile, patch_size: Sequence[int], fill: int) -> np.ndarray:

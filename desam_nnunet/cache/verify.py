@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
-from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetBaseDataset
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 
 from desam_nnunet.cache.entry import DamagedEntryError, read_entry
 from desam_nnunet.cache.store import Store, check_meta
 from desam_nnunet.cache.tiles import content_of, tiles_of
+from desam_nnunet.nnunet.datasets import open_cases
 from desam_nnunet.system.files import told
 
 _TILE = re.compile(r"(\d{5})_(\d+)\.tile")
@@ -22,8 +24,9 @@ def verify_store(store: Store) -> list[str]:
     expected = set(dataset.identifiers) if dataset else set()
     sound, unknown = 0, 0
     for case in store.cases():
+        content = content_of(Path(dataset.source_folder), case) if dataset and case in expected else None
         for path in store.entries(case):
-            finding, knows_its_place = _look_at(store, case, path)
+            finding, knows_its_place = _look_at(store, case, path, content)
             findings += finding
             sound += not finding
             unknown += not finding and not knows_its_place
@@ -38,18 +41,25 @@ def verify_store(store: Store) -> list[str]:
 
 def _preprocessed(store: Store) -> nnUNetBaseDataset | None:
     """The data that it was made from, if that is still there."""
-    folder = store.folder.parents[1] / store.recipe.data_identifier
-    return infer_dataset_class(str(folder))(str(folder)) if folder.is_dir() and any(folder.iterdir()) else None
+    with suppress(FileNotFoundError):
+        return open_cases(store.folder.parents[1] / store.recipe.data_identifier)
+    return None
 
 
-def _look_at(store: Store, case: str, path: Path) -> tuple[list[str], bool]:
-    """What is wrong with a file, at most one line, and whether it knows which tile it is."""
+def _look_at(store: Store, case: str, path: Path, content: str | None) -> tuple[list[str], bool]:
+    """What is wrong with a file, at most one line, and whether it knows which tile it is.
+
+    Args:
+        content: Of the case as it is preprocessed now; None where that is not known.
+    """
     try:
         name = _TILE.fullmatch(path.name)
         if name is None:
             raise DamagedEntryError(f"{told(path)} is no name of a tile.")
         arrays, meta = read_entry(path)
         check_meta(path, meta, case, int(name[1]), int(name[2]), arrays)
+        if content not in (None, meta["content"]):
+            raise DamagedEntryError(f"{path} was made from another version of the case.")
     except DamagedEntryError as error:
         store.discard(path)
         return [f"{error} Removed: the next build makes what is missing."], False

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetBaseDataset
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
@@ -38,6 +39,18 @@ def read_preprocessed(dataset: str, plans: str) -> Preprocessed:
         if not (path := folder / f"{name}.json").is_file():
             raise FileNotFoundError(f"{path} does not exist: {remedy}.")
     return Preprocessed(*read_description(folder, plans), folder)
+
+
+def open_cases(folder: Path) -> nnUNetBaseDataset:
+    """The preprocessed cases in a folder, in whichever of nnU-Net's formats.
+
+    Raises:
+        FileNotFoundError: There are none.
+    """
+    try:
+        return infer_dataset_class(str(folder))(str(folder))
+    except (AssertionError, KeyError, OSError) as error:
+        raise FileNotFoundError(f"{folder} holds no preprocessed cases, or others' files beside them.") from error
 
 
 def foreground_of(label_manager: LabelManager) -> list[Any]:

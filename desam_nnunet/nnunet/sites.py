@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -70,8 +71,8 @@ def check_sites(sites: Sites) -> dict[str, list[int]]:
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: A name that can't be a file's, an image that occurs twice, cases with different numbers of channels
-            or file endings, or volumes as :func:`~desam_nnunet.nnunet.volumes.check_volumes` refuses them.
+        ValueError: A name that can't be a file's, a file or an image that occurs twice, cases with different numbers of
+            channels or file endings, or volumes as :func:`~desam_nnunet.nnunet.volumes.check_volumes` refuses them.
     """
     _check_names("The sites", "", sites)
     for site, cases in sites.items():
@@ -99,6 +100,7 @@ def check_sites(sites: Sites) -> dict[str, list[int]]:
                 raise ValueError(f"{path} is not {ending_of(first.label)} like {first.label}: nnU-Net needs one file "
                                  "format in all of a study, so convert it.")
         values[site] |= check_volumes(f"Case {case.name} of site {site}", case.images, case.label)
+    _check_copies(every)
     return {site: sorted(occurring - {0}) for site, occurring in values.items()}
 
 
@@ -113,13 +115,30 @@ def _check_names(what: str, where: str, names: Iterable[str]) -> None:
 
 
 def _check_apart(every: list[tuple[str, Case]]) -> None:
-    """No image may be of two cases: a model would be tested on what it was trained with."""
+    """No file may be of two cases: a model would be tested on what it was trained with."""
     seen: dict[Path, tuple[str, str]] = {}
     for site, case in every:
-        for image in case.images:
-            there, other = seen.setdefault(image.resolve(), (site, case.name))
+        for path in (*case.images, case.label):
+            there, other = seen.setdefault(path.resolve(), (site, case.name))
             if (there, other) != (site, case.name):
-                raise ValueError(f"{image} is an image of case {case.name} of site {site} and of case {other} of site "
+                raise ValueError(f"{path} is a file of case {case.name} of site {site} and of case {other} of site "
+                                 f"{there}: a volume may be in a study only once.")
+
+
+def _check_copies(every: list[tuple[str, Case]]) -> None:
+    """No more may a copy of an image; files of other sizes are none."""
+    sizes = defaultdict(list)
+    for site, case in every:
+        for image in case.images:
+            sizes[image.stat().st_size].append((site, case.name, image))
+    for alike in sizes.values():
+        seen: dict[bytes, tuple[str, str, Path]] = {}
+        for site, name, image in alike if len(alike) > 1 else ():
+            with open(image, "rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").digest()
+            there, other, first = seen.setdefault(digest, (site, name, image))
+            if (there, other) != (site, name):
+                raise ValueError(f"{image} of case {name} of site {site} is a copy of {first} of case {other} of site "
                                  f"{there}: a volume may be in a study only once.")
 
 
@@ -188,10 +207,27 @@ def _stem(path: Path) -> str:
     return path.name.removesuffix(ending_of(path))
 
 
+def _table(path: Path, text: str) -> list[dict[str, str]]:
+    """The rows of CSV.
+
+    Raises:
+        ValueError: A column occurs twice, or a row has more fields than there are columns.
+    """
+    reader = csv.DictReader(io.StringIO(text))
+    heads = reader.fieldnames or []
+    if twice := next((name for name in heads if heads.count(name) > 1), None):
+        raise ValueError(f"{path} has two columns called {twice!r}: remove one.")
+    rows = list(reader)
+    if long := next((number for number, row in enumerate(rows, 1) if None in row), 0):
+        raise ValueError(f"{path} has more fields in row {long} than columns: put quotation marks around names with "
+                         "commas.")
+    return rows
+
+
 def _from_manifest(path: Path) -> Sites:
     try:
         text = path.read_text(encoding="utf-8-sig")  # as Excel writes it, too
-        rows = json.loads(text) if path.suffix == ".json" else list(csv.DictReader(io.StringIO(text)))
+        rows = json.loads(text) if path.suffix == ".json" else _table(path, text)
     except (json.JSONDecodeError, UnicodeDecodeError, csv.Error, RecursionError) as error:
         raise ValueError(f"{path} can't be read as {path.suffix[1:] or 'a manifest'} in UTF-8: {error}.") from error
     if not isinstance(rows, list):
@@ -235,6 +271,9 @@ def sites_of_datasets(datasets: Sequence[str]) -> tuple[Sites, dict[str, str]]:
         raw = Path(os.environ[FOLDERS[0]]).absolute() / names[site]  # links to its images lie elsewhere
         if not (raw / "dataset.json").is_file():
             raise FileNotFoundError(f"{raw / 'dataset.json'} does not exist: a study needs the raw images.")
+        from desam_nnunet.nnunet.description import check_description
+
+        check_description(read_object(raw / "dataset.json"), str(raw / "dataset.json"))
         files = get_filenames_of_train_images_and_targets(str(raw))
         sites[site] = sorted(Case(case, tuple(map(Path, row["images"])), Path(row["label"]))
                              for case, row in files.items())

@@ -14,6 +14,7 @@ import SimpleITK as sitk
 
 _APART = {"Size": 0, "Spacing": 1e-3, "Origin": 1e-2, "Direction": 1e-2}  # mm, and of direction cosines
 _NIFTI = (".nii", ".nii.gz")
+_NIFTI_HEADER = 352  # bytes
 _CHUNK = 1 << 22
 
 
@@ -91,9 +92,15 @@ def _bytes_in(path: Path) -> int:
 
 
 def _bytes_of(nifti: sitk.ImageFileReader) -> int:
-    """Of header and voxels, whose type on disk is another than ITK's where the header has a slope."""
-    voxel = int(nifti.GetMetaData("bitpix")) // 8
-    return int(float(nifti.GetMetaData("vox_offset"))) + math.prod(nifti.GetSize()) * voxel
+    """Of header and voxels, whose type on disk is another than ITK's where the header has a slope.
+
+    Raises:
+        EOFError: Voxels that begin within the header.
+    """
+    voxel, begin = int(nifti.GetMetaData("bitpix")) // 8, float(nifti.GetMetaData("vox_offset"))
+    if not _NIFTI_HEADER <= begin < math.inf:
+        raise EOFError(begin)
+    return int(begin) + math.prod(nifti.GetSize()) * voxel
 
 
 def _rounded(values: Iterable[float]) -> str:

@@ -10,9 +10,9 @@ from nnunetv2.preprocessing.resampling.default_resampling import compute_new_sha
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from desam_nnunet.cache.tiles import tiles_of
+from desam_nnunet.cache.tiles import count_tiles
 from desam_nnunet.nnunet.names import CONFIGURATION
-from desam_nnunet.settings.stock import check_planned
+from desam_nnunet.settings.stock import LONGEST, check_planned
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Facts:
         return [shape[1:] for shape in self.shapes]
 
     def tiles(self, patch_size: tuple[int, int]) -> int:
-        return sum(len(tiles_of(shape, patch_size)) for shape in self.shapes)
+        return sum(count_tiles(shape, patch_size) for shape in self.shapes)
 
 
 def read_facts(plans: dict[str, Any], dataset_json: dict[str, Any], fingerprint: dict[str, Any]) -> Facts:
@@ -54,6 +54,10 @@ def read_facts(plans: dict[str, Any], dataset_json: dict[str, Any], fingerprint:
     for shape, spacing in zip(fingerprint["shapes_after_crop"], fingerprint["spacings"], strict=True):
         slices, *plane = (shape[axis] for axis in order)
         rows, columns = compute_new_shape(plane, [spacing[axis] for axis in order[1:]], configuration.spacing)
+        if max(rows, columns) > LONGEST:
+            raise ValueError(f"A case of the fingerprint, {shape} voxels at {spacing} mm, would be {int(rows)} x "
+                             f"{int(columns)} at the planned spacing, {list(configuration.spacing)} mm: no more than "
+                             f"{LONGEST} are read. Is its spacing right?")
         shapes.append((int(slices), int(rows), int(columns)))
     rows, columns = _divisor(configuration.network_arch_init_kwargs["strides"])
     labels = manager.get_label_manager(dataset_json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields
@@ -19,7 +20,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from desam_nnunet.cache.build import usable_bytes
 from desam_nnunet.cache.store import open_stores
 from desam_nnunet.encoders.weights import find_row, is_here
-from desam_nnunet.nnunet.datasets import dataset_folder
+from desam_nnunet.nnunet.datasets import dataset_folder, open_cases
 from desam_nnunet.nnunet.model_folder import read_description
 from desam_nnunet.nnunet.names import CONFIGURATION, FOLDS, SPLITS, STOCK_PLANS
 from desam_nnunet.planning.choices import Choice, choose_augmentation, choose_schedule
@@ -35,6 +36,8 @@ from desam_nnunet.settings.stock import check_stock_plans
 from desam_nnunet.settings.unread import refuse_unread_sections
 from desam_nnunet.system.files import read_object, replace_file
 from desam_nnunet.system.machine import device_is_here, free_memory, memory_limit
+
+_NAME = re.compile(r"\w[\w.-]{,99}", re.ASCII)
 
 
 class Line(NamedTuple):
@@ -61,6 +64,9 @@ def plan_dataset(dataset: str, name: str, request: Request, device: torch.device
         FileNotFoundError: There is no such data set, or no such weights file.
     """
     request.check()
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"-overwrite_plans_name {name!r} is no name of plans: give letters, digits, '_', '-' and '.', "
+                         "at most 100, and a letter or digit first.")
     if "encoder" in request.sam:  # preset and encoder are looked up before any long work
         find_row(request.sam["encoder"])
     folder = dataset_folder(dataset)
@@ -206,9 +212,17 @@ def _commands(
     name, number = plans["plans_name"], convert_dataset_name_to_id(folder.name)
     if not is_here(encoder):
         yield find_row(encoder).remedy
-    if not (folder / plans["configurations"][CONFIGURATION]["data_identifier"]).is_dir():
+    if not _is_preprocessed(folder / plans["configurations"][CONFIGURATION]["data_identifier"], cases):
         yield f"nnUNetv2_preprocess -d {number} -plans_name {name} -c {CONFIGURATION}"
     fold = "0" if cases >= FOLDS or (folder / SPLITS).is_file() else "all"
     model = f"-tr {request.trainer.__name__} -p {name}" + ("" if device.type == "cuda" else f" -device {device.type}")
     yield f"nnUNetv2_train {number} {CONFIGURATION} {fold} {model}"
     yield f"nnUNetv2_predict -i images/ -o out/ -d {number} -c {CONFIGURATION} -f {fold} {model}"
+
+
+def _is_preprocessed(folder: Path, cases: int) -> bool:
+    """Whether as many cases as were planned are there."""
+    try:
+        return len(open_cases(folder).identifiers) >= cases
+    except FileNotFoundError:
+        return False

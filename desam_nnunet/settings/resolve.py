@@ -15,6 +15,7 @@ from desam_nnunet.encoders.base import MIN_IMAGE_SIZE, Architecture
 from desam_nnunet.encoders.registry import ENCODERS, row_by_name
 from desam_nnunet.encoders.sam_vit import SamViT
 from desam_nnunet.encoders.weights import check_identity, find_row, identify
+from desam_nnunet.nnunet.description import check_labels
 from desam_nnunet.sam.slabs import depth_of
 from desam_nnunet.sam.tiles import intensity_rule
 from desam_nnunet.settings.sections import AS_BEFORE, AUGMENTATIONS, DEFAULT_ENCODER, Method, SamSection
@@ -113,6 +114,7 @@ def resolve_plans(
     refuse_unread_sections(plans, configuration, configuration_name, method)
     check_lines(plans["configurations"], plans["configurations"])
     check_stock_keys(configuration, configuration_name)
+    check_labels(dataset_json)
     _refuse_3d(manager, configuration_name, method)
     own = plans["configurations"][configuration_name]
     if "sam" not in configuration:

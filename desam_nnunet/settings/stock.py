@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, TypeGuard
 
 from nnunetv2.utilities.label_handling.label_handling import get_labelmanager_class_from_plans
+
+from desam_nnunet.nnunet.description import check_labels
 
 _Keys = dict[str, tuple[Callable[[Any], bool], str]]
 MOST_TILES, LONGEST = 10_000, 65_536
@@ -79,14 +81,17 @@ def check_planned(
     """
     _refuse("The plans' key {}", plans, {"transpose_forward": (_is_order, "a list of the axes 0, 1 and 2")})
     _refuse(f"The plans' key {{}} of the configuration '{name}'", configuration, _TRAINED | _PLANNED)
-    triples = (_are_triples, "a list of three numbers for each case")
-    _refuse("The fingerprint's key {}", fingerprint, {"shapes_after_crop": triples, "spacings": triples}, _FINGERPRINT)
+    _refuse("The fingerprint's key {}", fingerprint, {
+        "shapes_after_crop": (partial(_are_triples, fits=is_number),
+                              f"a list of three numbers of voxels for each case, each from 1 to {LONGEST}"),
+        "spacings": (partial(_are_triples, fits=_is_length),
+                     "a list of three numbers of mm for each case, each from 1e-6 to 1e6")}, _FINGERPRINT)
     if len(fingerprint["spacings"]) != len(fingerprint["shapes_after_crop"]):
         raise ValueError(f"The fingerprint has {len(fingerprint['shapes_after_crop'])} shapes and "
                          f"{len(fingerprint['spacings'])} spacings: {_FINGERPRINT}.")
     channels = "modality" if "modality" in dataset_json else "channel_names"  # nnU-Net reads both
+    check_labels(dataset_json)
     _refuse("The key {} of dataset.json", dataset_json, {
-        "labels": (_is_filled, "an object with the labels' names"),
         channels: (_is_filled, "an object with a name for each channel")}, "mend it in nnUNet_raw and preprocess again")
 
 
@@ -107,7 +112,8 @@ def is_number(value: Any, most: int = LONGEST) -> bool:
 
 
 def _is_length(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    """Millimetres from voxel to voxel, of microscopes and of satellites too."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 1e-6 <= value <= 1e6
 
 
 def _is_name(value: Any) -> bool:
@@ -131,8 +137,8 @@ def _are_names(value: Any) -> bool:
     return _is_list(value) and all(isinstance(name, str) for name in value)
 
 
-def _are_triples(value: Any) -> bool:
-    return _is_list(value) and all(_is_list(row) and len(row) == _AXES and all(map(_is_length, row)) for row in value)
+def _are_triples(value: Any, fits: Callable[[Any], bool]) -> bool:
+    return _is_list(value) and all(_is_list(row) and len(row) == _AXES and all(map(fits, row)) for row in value)
 
 
 def _is_order(value: Any) -> bool:
@@ -164,7 +170,8 @@ _TRAINED: _Keys = {
     "normalization_schemes": (_are_names, "a list with a name for each channel"),
 }
 _PLANNED: _Keys = {
-    "spacing": (lambda value: _is_list(value) and len(value) == 2 and all(map(_is_length, value)), "two numbers of mm"),
+    "spacing": (lambda value: _is_list(value) and len(value) == 2 and all(map(_is_length, value)),
+                "two numbers of mm, each from 1e-6 to 1e6"),
     "architecture": (_has_strides, "an object whose arch_kwargs give the strides of rows and columns"),
     "data_identifier": (_is_name, "a name"),
     "resampling_fn_probabilities": (_is_name, "a name"),

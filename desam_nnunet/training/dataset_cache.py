@@ -5,26 +5,37 @@ from __future__ import annotations
 import os
 
 import torch
-from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from desam_nnunet.cache.build import Share
 from desam_nnunet.cache.store import Store
 from desam_nnunet.cache.views import not_started
 from desam_nnunet.networks.frame import FrozenSamNetwork
-from desam_nnunet.nnunet.datasets import dataset_folder, read_preprocessed
+from desam_nnunet.nnunet.datasets import dataset_folder, open_cases, read_preprocessed
 from desam_nnunet.nnunet.model_folder import build_network, trained_plans
 from desam_nnunet.nnunet.names import STOCK_PLANS, TRIAL
 from desam_nnunet.settings.resolve import read_sam, resolve_plans
 from desam_nnunet.system.machine import limit_threads
 from desam_nnunet.training.frozen import FrozenSamTrainer, build_missing, builder_of
-from desam_nnunet.training.registry import find_trainer
+from desam_nnunet.training.registry import TRAINERS, find_trainer
 
 
 def planned_for(trainer_name: str, dataset: str) -> str:
-    """The name of the plans that ``desam plan`` wrote for a trainer, those of a trial last, or nnU-Net's own."""
-    name, folder = find_trainer(trainer_name).method.plans_name, dataset_folder(dataset)
-    return next((given for given in (name, name + TRIAL) if (folder / f"{given}.json").is_file()), STOCK_PLANS)
+    """The name of the plans that ``desam plan`` wrote for a trainer, those of a trial last, or nnU-Net's own.
+
+    Raises:
+        ValueError: It wrote some for other trainers only, whose features they are that training will read.
+    """
+    folder, own = dataset_folder(dataset), find_trainer(trainer_name).method.plans_name
+    known = [own, *(trainer.method.plans_name for trainer in TRAINERS.values() if trainer.method.frozen_features)]
+    names = [name + trial for name in dict.fromkeys(known) for trial in ("", TRIAL)]
+    others = [name for name in names if (folder / f"{name}.json").is_file()]
+    if others and others[0] in (own, own + TRIAL):
+        return others[0]
+    if others:
+        raise ValueError(f"{folder.name} is planned as {', '.join(others)}, but not for {trainer_name}: say whose "
+                         f"features are wanted with -p {others[0]} and the trainer, -tr, or plan for {trainer_name}.")
+    return STOCK_PLANS
 
 
 def build_dataset(
@@ -57,13 +68,14 @@ def build_dataset(
                   trained=trained_plans(plans, configuration_name, trainer_name))
     configuration = PlansManager(plans).get_configuration(configuration_name)
     data_folder = folder / configuration.data_identifier
-    if not data_folder.is_dir():
-        raise FileNotFoundError(f"{data_folder} does not exist: run nnUNetv2_preprocess -d {dataset} -plans_name "
-                                f"{plans_name} -c {configuration_name} first.")
+    try:
+        data = open_cases(data_folder)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error} Run nnUNetv2_preprocess -d {dataset} -plans_name {plans_name} -c "
+                                f"{configuration_name} first.") from error
     limit_threads(device)
     network = build_network(plans, dataset_json, configuration_name, trainer_name).to(device).eval()
     assert isinstance(network, FrozenSamNetwork)
-    data = infer_dataset_class(str(data_folder))(str(data_folder))
     sam = read_sam(configuration.configuration)
     builder = builder_of(not_started(trainer, configuration, sam), data, sam, network, device)
     build_missing(builder, Share(part_id, num_parts))
