@@ -10,7 +10,9 @@ from fuzzing import JSON, outcome
 from hypothesis import given
 from hypothesis import strategies as st
 from test_config import DATASET, make_plans
+from test_plan import FINGERPRINT, ORGAN, PLANS_OF_AN_UNET
 
+from desam_nnunet.planning.facts import read_facts
 from desam_nnunet.settings.resolve import resolve_plans
 from desam_nnunet.settings.sections import SECTIONS
 from desam_nnunet.training.registry import TRAINERS
@@ -88,3 +90,22 @@ def test_plans_mean_what_they_say_or_are_refused(drawn: tuple[dict[str, Any], An
             assert key in filled_in or json.dumps(means[name][key]) == json.dumps(value), key
     assert not (set(said) - SECTIONS_AS_THEY_ARE) & MISSPELT
     assert not [key for key in (*given_plans, *given_plans["configurations"]) if key in MISSPELT]
+
+
+NUMBERS = st.one_of(JSON, st.lists(st.lists(st.one_of(st.integers(-2, 10**6), st.floats()), min_size=3, max_size=3),
+                                   min_size=1, max_size=2))
+LABELS = st.one_of(JSON, st.dictionaries(st.sampled_from(["background", "organ", "ignore", "x"]), st.one_of(
+    st.integers(-1, 3), JSON, st.lists(st.integers(0, 3), max_size=3)), max_size=4))
+
+
+@given(st.fixed_dictionaries({}, optional={"shapes_after_crop": NUMBERS, "spacings": NUMBERS}),
+       st.fixed_dictionaries({}, optional={"labels": LABELS, "channel_names": JSON, "regions_class_order": JSON}))
+def test_what_the_planner_reads_of_nnunets_files(fingerprint: dict[str, Any], dataset: dict[str, Any]) -> None:
+    """Facts are those of the files, in few steps whatever they say."""
+    given_fingerprint, given_dataset = FINGERPRINT | fingerprint, ORGAN | dataset
+    facts = outcome(lambda: read_facts(copy.deepcopy(PLANS_OF_AN_UNET), given_dataset, given_fingerprint))
+    if facts is None:
+        return
+    assert [shape[0] for shape in facts.shapes] == [shape[0] for shape in given_fingerprint["shapes_after_crop"]]
+    assert facts.channels == len(given_dataset["channel_names"])
+    assert facts.tiles((64, 64)) >= sum(shape[0] for shape in facts.shapes)
