@@ -317,7 +317,17 @@ def swapped(one: Path, other: Path) -> None:
     other.write_bytes(ours)
 
 
+def make_stale(case: Path) -> None:
+    """A tile of another version of the case, as large as the one that was here."""
+    path = sorted(case.glob("*.tile"))[0]
+    size = path.stat().st_size
+    arrays, meta = read_entry(path)
+    write_entry(path, arrays, meta | {"content": meta["content"][::-1]})
+    assert path.stat().st_size == size
+
+
 SPOILT = {  # what happens to a store's first case, and what verify says of it
+    "stale": (make_stale, "was made from another version of the case"),
     "two tiles swapped": (lambda case: swapped(*sorted(case.glob("*.tile"))[:2]), "in the wrong place: it is tile 1"),
     "a tile renamed": (lambda case: (case / "00000_0.tile").rename(case / "00000_7.tile"), "in the wrong place"),
     "a tile under no tile's name": (lambda case: (case / "00000_0.tile").rename(case / "x.tile"), "no name of a tile"),

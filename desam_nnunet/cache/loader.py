@@ -168,10 +168,9 @@ class CachedLoader:
                 self.store.discard(self.store.path(*draw))
             raise DamagedEntryError(f"{error} Start again with --c: this tile alone is built again.") from error
         except (ChangedCaseError, FileNotFoundError) as error:
-            with contextlib.suppress(OSError):
-                self.store.discard(self.store.path(*draw))  # or it would be found again
             raise ChangedCaseError(f"Tile {draw.number} of {draw.case} in {self.store.folder} was replaced or removed "
-                                   "while training ran: start again with --c.") from error
+                                   "while training ran: start again with --c. If it is said again, desam cache "
+                                   "--verify removes such tiles.") from error
         return features, self.transforms(segmentation=torch.from_numpy(labels)[None])["segmentation"]
 
     def _wants_foreground(self, place: int) -> bool:
