@@ -495,6 +495,39 @@ def test_bad_input_is_one_sentence(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("key", "value"), [("plans_name", None), ("dataset_name", ""), ("data_identifier", 3),
+                                            ("data_identifier", None)])
+def test_plans_that_nnunet_never_writes_build_nothing(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str], key: str, value: object
+) -> None:
+    workspace.write_plans("Odd", **tiny_sections())
+    path = workspace.preprocessed / "Odd.json"
+    content = json.loads(path.read_text())
+    place = content["configurations"]["2d"] if key == "data_identifier" else content
+    path.write_text(json.dumps(content | {key: value}) if place is content else json.dumps(
+        content | {"configurations": {"2d": place | {key: value}}}))
+    assert main(["cache", "-d", "501", "-p", "Odd", "-device", "cpu"]) == 1
+    assert re.search(rf"key {key} of .* is .*, but must be", capsys.readouterr().err)
+    path.unlink()
+
+
+def test_a_data_set_without_cases_builds_nothing(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workspace.write_plans("Empty", **tiny_sections())
+    path = workspace.preprocessed / "Empty.json"
+    content = json.loads(path.read_text())
+    content["configurations"]["2d"]["data_identifier"] = "empty"
+    path.write_text(json.dumps(content))
+    folder = workspace.preprocessed / "empty"
+    folder.mkdir()
+    (folder / ".DS_Store").touch()
+    assert main(["cache", "-d", "501", "-p", "Empty", "-device", "cpu"]) == 1
+    assert "empty holds no preprocessed cases" in capsys.readouterr().err
+    shutil.rmtree(folder)
+    path.unlink()
+
+
 def test_a_process_of_torchruns_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What asks for the device that is current gets it too."""
     chosen: list[torch.device] = []

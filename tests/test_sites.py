@@ -445,7 +445,8 @@ def test_a_study_goes_on_with_its_own_settings_alone(data: Path, tmp_path: Path)
     with pytest.raises(ValueError, match=r"holds a study with other tolerance \(2.0, now 3.0\)"):
         opened(data, out, tolerance=3.0)
     content = (out / "study.json").read_text()
-    for damaged in (content[:100], "{}", "[]"):
+    nothing = [json.dumps(json.loads(content) | {key: None}) for key in ("sites", "trainers", "folds")]
+    for damaged in (content[:100], "{}", "[]", *nothing):
         (out / "study.json").write_text(damaged)
         with pytest.raises(ValueError, match=r"study.json is damaged or of another version: give another folder"):
             opened(data, out)

@@ -29,6 +29,7 @@ from desam_nnunet.nnunet.leftovers import (
 )
 from desam_nnunet.nnunet.names import CHECKPOINT, CONFIGURATION, SPLITS, STOCK_PLANS
 from desam_nnunet.nnunet.sites import write_dataset
+from desam_nnunet.nnunet.splits import read_splits
 from desam_nnunet.system.files import replace_file
 from desam_nnunet.system.gpus import one_gpu
 from desam_nnunet.system.processes import alone, end_with
@@ -142,7 +143,7 @@ def _score(study: Study, source: str, trainer: str, target: str, **_: object) ->
 
     references = {case.name: case.label for case in study.sites[target]}
     if target == source:  # the cases that the folds did not train on, from nnU-Net's split
-        splits = json.loads((study.preprocessed(source) / SPLITS).read_text())
+        splits = read_splits(study.preprocessed(source) / SPLITS)
         held_out = {case for fold in study.folds for case in splits[int(fold)]["val"]}
         references = {case: path for case, path in references.items() if case in held_out}
     given = (study.predictions(source, trainer, target), references, *classes_of(study.dataset_json), study.tolerance)

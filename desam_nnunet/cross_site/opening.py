@@ -10,11 +10,12 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from desam_nnunet.cross_site.study import FILE, LOCK, VERSION, Study, Trainer, plain, plain_sites
+from desam_nnunet.cross_site.study import FILE, LOCK, VERSION, Study, Trainer, plain, plain_sites, read_study
 from desam_nnunet.evaluation.scores import classes_of
 from desam_nnunet.nnunet.labels import check_values, given_labels, labels_of
 from desam_nnunet.nnunet.names import FOLDS, SPLITS, STOCK_PLANS
 from desam_nnunet.nnunet.sites import Sites, check_sites, common_description, ending_of, read_sites, sites_of_datasets
+from desam_nnunet.nnunet.splits import read_splits
 from desam_nnunet.settings.shared import check_settings, read_settings
 from desam_nnunet.system.files import TEMPORARY
 from desam_nnunet.training.registry import TRAINERS, check_trainers, method_of, methods_of
@@ -116,7 +117,7 @@ def _check(study: Study) -> None:
         number = len(study.sites[source])
         split = study.preprocessed(source) / SPLITS
         if study.existing and split.is_file():
-            splits = len(json.loads(split.read_text()))
+            splits = len(read_splits(split))
             if bad := [fold for fold in study.folds if int(fold) >= splits]:
                 raise ValueError(f"-f {bad[0]}: {split} has {splits} fold(s), counted from 0.")
         elif number < FOLDS:
@@ -176,7 +177,8 @@ def _read(out: Path) -> dict[str, Any] | None:
                                   "report stays as it is; to go on, begin it again in another folder with -o.")
         if before.keys() != {field.name for field in fields(Study)} - {"out"} or before["version"] != VERSION:
             raise ValueError(path)
-    except (ValueError, AttributeError) as error:
+        read_study(path, out)
+    except (ValueError, AttributeError, TypeError, LookupError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or of another version: give another folder with -o.") from error
     return before
 

@@ -31,6 +31,7 @@ def read_preprocessed(dataset: str, plans: str) -> Preprocessed:
 
     Raises:
         FileNotFoundError: It is not planned.
+        ValueError: The plans are none.
     """
     folder = dataset_folder(dataset)
     run = f"run nnUNetv2_plan_and_preprocess for {folder.name} first"
@@ -38,7 +39,12 @@ def read_preprocessed(dataset: str, plans: str) -> Preprocessed:
                          (plans, "make these plans with desam plan, or name others with -p")):
         if not (path := folder / f"{name}.json").is_file():
             raise FileNotFoundError(f"{path} does not exist: {remedy}.")
-    return Preprocessed(*read_description(folder, plans), folder)
+    content, dataset_json = read_description(folder, plans)
+    for key in ("plans_name", "dataset_name"):
+        if not isinstance(content.get(key), str) or not content[key]:
+            raise ValueError(f"The key {key} of {folder / plans}.json is {content.get(key)!r}, but must be a name: "
+                             "restore it, or make these plans again.")
+    return Preprocessed(content, dataset_json, folder)
 
 
 def open_cases(folder: Path) -> nnUNetBaseDataset:

@@ -67,6 +67,9 @@ def build_dataset(
     resolve_plans(plans, configuration_name, dataset_json, trainer.method,
                   trained=trained_plans(plans, configuration_name, trainer_name))
     configuration = PlansManager(plans).get_configuration(configuration_name)
+    if not isinstance(name := configuration.configuration.get("data_identifier"), str) or not name:
+        raise ValueError(f"The plans' key data_identifier of the configuration '{configuration_name}' is {name!r}, but "
+                         "must be the name of a folder: restore it, or let nnU-Net plan again.")
     data_folder = folder / configuration.data_identifier
     try:
         data = open_cases(data_folder)
