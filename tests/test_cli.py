@@ -132,6 +132,13 @@ def test_weights_verify(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     assert "truncated or not a weights file" in capsys.readouterr().err
 
 
+def test_what_was_typed_is_not_printed_raw(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["weights", "verify", "\x1b[31mred.pth"]) == 1
+    said = capsys.readouterr().err
+    assert "red.pth" in said
+    assert said.strip().isprintable()
+
+
 def test_weights_verify_of_the_packaged_file(capsys: pytest.CaptureFixture[str]) -> None:
     path, md5 = find_weights("vit_tiny"), ENCODERS["vit_tiny"].md5
     assert main(["weights", "verify", str(path)]) == 0

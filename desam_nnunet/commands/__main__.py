@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from desam_nnunet import __version__
 from desam_nnunet.commands import boxes, cache, cross_site, doctor, plan, pretrain, trainers, weights
+from desam_nnunet.system.files import told
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options) or 0
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"desam: {error}", file=sys.stderr)
+        print("desam: " + "\n".join(map(told, str(error).expandtabs().splitlines())), file=sys.stderr)
         return 1
 
 

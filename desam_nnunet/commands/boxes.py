@@ -23,7 +23,9 @@ def add(commands: Commands) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     from desam_nnunet.evaluation.boxes import NOTE, evaluate_with_boxes
+    from desam_nnunet.system.machine import limit_threads
 
     device = device_named(options.device)
+    limit_threads(device)
     dice = evaluate_with_boxes(options.model, options.f, options.chk, options.i, options.l, options.o, device)
     print(f"{NOTE}\nMean Dice with boxes: {dice:.4f}. Everything else: {options.o / 'summary.json'}")

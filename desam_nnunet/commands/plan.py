@@ -44,10 +44,12 @@ def _run(options: argparse.Namespace) -> None:
 
     from desam_nnunet.planning.plan import plan_dataset
     from desam_nnunet.planning.request import Request
+    from desam_nnunet.system.machine import limit_threads
     from desam_nnunet.training.registry import find_trainer
 
     trainer = find_trainer(options.trainer)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    limit_threads(device)  # it is timed
     preset = _QUICK if options.quick else options.preset
     name = trainer.method.plans_name + (TRIAL if options.quick else "")
     request = Request(options.gpu_memory_target, options.disk_target, options.encoder, preset, trainer)

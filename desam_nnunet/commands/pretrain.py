@@ -30,11 +30,14 @@ def _run(options: argparse.Namespace) -> None:
 
     from desam_nnunet.pretraining.recipe import Recipe
     from desam_nnunet.pretraining.run import pretrain
+    from desam_nnunet.system.machine import limit_threads
 
     if not options.minutes > 0:
         raise ValueError(f"--minutes is {options.minutes}, but must be a positive number.")
     settings = {field.name: value for field in fields(Recipe)
                 if (value := getattr(options, field.name)) is not None}
-    weights = pretrain(options.folder, Recipe(**settings), device_named(options.device), minutes=options.minutes)
+    device = device_named(options.device)
+    limit_threads(device)
+    weights = pretrain(options.folder, Recipe(**settings), device, minutes=options.minutes)
     if weights is not None:
         print(f'To train on it: "sam": {{"encoder": "{weights.resolve()}"}} in the plans, or desam plan --encoder.')
