@@ -492,8 +492,12 @@ def test_nnunets_own_keys_and_other_methods_sections_stay(tmp_path: Path, monkey
     plans = make_plans(sam={"encoder": "vit_tiny"}, desam2={"lr": 1.0})
     with pytest.raises(ValueError, match="desam2"):
         resolved(plans)
-    (tmp_path / "others.py").write_text('METHOD = Method("desam2", Section, "Desam2Plans")\n')
     monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path))
+    others = tmp_path / "others.py"
+    others.write_text('"""desam2"""\nprint("desam2")\nif not METHODS:\n    raise KeyError("desam2")\n')
+    with pytest.raises(ValueError, match="desam2"):  # said, but not used
+        resolved(plans)
+    others.write_text('METHOD = Method("desam2", Section, "Desam2Plans")\n')
     assert resolved(plans)["desam2"] == {"lr": 1.0}
 
 

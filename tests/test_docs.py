@@ -1,9 +1,11 @@
-"""The commands of README and how-tos as they are printed, on the phantom, without a GPU and without a network."""
+"""The commands of README and pages as they are printed, on the phantom, without a GPU and without a network."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,22 +16,64 @@ from conftest import FOLDERS, environment
 from test_importing import publish
 
 import phantom
+from desam_nnunet.commands.__main__ import parser
 from desam_nnunet.encoders.registry import ENCODERS
 from desam_nnunet.encoders.sam_vit import SamViT
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.slow
-OURS = ("desam ", "nnUNetv2_", "torchrun ", "for fold in ")
-DOWNLOADS = "desam weights get"
+PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
+OURS = ("desam ", "nnUNetv2_", "torchrun ", "for fold in ", "python ", "make ", "CUDA_VISIBLE_DEVICES=")
+NOT_HERE = {  # a command's beginning, and why none of the tests below runs it as it is printed
+    "desam weights get ": "downloads; test_download.py has a server of its own",
+    "desam cross-site ": "test_cross_site.py and test_data_sets.py run it",
+    "desam doctor --self-test": "test_selftest.py runs it",
+    "desam pretrain run/": "hours; test_pretraining.py runs it in small",
+    "desam plan -d 501 --encoder run/weights.safetensors": "needs those hours; test_pretraining.py plans with a small one",
+    "python examples/compare_models.py": "test_compare_models.py runs it",
+    "make fuzz": "hours; the same tests run in small",
+    "nnUNetv2_predict -i unseen_site/": "with images/ in own_data.md",
+    "nnUNetv2_train 501 2d 0 -tr nnUNetTrainer ": "a thousand epochs",
+    "nnUNetv2_predict -i images/ -o out_nnunet/": "needs these thousand epochs",
+    "nnUNetv2_train 501 2d 0 -tr DeSAMTrainer -p DeSAMPlans -num_gpus 2": "two GPUs; test_distributed.py has two processes",
+    "CUDA_VISIBLE_DEVICES=": "two GPUs; test_cache_build.py has two trainings that build one store",
+    "desam weights import desam_vit_b.pth -d 501 -p MyPlans": "another file in published_checkpoints.md",
+}
 SHORT = {"encoder": "vit_tiny", "image_size": 64, "views": 2, "epochs": 1, "iterations_per_epoch": 2,
          "val_iterations_per_epoch": 1}
 
 
-def commands(page: str, *, section: str = "") -> list[str]:
-    """The lines of a page's blocks of code that begin with a command of ours or nnU-Net's, without comments."""
+WITHOUT_GPU = "Without a GPU and without another"
+RUN = [("README.md", WITHOUT_GPU), *((f"docs/{page}.md", "") for page in (
+    "cache", "extend", "howto/own_data", "howto/published_checkpoints", "howto/several_gpus", "howto/share", "methods",
+    "slabs", "vit_tiny"))]
+
+
+def commands(page: str, section: str = "") -> list[str]:
+    """The lines of a page's blocks of code that begin with a command, without comments and those of `NOT_HERE`."""
     text = (ROOT / page).read_text().partition(section)[2] if section else (ROOT / page).read_text()
     lines = [re.split(r"\s{2,}#", line.strip())[0] for line in text.splitlines() if line.startswith("    ")]
-    return [line for line in lines if line.startswith(OURS) and not line.startswith(DOWNLOADS)]
+    return [line for line in lines if line.startswith(OURS) and not line.startswith(tuple(NOT_HERE))]
+
+
+def test_every_command_on_a_page_is_run_or_it_is_said_why_not() -> None:
+    run = {command for page, section in RUN for command in commands(page, section)}
+    assert [command for page in PAGES for command in commands(page) if command not in run] == []
+    texts = [(ROOT / page).read_text() for page in PAGES]
+    assert [start for start in NOT_HERE if not any(f"    {start}" in text for text in texts)] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_types_is_understood(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every ``desam …`` in blocks and in sentences, also where only a part of it is printed."""
+    text = (ROOT / page).read_text()
+    printed = re.findall(r"`(desam [^`]+)`", text) + [
+        re.split(r"\s{2,}#", line)[0] for line in re.findall(r"^ {4,}(desam .*)", text, re.MULTILINE)]
+    for command in printed:
+        words = shlex.split(re.sub(r"[\[\]…\\]|\.\.\.", " ", command))
+        with contextlib.suppress(SystemExit):
+            parser().parse_args(words[1:])
+        said = capsys.readouterr().err
+        assert "error" not in said or "arguments are required" in said, command
 
 
 class Shell:
@@ -72,10 +116,11 @@ def on_a_cpu(command: str) -> str:
     return re.sub(r"$|(?=; done)", " -device cpu", command, count=1)
 
 
+@pytest.mark.slow
 def test_a_first_run_without_a_gpu(tmp_path: Path) -> None:
     shell = Shell(tmp_path)
     shell.run("nnUNetv2_plan_and_preprocess -d 501 -c 2d -np 1 -npfp 1")
-    plan, train, predict, score = commands("README.md", section="Without a GPU and without another")[:4]
+    plan, train, predict, score = commands("README.md", WITHOUT_GPU)
     said = shell.run(plan)
     assert train in said
     assert predict in said
@@ -88,21 +133,22 @@ def test_a_first_run_without_a_gpu(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
-    """Who has done what docs/howto/own_data.md says; but for nnU-Net's own training, which takes a thousand epochs."""
+    """Who has done what docs/howto/own_data.md says."""
     shell = Shell(tmp_path_factory.mktemp("shell"))
     for command in commands("docs/howto/own_data.md"):
-        if "nnUNetTrainer" not in command and not command.startswith("desam cross-site"):  # its own tests run it
-            shell.run(command)
+        shell.run(command)
         if command.startswith("desam plan"):
             shell.shorten("PDMMPlans" if "PDMMTrainer" in command else "DeSAMPlans")
     return shell
 
 
+@pytest.mark.slow
 def test_a_data_set_of_ones_own(shell: Shell) -> None:
     assert len(list((shell.root / "out").glob("*.nii.gz"))) == 2
     assert (shell.root / "out" / "summary.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_model_is_shared(shell: Shell) -> None:
     export, install, predict = commands("docs/howto/share.md")
     shell.run(export)
@@ -114,8 +160,9 @@ def test_a_model_is_shared(shell: Shell) -> None:
     assert len(list((shell.root / "out").glob("*.nii.gz"))) == 2
 
 
+@pytest.mark.slow
 def test_several_machines_share_a_cache_and_it_is_looked_after(shell: Shell) -> None:
-    _, whole, part, torchrun = commands("docs/howto/several_gpus.md")
+    whole, part, torchrun = commands("docs/howto/several_gpus.md")
     shell.shorten("DeSAMPlans", views=1, augmentation="nnunet")
     for number in range(4):
         shell.run(part.replace("-part_id 0", f"-part_id {number}"))
@@ -129,6 +176,7 @@ def test_several_machines_share_a_cache_and_it_is_looked_after(shell: Shell) -> 
     assert "Removed" in shell.run(delete.partition(" [")[0])
 
 
+@pytest.mark.slow
 def test_slices_see_their_neighbours(shell: Shell) -> None:
     plan, train, predict, go_on, expand = commands("docs/slabs.md")
     shell.run(plan)
@@ -143,14 +191,30 @@ def test_slices_see_their_neighbours(shell: Shell) -> None:
     assert model.is_dir()
 
 
+@pytest.mark.slow
+def test_a_model_is_scored_with_boxes_from_the_reference(shell: Shell) -> None:
+    train, score = commands("docs/methods.md")
+    shell.run("desam plan -d 501 -tr DBSAMTrainer")
+    shell.shorten("DBSAMPlans")
+    shell.run(train)
+    shutil.rmtree(shell.root / "out", ignore_errors=True)
+    shell.run(score.replace("nnUNet_results/DatasetXXX", "$nnUNet_results/Dataset501_Phantom"))
+    assert (shell.root / "out" / "summary.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_encoder_in_the_box_is_planned_with(shell: Shell) -> None:
+    (plan,) = commands("docs/vit_tiny.md")
+    assert "vit_tiny" in shell.run(plan)
+
+
+@pytest.mark.slow
 def test_an_encoder_and_a_method_of_ones_own(shell: Shell) -> None:
     lines = [line.strip() for line in (ROOT / "docs/extend.md").read_text().splitlines()
              if line.startswith("    ")]
     exports = [line.replace("/path/to", str(ROOT)) for line in lines if line.startswith("export ")]
     assert len(exports) == 2
     for command in commands("docs/extend.md"):
-        if command.startswith("desam cross-site"):
-            continue  # its own tests run it
         shell.run("; ".join((*exports, command)))
         if named := re.search(r"desam plan .*-overwrite_plans_name (\w+)", command):
             shell.shorten(named[1], encoder="resnet_encoder:RESNET")
@@ -161,6 +225,7 @@ def test_an_encoder_and_a_method_of_ones_own(shell: Shell) -> None:
     assert (results / "LinearProbeTrainer__LinearProbePlans__2d" / "fold_0" / "checkpoint_final.pth").is_file()
 
 
+@pytest.mark.slow
 def test_checkpoints_come_in_and_go_out(shell: Shell) -> None:
     """A published DeSAM and a SAMed, in small and of random numbers: the encoder is a file's, not ViT-H."""
     tiny = ENCODERS["vit_tiny"].architecture

@@ -11,14 +11,19 @@ from desam_nnunet.commands import boxes, cache, cross_site, doctor, plan, pretra
 from desam_nnunet.system.files import told
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code; bad input ends in one sentence on stderr and 1."""
-    parser = argparse.ArgumentParser(prog="desam", description="Frozen foundation encoders inside nnU-Net.")
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="command")
+def parser() -> argparse.ArgumentParser:
+    """Of all commands."""
+    made = argparse.ArgumentParser(prog="desam", description="Frozen foundation encoders inside nnU-Net.")
+    made.add_argument("--version", action="version", version=__version__)
+    commands = made.add_subparsers(required=True, metavar="command")
     for module in (doctor, trainers, plan, cache, boxes, cross_site, pretrain, weights):
         module.add(commands)
-    options = parser.parse_args(arguments)
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; bad input ends in one sentence on stderr and 1."""
+    options = parser().parse_args(arguments)
     try:
         return options.run(options) or 0
     except (ValueError, OSError, RuntimeError) as error:

@@ -196,6 +196,9 @@ def check_architecture(state: State, row: EncoderRow, path: Path | str) -> None:
     """Refuses keys, shapes or values that are not those of the row's encoder, with a ValueError."""
     used = {key: value for key, value in state.items() if not row.architecture.unused(key)}
     check_state(used, _shapes(row.architecture), f"{path} as {row.name}")
+    rest = {key: value for key, value in state.items()  # tables of whole numbers may be there
+            if key not in used and (value.is_floating_point() or value.is_complex())}
+    check_state(rest, {key: value.shape for key, value in rest.items()}, f"{path} as {row.name}")
 
 
 @lru_cache(maxsize=16)

@@ -7,6 +7,7 @@ import contextlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
@@ -31,9 +32,24 @@ def classes_in_folders() -> list[str]:
 
 
 def is_mentioned(text: str) -> bool:
-    """Whether a file in these folders has `text` as a string, as where a method says its name; nothing is imported."""
-    return any(isinstance(node, ast.Constant) and node.value == text
-               for tree in _trees_in_folders() for node in ast.walk(tree))
+    """Whether a file in these folders uses `text` as a string, as where a method says its name; nothing is imported.
+
+    Text that is only printed, raised or said in a docstring is not used.
+    """
+    return any(text in _used(tree) for tree in _trees_in_folders())
+
+
+def _used(tree: ast.Module) -> Iterator[Any]:
+    left: list[ast.AST] = [tree]
+    while left:
+        match left.pop():
+            case ast.Raise() | ast.Expr(ast.Constant()) | ast.Call(
+                    ast.Name("print") | ast.Attribute(_, "print_to_log_file")):
+                pass
+            case ast.Constant(value):
+                yield value
+            case node:
+                left += ast.iter_child_nodes(node)
 
 
 def _trees_in_folders() -> Iterator[ast.Module]:
