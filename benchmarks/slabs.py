@@ -9,7 +9,8 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 
 from desam_nnunet.encoders.weights import is_here, load_encoder
-from desam_nnunet.networks.desam.pdmm_alone import PDMMAlone, PdmmSection
+from desam_nnunet.networks.desam.pdmm_alone import PDMMAlone
+from desam_nnunet.networks.desam.pdmm_section import PdmmSection
 from desam_nnunet.networks.frame import FrozenSamNetwork, Outline
 from desam_nnunet.sam.tiles import TileToImage
 from measure import Report, compare

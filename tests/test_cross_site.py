@@ -33,7 +33,8 @@ from desam_nnunet.cross_site.jobs import is_to_be_cached
 from desam_nnunet.cross_site.report import write_report
 from desam_nnunet.cross_site.study import FILE, LOCK, Study, Trainer, read_study
 from desam_nnunet.evaluation.pictures import colour_of, draw_cases
-from desam_nnunet.evaluation.scores import chosen_cases, classes_of, read_rows
+from desam_nnunet.evaluation.scores import chosen_cases, read_rows
+from desam_nnunet.nnunet.labels import classes_of
 from desam_nnunet.nnunet.leftovers import is_preprocessed, is_trained, put_damaged_aside, remove_stale_predictions
 from desam_nnunet.nnunet.names import FOLDERS
 from desam_nnunet.nnunet.sites import Case

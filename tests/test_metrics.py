@@ -12,7 +12,8 @@ from scipy.spatial.distance import cdist
 from surface_distance import compute_surface_dice_at_tolerance, compute_surface_distances
 
 from desam_nnunet.evaluation.metrics import METRICS, case_metrics
-from desam_nnunet.evaluation.scores import PROTOCOLS, classes_of, read_rows, score_cases, slice_axis, write_rows
+from desam_nnunet.evaluation.scores import PROTOCOLS, read_rows, score_cases, slice_axis, write_rows
+from desam_nnunet.nnunet.labels import classes_of
 
 SHAPE, SPACING = (6, 12, 14), (3.0, 1.0, 1.0)
 DIAGONAL = float(np.linalg.norm([18, 12, 14]))

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from desam_nnunet.encoders.base import FeatureSpec
 from desam_nnunet.encoders.weights import load_encoder
-from desam_nnunet.networks.desam.pdmm_alone import PDMMAlone, PdmmSection
+from desam_nnunet.networks.desam.pdmm_alone import PDMMAlone
+from desam_nnunet.networks.desam.pdmm_section import PdmmSection
 from desam_nnunet.networks.frame import Outline
 from desam_nnunet.sam.prompts import Prompts
 from desam_nnunet.sam.tiles import TileToImage

@@ -18,7 +18,8 @@ from desam_nnunet.cache.loader import MISSING, CachedLoader, Draw
 from desam_nnunet.cache.store import Tile
 from desam_nnunet.encoders.sam_vit import IMAGE
 from desam_nnunet.networks.desam.network import build_desam
-from desam_nnunet.networks.desam.pdmm_alone import PDMMAlone, PdmmSection
+from desam_nnunet.networks.desam.pdmm_alone import PDMMAlone
+from desam_nnunet.networks.desam.pdmm_section import PdmmSection
 from desam_nnunet.networks.desam.prompters import GridPrompter, Prompter, WholeBoxPrompter
 from desam_nnunet.networks.frame import ABSENT_LOGIT, FrozenSamNetwork, Outline
 from desam_nnunet.networks.neighbours import Neighbours

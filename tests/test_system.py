@@ -14,10 +14,11 @@ import pytest
 import torch
 from conftest import Workspace, make_trainer
 
+from desam_nnunet.system.cores import usable_cores
 from desam_nnunet.system.durations import duration, seconds_of
 from desam_nnunet.system.files import read_object
 from desam_nnunet.system.gpus import one_gpu, visible_gpus
-from desam_nnunet.system.machine import limit_threads, usable_cores
+from desam_nnunet.system.machine import limit_threads
 from desam_nnunet.system.progress import progress
 
 
@@ -67,7 +68,7 @@ def test_cores_are_those_that_the_user_leaves(monkeypatch: pytest.MonkeyPatch, a
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to a core")
 def test_cores_are_those_that_a_process_is_bound_to() -> None:
     script = ("import os; os.environ.pop('OMP_NUM_THREADS', None); core = min(os.sched_getaffinity(0)); "
-              "os.sched_setaffinity(0, [core]); from desam_nnunet.system import machine; print(machine.usable_cores())")
+              "os.sched_setaffinity(0, [core]); from desam_nnunet.system import cores; print(cores.usable_cores())")
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "1\n"
 
 

@@ -25,7 +25,7 @@ from desam_nnunet.encoders.base import Features
 from desam_nnunet.networks.frame import FrozenSamNetwork
 from desam_nnunet.sam.tiles import images_per_tile
 from desam_nnunet.system.ahead import Behind, made_ahead
-from desam_nnunet.system.machine import usable_cores
+from desam_nnunet.system.cores import usable_cores
 from desam_nnunet.system.progress import progress
 
 _MARGIN = 0.05  # of the disk, kept free

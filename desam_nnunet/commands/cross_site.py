@@ -48,7 +48,7 @@ def _run(options: argparse.Namespace) -> None:
 
     given = {"--executor": options.executor, "--profile": options.profile}
     more = [word for flag, value in given.items() if value for word in (flag, value)] + options.snakemake
-    if is_local(more):  # others may send jobs to where the device is
+    if options.device != "cpu" and is_local(more):  # others may send jobs to where the device is
         device_named(options.device)
     if options.cores is not None and options.cores < 1:
         raise ValueError(f"--cores is {options.cores}, but must be at least 1.")

@@ -16,9 +16,11 @@ from desam_nnunet._startup import VARIABLE, listed_folders, shipped_folder
 from desam_nnunet.encoders.precision import dtype_name, encoder_dtype
 from desam_nnunet.encoders.registry import ENCODERS, TIMM, EncoderRow
 from desam_nnunet.encoders.weights import find_row, find_weights, search_folders, wrong_hash
-from desam_nnunet.nnunet.lookup import classes_in_folders, look_up
+from desam_nnunet.nnunet.lookup import look_up
 from desam_nnunet.nnunet.names import FOLDERS
-from desam_nnunet.system.machine import best_device, memory_limit, usable_cores
+from desam_nnunet.nnunet.trainer_files import classes_in_folders
+from desam_nnunet.system.cores import usable_cores
+from desam_nnunet.system.machine import best_device, memory_limit
 from desam_nnunet.training.base import SamTrainer
 from desam_nnunet.training.registry import TRAINERS
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from itertools import pairwise
 
+from desam_nnunet.system.cores import usable_cores
 from desam_nnunet.system.gpus import visible_gpus
 
 THREADS = 8  # of a job that computes, on a cluster
@@ -28,8 +29,6 @@ def placed(more: Sequence[str], device: str, cores: int | None) -> tuple[int, li
     # what lies in `default` or `profiles/default`, where the command is typed, is no profile of ours
     own = [] if _given(more, _WORKFLOW_PROFILE) else [_WORKFLOW_PROFILE, "none"]
     if is_local(more):
-        from desam_nnunet.system.machine import usable_cores
-
         gpus = max(1, len(visible_gpus())) if device == "cuda" else 1
         cores = cores or usable_cores()
         return max(1, cores // gpus), [*own, "--cores", str(cores), "--resources", f"gpu={gpus}"]

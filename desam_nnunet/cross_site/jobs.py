@@ -20,6 +20,7 @@ from runpy import run_module
 from typing import Any
 
 from desam_nnunet.cross_site.study import FILE, Study, read_study
+from desam_nnunet.nnunet.labels import classes_of
 from desam_nnunet.nnunet.leftovers import (
     clear_preprocessed,
     is_preprocessed,
@@ -139,7 +140,7 @@ def _predict(study: Study, source: str, trainer: str, target: str, *, command: l
 
 def _score(study: Study, source: str, trainer: str, target: str, **_: object) -> None:
     from desam_nnunet.evaluation.errors import error_rows
-    from desam_nnunet.evaluation.scores import classes_of, score_cases, write_rows
+    from desam_nnunet.evaluation.scores import score_cases, write_rows
 
     references = {case.name: case.label for case in study.sites[target]}
     if target == source:  # the cases that the folds did not train on, from nnU-Net's split
@@ -154,7 +155,7 @@ def _score(study: Study, source: str, trainer: str, target: str, **_: object) ->
 def _picture(study: Study, source: str, trainer: str, target: str, **_: object) -> None:
     """Of segmentations, and where the trainer has such a network, of what PRIM thinks of the grid's points."""
     from desam_nnunet.evaluation.pictures import draw_cases
-    from desam_nnunet.evaluation.scores import chosen_cases, classes_of, read_rows
+    from desam_nnunet.evaluation.scores import chosen_cases, read_rows
 
     chosen = chosen_cases(read_rows(study.scores(source, trainer, target)))
     cases = {case.name: case for case in study.sites[target]}

@@ -1,4 +1,8 @@
-"""Opens a study: what was asked for, checked against the data and against what its folder holds."""
+"""Opens a study: what was asked for, checked against the data and against what its folder holds.
+
+Importing this imports nothing heavy, so that a dry run takes seconds: PyTorch and nnU-Net's trainers come only with
+settings, and with trainers of others.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +15,12 @@ from textwrap import shorten
 from typing import Any
 
 from desam_nnunet.cross_site.study import FILE, LOCK, VERSION, Study, Trainer, plain, plain_sites, read_study
-from desam_nnunet.evaluation.scores import classes_of
-from desam_nnunet.nnunet.labels import check_values, given_labels, labels_of
+from desam_nnunet.nnunet.labels import check_values, classes_of, given_labels, labels_of
 from desam_nnunet.nnunet.names import FOLDS, SPLITS, STOCK_PLANS
 from desam_nnunet.nnunet.sites import Sites, check_sites, common_description, ending_of, read_sites, sites_of_datasets
 from desam_nnunet.nnunet.splits import read_splits
-from desam_nnunet.settings.shared import check_settings, read_settings
 from desam_nnunet.system.files import TEMPORARY
-from desam_nnunet.training.registry import TRAINERS, check_trainers, method_of, methods_of
+from desam_nnunet.training.methods import METHODS, check_trainers, method_of, methods_of
 
 _GROWING = ("trainers", "sources", "targets")  # what a later call may add to
 _STUDY_PLANS = "CrossSitePlans"
@@ -52,7 +54,11 @@ def open_study(
     check_trainers(trainers)
     if settings is not None and plans:
         raise ValueError(f"-p {plans} and --settings exclude each other: put the settings into these plans.")
-    chosen = {} if settings is None else read_settings(settings, methods_of([*TRAINERS, *trainers]))
+    chosen: dict[str, Any] = {}
+    if settings is not None:
+        from desam_nnunet.settings.shared import read_settings  # takes seconds
+
+        chosen = read_settings(settings, methods_of([*METHODS, *trainers]))
     if data is not None:
         sites = read_sites(data)
         names = {site: f"Dataset{number:03d}_{site}" for number, site in enumerate(sites, 1)}
@@ -65,8 +71,10 @@ def open_study(
         _known_sites(targets or known["targets"], sites, "--targets"), tuple(sorted(set(map(str, folds)))), plans,
         chosen, tolerance)
     _check(study)
-    if study.settings:
-        check_settings(study.settings, methods_of(trainers))
+    if chosen:
+        from desam_nnunet.settings.shared import check_settings
+
+        check_settings(chosen, methods_of(trainers))
     study = replace(study, dataset_json=_description(study, before, labels, channels))
     return study if before is None else _joined(before, study)
 

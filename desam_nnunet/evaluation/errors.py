@@ -10,7 +10,8 @@ import numpy as np
 import SimpleITK as sitk
 from scipy.ndimage import distance_transform_edt
 
-from desam_nnunet.evaluation.scores import Classes, Row, class_masks, slice_axis
+from desam_nnunet.evaluation.scores import Row, class_masks, slice_axis
+from desam_nnunet.nnunet.labels import Classes
 
 THIRDS = ("upper third (base)", "middle third", "lower third (apex)")
 MISSED, EXTRA, BOUNDARY = "missed", "extra", "boundary"

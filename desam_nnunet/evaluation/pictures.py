@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from desam_nnunet.evaluation.metrics import Metric
-from desam_nnunet.evaluation.scores import Classes, slice_axis
+from desam_nnunet.evaluation.scores import slice_axis
 from desam_nnunet.evaluation.statistics import per_case
+from desam_nnunet.nnunet.labels import Classes
 from desam_nnunet.nnunet.sites import Case
 from desam_nnunet.system.files import replace_file
 

@@ -19,9 +19,9 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from desam_nnunet.cache.tiles import crop, tiles_of
 from desam_nnunet.evaluation.pictures import outline, save
-from desam_nnunet.evaluation.scores import Classes
 from desam_nnunet.networks.desam.network import DeSAM
 from desam_nnunet.networks.desam.prompters import PointPrompter
+from desam_nnunet.nnunet.labels import Classes
 from desam_nnunet.nnunet.names import CHECKPOINT
 from desam_nnunet.nnunet.sites import Case
 

@@ -16,9 +16,9 @@ import numpy as np
 import SimpleITK as sitk
 
 from desam_nnunet.evaluation.metrics import METRICS, case_metrics
+from desam_nnunet.nnunet.labels import Classes
 from desam_nnunet.system.files import replace_file
 
-Classes = dict[str, tuple[int, ...]]
 Row = dict[str, Any]
 COLUMNS = ("case", "class", "protocol", "outcome", *(metric.key for metric in METRICS))
 MISSING, FOUND, NOT_FOUND, FALSE_ALARM, ABSENT = "missing", "found", "not found", "false alarm", "absent"
@@ -60,18 +60,6 @@ PROTOCOLS = (
 def slice_axis(spacing: Sequence[float]) -> int:
     """Along which a volume is cut into slices: the axis of the widest spacing, the first of equal ones."""
     return int(np.argmax(spacing))
-
-
-def classes_of(dataset_json: Mapping[str, Any]) -> tuple[Classes, int | None]:
-    """The label values of each class or region, and the value of voxels to ignore."""
-    classes: Classes = {}
-    ignored = None
-    for name, values in dataset_json["labels"].items():
-        if name == "ignore":
-            ignored = int(values)
-        elif name != "background":
-            classes[name] = tuple(map(int, values)) if isinstance(values, list | tuple) else (int(values),)
-    return classes, ignored
 
 
 def score_cases(

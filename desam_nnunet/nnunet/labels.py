@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
+from typing import Any
+
+Classes = dict[str, tuple[int, ...]]
 
 
 def labels_of(occurring: Mapping[str, list[int]], given: Iterable[str]) -> dict[str, int]:
@@ -62,3 +65,15 @@ def _common_values(occurring: Mapping[str, list[int]]) -> list[int]:
     if not values:
         raise ValueError("All references are empty: there is nothing to segment.")
     return values
+
+
+def classes_of(dataset_json: Mapping[str, Any]) -> tuple[Classes, int | None]:
+    """The label values of each class or region, and the value of voxels to ignore."""
+    classes: Classes = {}
+    ignored = None
+    for name, values in dataset_json["labels"].items():
+        if name == "ignore":
+            ignored = int(values)
+        elif name != "background":
+            classes[name] = tuple(map(int, values)) if isinstance(values, list | tuple) else (int(values),)
+    return classes, ignored

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from desam_nnunet.encoders.base import ImageSpec
 
-INTENSITY_RULES = ("percentile", "window", "unit")
 _PERCENTILES = (0.005, 0.995)
 _UNIT_SCHEMES = {"RescaleTo01Normalization", "RGBTo01Normalization"}
 _GROUP = 3  # channels of an RGB image

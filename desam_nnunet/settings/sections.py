@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from desam_nnunet.sam.tiles import INTENSITY_RULES
-
+INTENSITY_RULES = ("percentile", "window", "unit")
 SECTIONS = ("sam", "desam", "pdmm", "samed", "dbsam")  # of this package's, in the plans
 FEATURES = ("online", "cached")
 DTYPES = ("float16", "int8")

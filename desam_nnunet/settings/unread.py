@@ -8,7 +8,7 @@ from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
-from desam_nnunet.nnunet.lookup import is_mentioned
+from desam_nnunet.nnunet.trainer_files import is_mentioned
 from desam_nnunet.settings.sections import SECTIONS, Method, SamSection
 
 _CONFIGURES = {"architecture", "inherits_from", "UNet_class_name", "patch_size"}  # what only configurations have

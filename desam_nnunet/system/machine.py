@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import joblib
 import psutil
 import torch
+
+from desam_nnunet.system.cores import usable_cores
 
 _UNLIMITED = 2**60  # control groups without a limit say "max" or a number above this
 
@@ -37,12 +37,6 @@ def check_device(device: torch.device) -> None:
     if not device_is_here(device):
         raise ValueError(f"PyTorch finds no {device.type} device here: add -device cpu to go on without a GPU, or "
                          "install PyTorch for your GPU.")
-
-
-def usable_cores() -> int:
-    """Cores that this process may compute on: those it is bound to or limited to, and no more than OMP_NUM_THREADS."""
-    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    return min(joblib.cpu_count(), int(asked) if asked.isdecimal() and int(asked) else sys.maxsize)
 
 
 def limit_threads(device: torch.device) -> None:

@@ -9,7 +9,7 @@ from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoi
 
 from desam_nnunet.nnunet.names import CONFIGURATION, ITERATIONS
 from desam_nnunet.settings.sections import SamSection
-from desam_nnunet.system.machine import usable_cores
+from desam_nnunet.system.cores import usable_cores
 
 
 def main() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from desam_nnunet.encoders.base import Features
-from desam_nnunet.networks.desam.pdmm_alone import PDMM_ALONE, PDMMAlone
+from desam_nnunet.networks.desam.pdmm_alone import PDMMAlone
+from desam_nnunet.networks.desam.pdmm_section import PDMM_ALONE
 from desam_nnunet.networks.frame import Outline
 from desam_nnunet.training.frozen import FrozenSamTrainer
 
