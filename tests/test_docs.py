@@ -66,7 +66,7 @@ def test_every_command_on_a_page_is_run_or_it_is_said_why_not() -> None:
 def test_what_a_page_types_is_understood(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Every ``desam …`` in blocks and in sentences, also where only a part of it is printed."""
     text = (ROOT / page).read_text()
-    printed = re.findall(r"`(desam [^`]+)`", text) + [
+    printed = re.findall(r"`(desam\s[^`]+)`", text) + [
         re.split(r"\s{2,}#", line)[0] for line in re.findall(r"^ {4,}(desam .*)", text, re.MULTILINE)]
     for command in printed:
         words = shlex.split(re.sub(r"[\[\]…\\]|\.\.\.", " ", command))
