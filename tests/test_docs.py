@@ -111,7 +111,7 @@ class Shell:
 
 def on_a_cpu(command: str) -> str:
     """The command with ``-device cpu``, where it computes and says nothing of a device."""
-    if "-device" in command or not re.search(r"nnUNetv2_(train|predict)|desam\)? cache .*-(p|tr) ", command):
+    if "-device" in command or not re.search(r"nnUNetv2_(train|predict)|desam\)? (cache .*-(p|tr)|boxes) ", command):
         return command
     return re.sub(r"$|(?=; done)", " -device cpu", command, count=1)
 
