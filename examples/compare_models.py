@@ -48,7 +48,7 @@ from desam_nnunet.nnunet.names import CHECKPOINT, CONFIGURATION, FOLDERS, ITERAT
 from desam_nnunet.nnunet.sites import Case, check_sites, ending_of, read_sites
 from desam_nnunet.sam.slabs import SLABS
 from desam_nnunet.system.files import replace_file
-from desam_nnunet.training.registry import method_of
+from desam_nnunet.training.methods import method_of
 
 HELD_OUT, SIMULATED = "held out", "simulated shift"
 TOLERANCE = 2.0  # of the surface Dice, in mm
