@@ -411,7 +411,9 @@ def test_what_studies_share_is_locked_beside_it(
     locks = trained.root / "nnUNet_preprocessed" / "desam_locks" / "Dataset501_Phantom"
     training = ("train", "SiteA", "DeSAMTrainer", "0")
     assert study.lock(*training) == locks / "train" / f"DeSAMTrainer__{PLANS}__2d" / "0.lock"
-    assert study.lock("encode", "SiteA", "desam") == locks / "encode" / f"{PLANS}.lock"
+    assert study.lock("encode", "SiteA", "desam") == locks / "encode" / f"desam__{PLANS}.lock"
+    pdmm = replace(study, trainers=study.trainers | {"PDMMTrainer": Trainer("pdmm", PLANS, True)})
+    assert pdmm.lock("encode", "SiteA", "pdmm") != pdmm.lock("encode", "SiteA", "desam")  # on the same plans
     assert study.lock("prepare", "SiteA") == locks / "prepare" / "all.lock"
     assert study.lock("score", "SiteA", "DeSAMTrainer", "SiteB") == (
         tmp_path / "locks" / "score" / "SiteA" / "DeSAMTrainer" / "SiteB.lock")

@@ -14,7 +14,7 @@ import SimpleITK as sitk
 from conftest import FOLDERS, environment, nnunet
 
 pytestmark = pytest.mark.slow
-SHORT = {"epochs": 2, "iterations_per_epoch": 2, "val_iterations_per_epoch": 1, "views": 1}
+SHORT = {"epochs": 2, "iterations_per_epoch": 2, "val_iterations_per_epoch": 1, "views": 1, "augmentation": "nnunet"}
 PLAIN = {"background": 0, "organ": 1}
 
 

@@ -82,7 +82,7 @@ def test_volumes_side_by_side(data: Path, tmp_path: Path) -> None:
 def test_nnunets_folders_with_two_channels(tmp_path: Path) -> None:
     for site in ("A", "B"):
         for channel in (0, 1):
-            array = np.full(SHAPE, ord(site[-1]), np.float32)
+            array = np.full(SHAPE, 0 if channel else ord(site), np.float32)  # the second is missing
             write(tmp_path / site / "imagesTr" / f"x_{channel:04d}.nrrd", array)
         write(tmp_path / site / "labelsTr" / "x.nrrd", labelled(1))
     sites = read_sites(tmp_path)

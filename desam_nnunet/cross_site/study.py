@@ -61,8 +61,9 @@ class Study:
         if not self.existing or rule not in ("prepare", "plan", "encode", "train"):
             return self.out / "locks" / rule / f"{'/'.join(names)}.lock"
         source, *others = names
-        if rule == "encode":  # of a method
-            others = [next(kind.plans for kind in self.trainers.values() if kind.method == others[0])]
+        if rule == "encode":  # of a method: two of one study may share plans, and build side by side
+            plans = next(kind.plans for kind in self.trainers.values() if kind.method == others[0])
+            others = [f"{others[0]}__{plans}"]
         elif rule == "train":
             others[0] = self.model(source, others[0]).name
         folder = self.folder("nnUNet_preprocessed") / "desam_locks" / self.datasets[source] / rule

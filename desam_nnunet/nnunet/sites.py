@@ -126,20 +126,22 @@ def _check_apart(every: list[tuple[str, Case]]) -> None:
 
 
 def _check_copies(every: list[tuple[str, Case]]) -> None:
-    """No more may a copy of an image; files of other sizes are none."""
+    """No more may a copy of a case's images, all of them: a channel of zeros may stand for one that is missing."""
     sizes = defaultdict(list)
     for site, case in every:
-        for image in case.images:
-            sizes[image.stat().st_size].append((site, case.name, image))
+        sizes[tuple(image.stat().st_size for image in case.images)].append((site, case))
     for alike in sizes.values():
-        seen: dict[bytes, tuple[str, str, Path]] = {}
-        for site, name, image in alike if len(alike) > 1 else ():
-            with open(image, "rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").digest()
-            there, other, first = seen.setdefault(digest, (site, name, image))
-            if (there, other) != (site, name):
-                raise ValueError(f"{image} of case {name} of site {site} is a copy of {first} of case {other} of site "
-                                 f"{there}: a volume may be in a study only once.")
+        seen: dict[tuple[bytes, ...], tuple[str, Case]] = {}
+        for site, case in alike if len(alike) > 1 else ():
+            there, other = seen.setdefault(tuple(map(_digest, case.images)), (site, case))
+            if other is not case:
+                raise ValueError(f"{case.images[0]} of case {case.name} of site {site} is a copy of {other.images[0]} "
+                                 f"of case {other.name} of site {there}: a volume may be in a study only once.")
+
+
+def _digest(path: Path) -> bytes:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
 
 
 def ending_of(path: Path) -> str:
