@@ -1,7 +1,7 @@
 """Opens a study: what was asked for, checked against the data and against what its folder holds.
 
 Importing this imports nothing heavy, so that a dry run takes seconds: PyTorch and nnU-Net's trainers come only with
-settings, and with trainers of others.
+settings, with trainers of others, and PyTorch with data sets of nnU-Net's.
 """
 
 from __future__ import annotations
